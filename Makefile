@@ -1,0 +1,33 @@
+# make reproduce   set everything up and run the protocol on the embedded digits
+# make test        set everything up and run the tests
+# make lint        formatting and lint
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+
+.PHONY: install reproduce test lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+reproduce: install
+	$(RUN) -W ignore -m experiments reproduce --preset digits
+
+test: install
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: install
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,353 @@
+"""One run: setting in, weights and one JSON file out. Finished runs are skipped, interrupted ones go on."""
+
+import os
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import safetensors.torch
+import timm
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import tokenpool
+from tokenpool import flops, results, soft_selection
+from tokenpool.data import DigitsDataModule, ImageFolderDataModule
+from tokenpool.module import ClassificationModule
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the result of a run depends on.
+
+    Attributes:
+        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train" or "evaluate" (from the command line).
+        label: tells runs of one stage and seed apart; part of the file's name.
+        data: "digits", or a folder in ImageNet's layout.
+        model: name of the timm model.
+        downsampler: name of the method; "soft_selection" in a search.
+        keep: retention schedule.
+        level: number of the schedule, 0 the mildest; None where there is none.
+        start: weights to start from: the name of another run, or a file; None to start afresh.
+        epochs: of training; 0 to evaluate only.
+        options: of the downsampler.
+        model_options: of the timm model.
+        split: of the data.
+        (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
+    """
+
+    stage: str
+    label: str
+    data: str
+    model: str
+    downsampler: str = "none"
+    keep: tuple[int, ...] | None = None
+    level: int | None = None
+    carry: bool = False
+    qk_norm: str | None = None
+    alpha: float = 1.0
+    learn_alpha: bool = False
+    pretrained: bool = False
+    start: str | None = None
+    epochs: int = 0
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    warmup_epochs: float = 5
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    retention_penalty: float = 0.0
+    retention_learning_rate: float = 1e-2
+    seed: int = 0
+    split: int = 0
+    limit: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return "-".join([self.stage, *([self.label] if self.label else []), f"seed{self.seed}"])
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The run as JSON values."""
+        return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
+
+
+def result_path(run: Run, folder: Path) -> Path:
+    """File of the run's result."""
+    return folder / f"{run.name}.json"
+
+
+def weights_path(name: str, folder: Path) -> Path:
+    """File of the weights that the run of that name ends with."""
+    return folder / "weights" / f"{name}.safetensors"
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Whether the run's result is there.
+
+    Raises:
+        ValueError: if the file is broken, or holds the result of another setting.
+    """
+    path = result_path(run, folder)
+    if not path.exists():
+        return False
+    before = results.read(path)["setting"]
+    differing = [key for key, value in run.setting.items() if key not in before or _plain(before[key]) != _plain(value)]
+    if differing:
+        changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
+        raise ValueError(f"{path} holds another setting ({changes}): choose another folder, or delete the file")
+    return True
+
+
+def execute(
+    run: Run,
+    folder: Path,
+    on_epoch: Callable[[], None] | None = None,
+    progress: bool = False,
+    trainer_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train (if it has epochs) and test one run; write its weights, then its result.
+
+    Training goes on from the last checkpoint, where an interrupted run has left one.
+
+    Args:
+        run: the setting.
+        folder: for results; weights, checkpoints and logs go into sub-folders.
+        on_epoch: called after each epoch of training.
+        progress: show Lightning's progress bar.
+        trainer_options: of Lightning's Trainer.
+
+    Returns:
+        What the JSON file holds.
+    """
+    path = result_path(run, folder)
+    started = time.perf_counter()
+    seed_everything(run.seed, verbose=False)
+    data = data_module(run)
+    model = build_model(run, folder)
+    module = ClassificationModule(
+        model,
+        num_classes=model.num_classes,
+        learning_rate=run.learning_rate,
+        weight_decay=run.weight_decay,
+        warmup_epochs=run.warmup_epochs,
+        label_smoothing=run.label_smoothing,
+        retention_penalty=run.retention_penalty,
+        retention_learning_rate=run.retention_learning_rate,
+        seed=run.seed,
+    )
+    check_classes(data, model.num_classes)
+    trainer = _trainer(run, folder, on_epoch, progress, trainer_options or {})
+    checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
+    with warnings.catch_warnings():
+        # Lightning's advice on the number of workers is not for data that lie in memory.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        if run.epochs:
+            fit(trainer, module, data, checkpoint)
+        metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+
+    images = len(trainer.test_dataloaders.dataset)
+    top1 = metrics["test_top1"]
+    measured = {
+        "top1": 100 * top1,
+        "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
+        "top5": 100 * metrics["test_top5"],
+        "loss": metrics["test_loss"],
+        "images": images,
+    }
+    if run.downsampler == "soft_selection":
+        measured["learned_keep"] = soft_selection.learned_schedule(model)
+    count = flops.count(model)
+    outcome = {
+        "setting": run.setting,
+        "metrics": measured,
+        "cost": {
+            "gmacs": count.gmacs,
+            "backbone_gmacs": count.backbone_gmacs,
+            "clustering_gmacs": count.clustering_gmacs,
+            "parts": count.parts,
+        },
+        "seconds": time.perf_counter() - started,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+    }
+    if trainer.is_global_zero:
+        if run.epochs:
+            save_weights(model, weights_path(run.name, folder))
+        results.save(outcome, path)  # last: that it exists means that the run is done
+        checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
+    """Train; go on from the checkpoint if it exists.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read; the message names it.
+    """
+    if checkpoint.exists():
+        try:
+            torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"cannot read checkpoint {checkpoint} ({error}); delete it to start this run anew"
+            ) from error
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def build_model(run: Run, folder: Path) -> nn.Module:
+    """The run's model with the weights that it starts from."""
+    downsampler = soft_selection.SoftSelection if run.downsampler == "soft_selection" else run.downsampler
+    model = tokenpool.create_model(
+        run.model,
+        downsampler,
+        run.keep,
+        carry=run.carry,
+        pretrained=run.pretrained,
+        qk_norm=run.qk_norm,
+        alpha=run.alpha,
+        learn_alpha=run.learn_alpha,
+        **run.options,
+        **run.model_options,
+    )
+    if run.start is not None:
+        path = Path(run.start)
+        load_weights(model, path if path.suffix else weights_path(run.start, folder))
+    return model
+
+
+def data_module(run: Run) -> LightningDataModule:
+    """The run's data."""
+    if run.data == "digits":
+        return DigitsDataModule(batch_size=run.batch_size, split=run.split, seed=run.seed)
+    config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
+    return ImageFolderDataModule(
+        run.data,
+        image_size=run.model_options.get("img_size", config.input_size[-1]),
+        batch_size=run.batch_size,
+        seed=run.seed,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct or 0.9,
+        limit=run.limit,
+    )
+
+
+def check_classes(data: LightningDataModule, num_classes: int) -> None:
+    """Compare data and model before any work is done."""
+    data.setup("test")
+    if data.num_classes != num_classes:
+        raise ValueError(f"the data have {data.num_classes} classes, but the model has {num_classes}")
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a model's state, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state written by `save_weights`, timm's safetensors, or a `.pth` checkpoint (tensors only).
+
+    Parameters of downsamplers may be missing; retention weights in the file are left out.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or is of another model; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error
+    state = state.get("model", state.get("state_dict", state))
+    own = model.state_dict()
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    missing = [key for key in own if key not in state and ".downsampler." not in key]
+    unexpected = [key for key in state if key not in own]
+    if wrong or missing or unexpected:
+        raise ValueError(
+            f"{path} holds the weights of another model: {len(missing)} missing, {len(unexpected)} unexpected, "
+            f"{len(wrong)} of another shape, for instance {(wrong + missing + unexpected)[0]!r}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and machine."""
+    versions = {"python": platform.python_version(), "tokenpool": tokenpool.__version__}
+    versions |= {module.__name__: module.__version__ for module in (torch, lightning, timm)}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+    return {"versions": versions, "commit": _commit(), "machine": machine, "threads": torch.get_num_threads()}
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _trainer(run: Run, folder: Path, on_epoch: Callable[[], None] | None, progress: bool, options: dict) -> Trainer:
+    callbacks: list[Callback] = []
+    if run.epochs:
+        callbacks = [
+            ModelCheckpoint(folder / "checkpoints", filename=run.name, enable_version_counter=False),
+            flops.FlopsCallback(),
+        ]
+    if on_epoch:
+        callbacks.append(_EpochReporter(on_epoch))
+    defaults = {
+        "max_epochs": run.epochs or 1,
+        "logger": CSVLogger(folder / "logs", name=run.name) if run.epochs else False,
+        "enable_progress_bar": progress,
+        "enable_model_summary": progress,
+        "enable_checkpointing": bool(run.epochs),
+        "log_every_n_steps": 50,
+        "deterministic": "warn",
+        "num_sanity_val_steps": 0,
+    }
+    try:
+        return Trainer(callbacks=callbacks, **defaults | options)
+    except TypeError as error:
+        raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
+
+
+class _EpochReporter(Callback):
+    def __init__(self, report: Callable[[], None]) -> None:
+        self.report = report
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.report()
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

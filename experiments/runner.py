@@ -1,0 +1,114 @@
+"""Many runs at once, each in a process of its own that outlives it, with one bar of progress for all."""
+
+import fcntl
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments import protocol
+from experiments.protocol import Run
+
+_finished_epochs = None  # in a worker: the queue that tells the main process of each finished epoch
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that no second study writes into it. The system lets go of it if this process dies.
+
+    Raises:
+        RuntimeError: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"another study is writing to {folder}; wait for it, or choose another folder"
+            ) from error
+        yield
+
+
+class Runner:
+    """Executes runs in `jobs` processes of one thread each.
+
+    One thread, because for small models two processes of one thread beat one process of two, and because results then
+    do not depend on the number of jobs.
+
+    Args:
+        folder: for results, weights, checkpoints and logs.
+        jobs: number of processes.
+        epochs: that all runs of the study have in total, for the estimate of the time left.
+    """
+
+    def __init__(self, folder: Path, jobs: int, epochs: int) -> None:
+        self.folder = folder
+        context = multiprocessing.get_context("spawn")
+        self.queue = context.SimpleQueue()
+        parent = os.getpid()
+        self.pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(self.queue, parent))
+        interval = 0.5 if sys.stderr.isatty() else 15
+        self.bar = tqdm(total=epochs, unit="epoch", mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.bar.close()
+        if kind is None:
+            self.pool.shutdown()
+            return
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()  # whatever they are at goes on from its last checkpoint next time
+
+    def run_all(self, runs: Sequence[Run]) -> None:
+        """Execute the runs, in any order. The first error ends the study; finished runs stay finished."""
+        waiting: dict[Future, Run] = {self.pool.submit(_execute, run, self.folder): run for run in runs}
+        reported: dict[str, int] = {}
+        while waiting:
+            done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            while not self.queue.empty():
+                name = self.queue.get()
+                reported[name] = reported.get(name, 0) + 1
+                self.bar.update()
+            for future in done:
+                run = waiting.pop(future)
+                try:
+                    outcome = future.result()
+                except Exception as error:
+                    raise RuntimeError(f"run {run.name} failed: {error}") from error
+                self.bar.update(run.epochs - reported.pop(run.name, 0))  # those of an earlier, interrupted attempt
+                self.bar.write(f"{run.name}: top-1 {outcome['metrics']['top1']:.1f} %, {outcome['seconds']:.0f} s")
+
+
+def _execute(run: Run, folder: Path) -> dict:
+    return protocol.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
+
+
+def _start_worker(queue: object, parent: int) -> None:
+    global _finished_epochs
+    _finished_epochs = queue
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch.jit.*")
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent is gone, even by SIGKILL: a new study must not race with an orphan."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

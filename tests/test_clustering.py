@@ -1,0 +1,276 @@
+import itertools
+
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+from tokenpool.clustering import highest, kmeans, kmedoids, objective, squared_distances
+
+BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
+
+
+def images(batch: int = 4, n: int = 40, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens in loose groups, and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.randn(batch, 6, width, generator=generator) * 3
+    member = torch.randint(6, (batch, n, 1), generator=generator).expand(-1, -1, width)
+    tokens = groups.gather(1, member) + torch.randn(batch, n, width, generator=generator)
+    return tokens, torch.rand(batch, n, generator=generator) + 0.05
+
+
+def looped_kmedoids(tokens: torch.Tensor, weights: torch.Tensor, medoids: list[int], iterations: int) -> list[int]:
+    """Objective (13) under the medoid constraint, one image, by loops: assignment of each token."""
+    for _ in range(iterations):
+        assignment = [min(range(len(medoids)), key=lambda j: (x - tokens[medoids[j]]).square().sum()) for x in tokens]
+        updated = []
+        for j, old in enumerate(medoids):
+            members = [i for i, a in enumerate(assignment) if a == j]
+            cost = {i: sum(weights[o] * (tokens[i] - tokens[o]).square().sum() for o in members) for i in members}
+            updated.append(min(cost, key=cost.get) if cost else old)
+        if updated == medoids:
+            break
+        medoids = updated
+    return assignment
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 39])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kmeans_equals_scikit_learn(k: int, weighted: bool) -> None:
+    tokens, weights = images()
+    tokens = tokens.double()
+    init = highest(weights, k)
+    # Sixty iterations converge, so that scikit-learn's last extra assignment changes nothing.
+    found = kmeans(tokens, k, weights if weighted else None, init, iterations=60)
+    for image in range(len(tokens)):
+        oracle = KMeans(k, init=tokens[image, init[image]].numpy(), n_init=1, max_iter=60, tol=0, algorithm="lloyd")
+        oracle.fit(tokens[image].numpy(), sample_weight=weights[image].numpy() if weighted else None)
+        assert found.assignment[image].tolist() == oracle.labels_.tolist()
+        torch.testing.assert_close(found.centers[image], torch.tensor(oracle.cluster_centers_))
+
+
+def test_kmeans_stops_where_scikit_learn_does() -> None:
+    tokens, weights = images(batch=1, n=120)
+    tokens = tokens.double()
+    init = tokens[:, :9]
+    for iterations in (1, 2, 5):
+        oracle = KMeans(9, init=init[0].numpy(), n_init=1, max_iter=iterations, tol=0).fit(
+            tokens[0].numpy(), sample_weight=weights[0].numpy()
+        )
+        found = kmeans(tokens, 9, weights, init, iterations)
+        torch.testing.assert_close(found.centers[0], torch.tensor(oracle.cluster_centers_))
+
+
+@pytest.mark.parametrize("k", [1, 4, 15, 30])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kmedoids_equals_loops(k: int, weighted: bool) -> None:
+    tokens, weights = images(batch=3, n=30)
+    tokens, weights = tokens.double(), weights.double()
+    ones = torch.ones_like(weights)
+    init = highest(weights, k)
+    found = kmedoids(tokens, k, weights if weighted else None, init)
+    for image in range(len(tokens)):
+        used = weights[image] if weighted else ones[image]
+        expected = looped_kmedoids(tokens[image], used, init[image].tolist(), iterations=5)
+        assert found.assignment[image].tolist() == expected
+        for j in range(k):
+            members = found.assignment[image] == j
+            mean = (used[members, None] * tokens[image, members]).sum(0) / used[members].sum()
+            torch.testing.assert_close(found.centers[image, j], mean)
+
+
+def test_kmedoids_finds_the_best_medoid_of_one_cluster() -> None:
+    """With K = 1 one update must find the global optimum over all medoids."""
+    tokens, weights = images(batch=2, n=12)
+    cost = (squared_distances(tokens) * weights[:, None, :]).sum(-1)  # (B, N)
+    other = torch.full((2, 1), 3)
+    medoid = cost.argmin(-1)
+    # The medoid is not returned, but decides what a second cluster may take: compare with starting from it.
+    from_best = kmedoids(tokens, 2, weights, torch.cat([medoid[:, None], other], 1), iterations=1)
+    nearest = squared_distances(tokens).gather(1, torch.stack([medoid, other[:, 0]], 1)[:, :, None].expand(-1, -1, 12))
+    assert torch.equal(from_best.assignment, nearest.argmin(1))
+
+
+def medoid_objective(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """Objective (13) of the best medoids of each cluster: (B,)."""
+    same = assignment[:, :, None] == assignment[:, None, :]  # (B, N, N)
+    cost = (squared_distances(tokens) * weights[:, None, :] * same).sum(-1)  # (B, N)
+    best = torch.full((len(tokens), int(assignment.max()) + 1), torch.inf).scatter_reduce(1, assignment, cost, "amin")
+    return best.nan_to_num(posinf=0).sum(-1)
+
+
+@BOTH
+def test_objective_never_rises(cluster) -> None:
+    tokens, weights = images(n=80)
+    found = [cluster(tokens, 9, weights, iterations=i) for i in range(1, 12)]
+    if cluster is kmeans:
+        errors = [objective(tokens, clusters.centers, weights) for clusters in found]
+    else:
+        errors = [medoid_objective(tokens, weights, clusters.assignment) for clusters in found]
+    for earlier, later in itertools.pairwise(errors):
+        assert (later <= earlier * (1 + 1e-5)).all()
+
+
+@BOTH
+def test_weight_two_is_the_token_twice(cluster) -> None:
+    tokens, _ = images()
+    doubled = torch.tensor([1.0, 2.0]).repeat(20).expand(4, -1)
+    twice = torch.cat([tokens, tokens[:, 1::2]], 1)
+    init = torch.arange(6).expand(4, -1)
+    one, two = cluster(tokens, 6, doubled, init), cluster(twice, 6, None, init)
+    assert torch.equal(one.assignment, two.assignment[:, :40])
+    torch.testing.assert_close(one.centers, two.centers)
+
+
+@BOTH
+def test_scale_of_weights_is_irrelevant(cluster) -> None:
+    tokens, weights = images()
+    for factor in (1e-30, 1e30):
+        found, expected = cluster(tokens, 7, weights * factor), cluster(tokens, 7, weights)
+        assert torch.equal(found.assignment, expected.assignment)
+        torch.testing.assert_close(found.centers, expected.centers)
+
+
+@BOTH
+@pytest.mark.parametrize("n, width, k", [(196, 384, 98), (64, 48, 16)])
+def test_an_image_does_not_depend_on_its_batch(cluster, n: int, width: int, k: int) -> None:
+    tokens, weights = images(batch=9, n=n, width=width)
+    together = cluster(tokens, k, weights)
+    for image in range(9):
+        alone = cluster(tokens[image : image + 1], k, weights[image : image + 1])
+        assert torch.equal(alone.assignment[0], together.assignment[image])
+        torch.testing.assert_close(alone.centers[0], together.centers[image], rtol=0, atol=1e-5)
+
+
+@BOTH
+def test_permuting_tokens_permutes_assignments(cluster) -> None:
+    tokens, weights = images()
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    found, permuted = cluster(tokens, 7, weights), cluster(tokens[:, order], 7, weights[:, order])
+    assert torch.equal(permuted.assignment, found.assignment[:, order])
+
+
+@BOTH
+def test_as_many_clusters_as_tokens_is_the_identity(cluster) -> None:
+    tokens, weights = images()
+    found = cluster(tokens, 40, weights)
+    torch.testing.assert_close(found.centers.gather(1, found.assignment[:, :, None].expand(-1, -1, 8)), tokens)
+    assert (found.assignment.sort(-1).values == torch.arange(40)).all()
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e4])
+def test_all_duplicates(cluster, value: float) -> None:
+    tokens = torch.full((2, 20, 5), value, requires_grad=True)
+    found = cluster(tokens, 7, torch.rand(2, 20) + 0.1)
+    torch.testing.assert_close(found.centers, torch.full((2, 7, 5), value))
+    assert found.assignment.min() >= 0 and found.assignment.max() < 7
+    found.centers.sum().backward()
+    assert tokens.grad.isfinite().all()
+
+
+@BOTH
+def test_a_centre_without_members_stays(cluster) -> None:
+    tokens = torch.tensor([[[0.0], [0.0], [10.0], [11.0]]])
+    found = cluster(tokens, 3, init=torch.tensor([[0, 1, 2]]))
+    assert found.assignment.tolist() == [[0, 0, 2, 2]]
+    assert found.centers.flatten().tolist() == [0.0, 0.0, 10.5]
+
+
+@BOTH
+def test_weightless_tokens_do_not_count(cluster) -> None:
+    tokens, weights = images()
+    weights[:, ::2] = 0
+    found = cluster(tokens, 5, weights)
+    assert found.centers.isfinite().all()
+    moved = tokens.clone()
+    moved[:, ::2] += 1e-4
+    torch.testing.assert_close(cluster(moved, 5, weights).centers, found.centers)
+    only_weightless = cluster(torch.tensor([[[0.0], [9.0], [9.5]]]), 2, torch.tensor([[1.0, 0.0, 0.0]]))
+    assert only_weightless.centers.isfinite().all()
+
+
+@BOTH
+def test_gradients_are_those_of_the_means(cluster) -> None:
+    tokens, weights = images(batch=2)
+    tokens.requires_grad_()
+    weights.requires_grad_()
+    found = cluster(tokens, 7, weights)
+    pull = torch.randn(2, 7, 8)
+    (found.centers * pull).sum().backward()
+    total = torch.zeros(2, 7).scatter_add(1, found.assignment, weights.detach())
+    share = weights.detach() / total.gather(1, found.assignment)
+    expected = share[:, :, None] * pull.gather(1, found.assignment[:, :, None].expand(-1, -1, 8))
+    torch.testing.assert_close(tokens.grad, expected)
+    assert weights.grad is None
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_precision(cluster, dtype: torch.dtype) -> None:
+    tokens, weights = images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cluster(tokens, 7, weights)
+    assert torch.equal(found.assignment, cluster(tokens, 7, weights).assignment)
+    assert found.centers.dtype == torch.float32
+    half = tokens.to(dtype)
+    assert torch.equal(cluster(half, 7, weights).assignment, cluster(half.float(), 7, weights).assignment)
+    assert cluster(half, 7, weights).centers.dtype == dtype
+
+
+@BOTH
+def test_compiled(cluster) -> None:
+    tokens, weights = images()
+    compiled = torch.compile(cluster, fullgraph=True)(tokens, 7, weights)
+    eager = cluster(tokens, 7, weights)
+    assert torch.equal(compiled.assignment, eager.assignment)
+    torch.testing.assert_close(compiled.centers, eager.centers)
+
+
+def test_distances_survive_a_common_offset() -> None:
+    tokens, _ = images()
+    torch.testing.assert_close(squared_distances(tokens + 1000), torch.cdist(tokens, tokens).square(), rtol=0, atol=0.1)
+
+
+def test_ties_go_to_the_earlier_token() -> None:
+    assert highest(torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]), 3).tolist() == [[1, 2, 4]]
+
+
+def nan_at(image: int) -> torch.Tensor:
+    tokens = torch.randn(3, 10, 4)
+    tokens[image, 2, 1] = torch.nan
+    return tokens
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"k": 0}, r"k = 0 must be a whole number in 1\.\.10"),
+        ({"k": 11}, r"k = 11 must be a whole number in 1\.\.10"),
+        ({"k": 2.0}, r"k = 2\.0"),
+        ({"tokens": torch.randn(10, 4)}, r"tokens must be .* \(B, N, D\)"),
+        ({"tokens": torch.ones(3, 10, 4, dtype=torch.int64)}, "tokens must be floating point"),
+        ({"tokens": nan_at(1)}, "tokens must be finite, but those of image 1"),
+        ({"tokens": nan_at(2).nan_to_num(torch.inf)}, "tokens must be finite, but those of image 2"),
+        ({"weights": torch.ones(3, 9)}, r"weights must have shape \(B, N\) = \(3, 10\)"),
+        ({"weights": -torch.ones(3, 10)}, r"weights must be .* image 0 .* lie in -1\.\.-1"),
+        ({"weights": torch.full((3, 10), torch.nan)}, "weights must be finite"),
+        ({"weights": torch.zeros(3, 10)}, "not all zero"),
+        ({"init": torch.zeros(3, 4, dtype=torch.int64)}, r"init must have shape \(3, 3\)"),
+        ({"init": torch.full((3, 3), 10)}, r"init must hold token indices in 0\.\.9"),
+        ({"iterations": 0}, "iterations = 0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_named(cluster, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cluster(**{"tokens": torch.randn(3, 10, 4), "k": 3} | arguments)
+
+
+def test_medoids_are_tokens() -> None:
+    with pytest.raises(ValueError, match="a medoid is a token"):
+        kmedoids(torch.randn(1, 5, 2), 2, init=torch.randn(1, 2, 2))
+
+
+def test_large_but_finite_tokens_are_accepted() -> None:
+    tokens = torch.full((1, 4, 2), 1e38)
+    assert kmeans(tokens, 4).assignment.shape == (1, 4)

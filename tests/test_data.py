@@ -1,0 +1,108 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tokenpool.data import DigitsDataModule, ImageFolderDataModule, load_image, shifted
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of small images in ImageNet's layout: green and red."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for name, channel in (("green", 1), ("red", 0)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 90, (40, 50, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    return tmp_path
+
+
+def test_digits() -> None:
+    data = DigitsDataModule(split=3)
+    data.setup()
+    images, labels = data.train_set.tensors
+    held_out, held_out_labels = data.test_set.tensors
+    assert images.shape == (1347, 1, 16, 16) and held_out.shape == (450, 1, 16, 16)
+    assert abs(images.mean()) < 1e-4 and abs(images.std() - 1) < 1e-4
+    assert (labels.bincount() + held_out_labels.bincount()).tolist() == np.bincount(load_digits().target).tolist()
+    assert held_out_labels.bincount().min() >= 43
+    again, other = DigitsDataModule(split=3), DigitsDataModule(split=4)
+    again.setup(), other.setup()
+    assert torch.equal(again.test_set.tensors[0], held_out) and not torch.equal(other.test_set.tensors[0], held_out)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        data = DigitsDataModule(seed=seed)
+        data.setup()
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return [int(i) for batch in loader.batch_sampler for i in batch]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+    assert sorted(order(0, 0))[-1] < 1347 and len(set(order(0, 0))) == len(order(0, 0)) == 1347 // 32 * 32
+
+
+def test_shifted() -> None:
+    image = torch.arange(9.0).view(1, 1, 3, 3).repeat(3, 2, 1, 1)
+    moved = shifted(image, torch.tensor([[0, 0], [1, 0], [0, -2]]))
+    assert torch.equal(moved[0], image[0])
+    assert moved[1, 1].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+    assert moved[2, 0].tolist() == [[2, 2, 2], [5, 5, 5], [8, 8, 8]]
+
+
+def test_image_folder(folder: Path) -> None:
+    data = ImageFolderDataModule(folder, image_size=32, batch_size=4, workers=0)
+    data.setup("fit")
+    assert data.num_classes == 2 and len(data.train_set) == 12 and len(data.test_set) == 6
+    images, labels = next(iter(data.train_dataloader()))
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32
+    batches = list(data.test_dataloader())
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert torch.equal((images[:, 0].mean((1, 2)) > images[:, 1].mean((1, 2))).long(), labels)  # red is class 1
+
+
+def test_limit_is_spread_over_the_classes(folder: Path) -> None:
+    data = ImageFolderDataModule(folder, image_size=32, limit=4, workers=0)
+    data.setup("test")
+    assert [label for _, label in data.test_set] == [0, 0, 1, 1]
+
+
+def test_missing_and_empty_folders_are_named(folder: Path, tmp_path_factory) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere/val: expected ImageNet's layout"):
+        ImageFolderDataModule(folder / "nowhere").setup("test")
+    empty = tmp_path_factory.mktemp("empty")
+    (empty / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        ImageFolderDataModule(empty).setup("test")
+    (folder / "train" / "blue").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "train" / "blue" / "a.png")
+    with pytest.raises(ValueError, match="the classes .* differ"):
+        ImageFolderDataModule(folder).setup("fit")
+
+
+def test_unreadable_images_are_named(folder: Path) -> None:
+    whole = (folder / "val" / "red" / "0.png").read_bytes()
+    for name, content in (("text", b"hello"), ("cut", whole[: len(whole) // 2]), ("empty", b"")):
+        path = folder / f"{name}.png"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot read image .*{name}\.png"):
+            load_image(path)
+    (folder / "val" / "red" / "1.png").write_bytes(b"no image")
+    data = ImageFolderDataModule(folder, image_size=32, workers=0)
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"cannot read image .*red/1\.png"):
+        list(data.test_dataloader())
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    for mode in ("L", "RGBA", "P", "1"):
+        Image.new(mode, (9, 7)).save(tmp_path / f"{mode}.png")
+        assert load_image(tmp_path / f"{mode}.png").mode == "RGB"

@@ -1,0 +1,243 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from experiments import figures, presets, protocol, runner, studies, tables
+from experiments.presets import Preset
+from experiments.protocol import Run
+from tokenpool import results
+
+ROOT = Path(__file__).parents[1]
+TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
+
+
+@pytest.fixture
+def preset() -> Preset:
+    """The digits' protocol, as small as it gets."""
+    return dataclasses.replace(
+        presets.get("digits"),
+        base_epochs=2,
+        search_epochs=1,
+        finetune_epochs=1,
+        batch_size=256,
+        penalties=(1e-2, 1.0),
+        full_penalties=(1e-2, 1.0),
+        methods=("random", "wkmedoids"),
+        full_methods=("power_bert",),
+        convolutions=((0,),),
+        full_seeds=(0, 1),
+        retention_learning_rate=0.2,
+        model_options=TINY,
+    )
+
+
+def training_run(**changes) -> Run:
+    setting = {"stage": "train", "label": "x", "data": "digits", "model": "deit_digits_patch2_16", "epochs": 3}
+    setting |= {"downsampler": "random", "keep": (9, 4, 1), "batch_size": 256, "model_options": TINY}
+    return Run(**setting | changes)
+
+
+def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(protocol.weights_path(run.name, folder))
+
+
+def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
+    studies.reproduce(preset, full=False, folder=tmp_path, jobs=2)
+    frame = results.load(tmp_path)
+    assert sorted(frame["run"]) == sorted(
+        ["base-seed0", "search-lambda0.01-seed0", "search-lambda1-seed0", "finetune-none-seed0"]
+        + [f"finetune-{method}-level{level}-seed0" for method in ("random", "wkmedoids") for level in (0, 1)]
+    )
+    searches = frame[frame["stage"] == "search"].sort_values("level")
+    mild, strong = searches["learned_keep"]
+    assert sum(strong) < sum(mild) <= 3 * 16
+    tuned = frame[frame["stage"] == "finetune"]
+    assert tuned[tuned["level"] == 1]["keep"].tolist() == [strong, strong]
+    assert (frame["images"] == 450).all() and frame["top1"].between(0, 100).all()
+
+    table = tables.cost_accuracy(frame)
+    assert len(table) == 6 and (table["seeds"] == 1).all()
+    text = tables.markdown(table)
+    assert "none, base" in text and f"1: {', '.join(map(str, strong))}" in text
+    for picture in figures.pareto(table, tmp_path / "pareto"):
+        assert picture.stat().st_size > 5000
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    studies.reproduce(preset, full=False, folder=tmp_path, jobs=2)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
+
+    # A result that is gone is made again, the same, although the base model's weights are gone too.
+    lost = tmp_path / "finetune-wkmedoids-level0-seed0.json"
+    top1 = results.read(lost)["metrics"]["top1"]
+    lost.unlink()
+    protocol.weights_path("base-seed0", tmp_path).unlink()
+    studies.reproduce(preset, full=False, folder=tmp_path, jobs=1)
+    assert results.read(lost)["metrics"]["top1"] == top1
+
+    studies.reproduce(preset, full=True, folder=tmp_path, jobs=2)
+    table = tables.cost_accuracy(results.load(tmp_path))
+    assert table[table["downsampler"] == "convolution"]["options"].tolist() == [{"at": [0]}]
+    assert set(table[table["downsampler"] == "power_bert"]["seeds"]) == {2}
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    run = training_run()
+    protocol.execute(run, tmp_path / "whole")
+
+    def stop_after_two() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("pulled the plug")
+
+    calls: list[int] = []
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        protocol.execute(run, tmp_path / "cut", on_epoch=stop_after_two)
+    assert not protocol.is_finished(run, tmp_path / "cut")
+    assert (tmp_path / "cut" / "checkpoints" / f"{run.name}.ckpt").exists()
+    epochs: list[int] = []
+    protocol.execute(run, tmp_path / "cut", on_epoch=lambda: epochs.append(1))
+    assert len(epochs) < 3  # it went on instead of starting anew
+    whole, cut = weights(run, tmp_path / "whole"), weights(run, tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
+    """SIGKILL in the middle; the workers end with their parent, the lock is free, and the study goes on."""
+    code = (
+        "import dataclasses, pathlib, sys\n"
+        "from experiments import presets, studies, runner\n"
+        "if __name__ == '__main__':\n"
+        "    preset = dataclasses.replace(presets.get('digits'), base_epochs=2, search_epochs=1, finetune_epochs=2,\n"
+        "        batch_size=256, penalties=(1e-2,), methods=('random', 'wkmedoids'),\n"
+        f"        model_options={TINY!r})\n"
+        "    folder = pathlib.Path(sys.argv[1])\n"
+        "    with runner.exclusive(folder):\n"
+        "        studies.reproduce(preset, False, folder, 2)\n"
+    )
+    script = tmp_path / "study.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(folder: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, str(script), str(tmp_path / folder)], env=environment)
+
+    whole, killed = start("whole"), start("killed")
+    deadline = time.time() + 180
+    while not (tmp_path / "killed" / "base-seed0.json").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    time.sleep(1.5)  # for the workers to see it
+    assert start("killed").wait() == 0 and whole.wait() == 0
+    for path in (tmp_path / "whole").glob("*.json"):
+        one, other = results.read(path), results.read(tmp_path / "killed" / path.name)
+        assert one["metrics"] == other["metrics"] and one["cost"] == other["cost"]
+
+
+def test_one_study_a_folder(tmp_path: Path) -> None:
+    with runner.exclusive(tmp_path), pytest.raises(RuntimeError, match="another study writes to"):
+        with runner.exclusive(tmp_path):
+            pass
+
+
+def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
+    broken = dataclasses.replace(preset, learning_rate=1e30)
+    with pytest.raises(RuntimeError, match="run base-seed0 failed: the loss is"):
+        studies.reproduce(broken, full=False, folder=tmp_path, jobs=1)
+
+
+def test_other_settings_and_broken_files_are_named(tmp_path: Path) -> None:
+    run = training_run(epochs=1)
+    protocol.execute(run, tmp_path)
+    assert protocol.is_finished(run, tmp_path)
+    with pytest.raises(ValueError, match=r"another setting \(epochs was 1, now 2\)"):
+        protocol.is_finished(training_run(epochs=2), tmp_path)
+    protocol.result_path(run, tmp_path).write_text("{")
+    with pytest.raises(ValueError, match="train-x-seed0.json is no JSON file of a run"):
+        protocol.is_finished(run, tmp_path)
+    broken = tmp_path / "checkpoints" / "train-y-seed0.ckpt"
+    broken.write_bytes(b"half a checkpoint")
+    with pytest.raises(ValueError, match="cannot read checkpoint .*train-y-seed0.ckpt"):
+        protocol.execute(training_run(label="y"), tmp_path)
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    protocol.execute(training_run(epochs=1), tmp_path)
+    path = protocol.weights_path("train-x-seed0", tmp_path)
+    wider = training_run(start=str(path), model_options=TINY | {"embed_dim": 16})
+    with pytest.raises(ValueError, match="train-x-seed0.safetensors holds the weights of another model"):
+        protocol.build_model(wider, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing.safetensors"):
+        protocol.build_model(training_run(start="nothing"), tmp_path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="cannot read weights .*train-x-seed0.safetensors"):
+        protocol.build_model(training_run(start=str(path)), tmp_path)
+
+
+def test_checkpoints_with_code_in_them_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": Path("somewhere")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot read weights .*evil.pth"):
+        protocol.build_model(training_run(start=str(tmp_path / "evil.pth")), tmp_path)
+
+
+def test_classes_are_compared_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the data have 10 classes, but the model has 7"):
+        protocol.execute(training_run(model_options=TINY | {"num_classes": 7}), tmp_path)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "160", "PYTHONWARNINGS": "ignore"}
+    call = [sys.executable, "-m", "experiments", *arguments]
+    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_help_lists_methods_models_and_presets() -> None:
+    shown = " ".join(command("train", "--help").stdout.split())
+    for word in ("wkmedoids", "power_bert", "deit_e252_patch16_224", "Preset: digits", "Trainer"):
+        assert word in shown
+
+
+def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
+    model = [f"--model-option={key}={value}" for key, value in TINY.items()]
+    setting = ["--downsampler=wkmedoids", "--keep=9,4,0", "--option=iterations=3", *model]
+    train = ["train", "--epochs=1", "--batch-size=256", f"--output={tmp_path}", "--name=a", *setting]
+    first = command(*train, "--trainer=limit_train_batches=2")
+    assert first.returncode == 0, first.stderr
+    assert "of which clustering" in first.stdout
+    run = results.read(tmp_path / "train-a-seed0.json")
+    assert run["setting"]["keep"] == [9, 4, 0] and run["setting"]["options"] == {"iterations": 3}
+    assert "finished already" in command(*train).stdout
+    test = ["evaluate", "--model=deit_digits_patch2_16", "--data=digits", f"--output={tmp_path}", *setting]
+    second = command(*test, f"--weights={tmp_path}/weights/train-a-seed0.safetensors", "--name=b")
+    assert second.returncode == 0, second.stderr
+    assert results.read(tmp_path / "evaluate-b-seed0.json")["metrics"] == run["metrics"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["reproduce", "--preset=digit"], "unknown preset 'digit'; known are digits"),
+        (["train", "--downsampler=kmedoid", "--keep=1"], "unknown downsampler 'kmedoid'; known are none"),
+        (["train", "--downsampler=kmedoids", "--keep=1,2"], "keep has 2 entries, but the model has 6 blocks"),
+        (["train", "--downsampler=kmedoids", "--keep=1,x"], "--keep 1,x"),
+        (["train", "--downsampler=kmedoids", "--keep=deit_small:9"], "level = 9 must be a whole number in 0..7"),
+        (["train", "--model=deit"], "timm knows no model 'deit'"),
+        (["train", "--data=nowhere"], "no folder nowhere/val"),
+        (["train", "--trainer=devicse=2"], "Trainer does not take these options"),
+        (["train", "--option=init"], "'init' must have the form name=value"),
+        (["evaluate", "--model=deit_digits_patch2_16", "--data=digits"], "evaluate needs --weights FILE or --pretrained"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = command(*arguments, f"--output={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert f"error: {message}" in done.stderr or message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

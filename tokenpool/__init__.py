@@ -1,0 +1,25 @@
+"""Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
+
+from tokenpool import clustering, deit, flops, pareto, results, schedules
+from tokenpool.downsampling import METHODS, Downsampled, Downsampler
+from tokenpool.tracing import trace
+from tokenpool.version import __version__
+from tokenpool.vit import create_model, is_patched, patch, unpatch
+
+__all__ = [
+    "METHODS",
+    "Downsampled",
+    "Downsampler",
+    "__version__",
+    "clustering",
+    "create_model",
+    "deit",
+    "flops",
+    "is_patched",
+    "pareto",
+    "patch",
+    "results",
+    "schedules",
+    "trace",
+    "unpatch",
+]

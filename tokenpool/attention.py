@@ -1,0 +1,78 @@
+"""Attention that also yields significance scores, weighs keys by size, and can normalise queries and keys."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from torch import Tensor, nn
+
+
+class ScoredAttention(nn.Module):
+    """timm's `Attention` plus significance scores, proportional attention and l2-normalised queries and keys.
+
+    It adopts the submodules of a timm attention under their own names, so that parameters and checkpoints stay the
+    same. Only with a learned alpha is there one more parameter, `alpha`.
+
+    Args:
+        host: the timm attention to adopt.
+        qk_norm: None, or "l2" to normalise queries and keys to unit length and to use equation (6) with `alpha` as it
+            stands, instead of the factor 1 / sqrt(d) (Marin et al. 2021, appendix F).
+        alpha: the (initial) scalar alpha > 0 of equation (6), for `qk_norm="l2"`.
+        learn_alpha: make alpha a parameter.
+    """
+
+    def __init__(
+        self, host: TimmAttention, qk_norm: str | None = None, alpha: float = 1.0, learn_alpha: bool = False
+    ) -> None:
+        super().__init__()
+        for name, child in host.named_children():
+            self.add_module(name, child)
+        self.num_heads = host.num_heads
+        self.head_dim = host.head_dim
+        self.scale = host.scale
+        self.normalise = qk_norm == "l2"
+        if self.normalise:
+            reference = host.qkv.weight
+            alpha = torch.tensor(float(alpha), device=reference.device, dtype=reference.dtype)
+            self.alpha = nn.Parameter(alpha) if learn_alpha else float(alpha)
+
+    def forward(
+        self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: (B, N, D).
+            sizes: (B, N), the number of original tokens that each token stands for. Its log is added to the key's
+                logit: one token of size s then attracts what s equal tokens would (the paper's *carry*, appendix E;
+                *proportional attention* in Bolya et al. 2023). A token of size zero attracts nothing.
+            with_scores: also return the significance scores, equation (5).
+
+        Returns:
+            The output (B, N, D), and the scores (B, N) or None: the attention that each token receives, summed over
+            heads and queries; float32 or better, without gradient.
+        """
+        batch, n, _ = x.shape
+        gate = getattr(self, "gate", None)
+        qkv = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
+        q, k = self.q_norm(q), self.k_norm(k)
+        scale = self.scale
+        if self.normalise:
+            q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
+            scale = 1.0
+        bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None, :]  # (B, 1, 1, N)
+
+        if with_scores:
+            logits = (q * scale) @ k.mT  # (B, H, N, N)
+            attention = (logits if bias is None else logits + bias).softmax(dim=-1)
+            scores = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
+            out = self.attn_drop(attention).to(v.dtype) @ v  # (B, H, N, d)
+        else:
+            scores = None
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+        out = out.transpose(1, 2).reshape(batch, n, self.num_heads * self.head_dim)
+        out = self.norm(out) if hasattr(self, "norm") else out
+        out = out if gate is None else out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out)), scores

@@ -1,0 +1,242 @@
+"""Batched, weighted K-Means and K-Medoids: tensors in, tensors out, nothing known of transformers.
+
+Marin et al. 2021, Algorithm 1, equations (10)-(12) and appendix A. Every image of a batch is clustered on its own, at
+the same time as the others, without a Python loop over images, clusters or tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clusters(NamedTuple):
+    """K clusters of the N tokens of each image.
+
+    Attributes:
+        centers: (B, K, D), the weighted mean of each cluster's tokens.
+        assignment: (B, N) int64, the cluster in 0..K-1 that each token belongs to.
+    """
+
+    centers: Tensor
+    assignment: Tensor
+
+
+def kmeans(
+    tokens: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    init: Tensor | None = None,
+    iterations: int = 5,
+    check_values: bool = True,
+) -> Clusters:
+    """Weighted K-Means: alternate equations (14) and (15), which are (10) and (11) where all weights are 1.
+
+    Assignments are decided in float32 and without gradient; the returned means carry the gradient to the tokens. A
+    cluster that loses all its members (or whose members weigh nothing) stays where it was, and its output is that
+    centre. Iterating stops early once no centre moves in any image.
+
+    Args:
+        tokens: (B, N, D), finite.
+        k: number of clusters, 1..N.
+        weights: (B, N), not negative, not all zero in any image; only their ratios matter. Default: all equal.
+        init: initial centres, as token indices (B, K) or as points (B, K, D). Default: the K tokens of highest weight,
+            or K evenly spaced tokens where there are no weights.
+        iterations: the most updates of the centres, at least 1.
+        check_values: look for values that are not finite and for unusable weights. On a GPU the look costs a
+            synchronisation; inside `torch.compile` it is left out.
+
+    Raises:
+        ValueError: where an argument breaks the rules above; the message names it.
+    """
+    weights, init = _checked(tokens, k, weights, init, iterations, check_values)
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        points = _full_precision(tokens)
+        centers = _take(points, init) if init.dim() == 2 else init.to(points)
+        previous = centers
+        for _ in range(iterations):
+            previous = centers
+            assignment = _nearest_center(points, centers)
+            centers = _weighted_means(points, weights, assignment, previous)
+            if _unchanged(centers, previous):
+                break
+    return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
+
+
+def kmedoids(
+    tokens: Tensor,
+    k: int,
+    weights: Tensor | None = None,
+    init: Tensor | None = None,
+    iterations: int = 5,
+    check_values: bool = True,
+) -> Clusters:
+    """Weighted K-Medoids: alternate equations (16)-(18), which are (10) and (12) where all weights are 1.
+
+    The medoid of a cluster is that member which minimises the *weighted* sum of squared distances to the members of
+    its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distance matrix is
+    computed once. The output is the weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
+
+    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, save that `init`
+    holds token indices (B, K) only: a medoid is a token.
+    """
+    weights, init = _checked(tokens, k, weights, init, iterations, check_values)
+    if init.dim() != 2:
+        raise ValueError("init must hold token indices (B, K): a medoid is a token, not a free point")
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        distance = squared_distances(_full_precision(tokens))  # (B, N, N)
+        medoids = init
+        for _ in range(iterations):
+            previous = medoids
+            assignment = _nearest_medoid(distance, medoids)
+            medoids = _best_members(distance, weights, assignment, previous)
+            if _unchanged(medoids, previous):
+                break
+    return Clusters(_weighted_means(tokens, weights, assignment, _take(tokens, previous)), assignment)
+
+
+def objective(tokens: Tensor, centers: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted reconstruction error of tokens (B, N, D) by the nearest of the centers (B, K, D): (B,).
+
+    Objective (13); with `weights=None` equation (9). Computed from differences, so that zero is exactly zero.
+    """
+    nearest = _take(centers, _nearest_center(_full_precision(tokens), _full_precision(centers)))
+    error = (tokens - nearest).square().sum(-1)  # (B, N)
+    return (error if weights is None else error * weights).sum(-1)
+
+
+def squared_distances(points: Tensor) -> Tensor:
+    """Squared Euclidean distances between the points (B, N, D) of each image: (B, N, N), zero on the diagonal."""
+    points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
+    product = torch.bmm(points, points.mT)  # (B, N, N)
+    norm = product.diagonal(dim1=1, dim2=2)  # (B, N)
+    distance = torch.add(norm[:, None, :], product, alpha=-2).add_(norm[:, :, None]).clamp_(min=0)
+    distance.diagonal(dim1=1, dim2=2).zero_()  # so that every token is nearest to itself
+    return distance
+
+
+def highest(weights: Tensor, k: int) -> Tensor:
+    """Indices (B, K) of the K highest of the weights (B, N), highest first; the earlier token wins a tie."""
+    return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+
+def _nearest_center(points: Tensor, centers: Tensor) -> Tensor:
+    """Index of the nearest center (B, K, D) for each point (B, N, D), the lowest in a tie: (B, N)."""
+    offset = points.mean(dim=1, keepdim=True)
+    points, centers = points - offset, centers - offset
+    # The squared length of the point itself is the same for all centres and left out.
+    distance = torch.add(centers.square().sum(-1)[:, :, None], torch.bmm(centers, points.mT), alpha=-2)
+    return distance.min(dim=1).indices
+
+
+def _nearest_medoid(distance: Tensor, medoids: Tensor) -> Tensor:
+    """Index of the nearest medoid (B, K) for each token of the distance matrix (B, N, N), lowest in a tie: (B, N)."""
+    return _take(distance, medoids).min(dim=1).indices
+
+
+def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
+    """The medoid of each cluster, `previous` (B, K) where a cluster has no weight: (B, K)."""
+    batch, n = assignment.shape
+    k = previous.shape[1]
+    cost = _cluster_sums(distance, weights, assignment, k).gather(1, assignment[:, None, :]).squeeze(1)  # (B, N)
+    lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
+    candidate = torch.where(cost == lowest.gather(1, assignment), torch.arange(n, device=cost.device), n)
+    best = assignment.new_full((batch, k), n).scatter_reduce(1, assignment, candidate, "amin")
+    return torch.where(_cluster_weights(weights, assignment, k) > 0, best, previous)
+
+
+def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, otherwise: Tensor) -> Tensor:
+    """Weighted mean (B, K, D) of each cluster's tokens; `otherwise` (B, K, D) where a cluster has no weight."""
+    k = otherwise.shape[1]
+    with torch.autocast(tokens.device.type, enabled=False):
+        total = _cluster_weights(weights, assignment, k)  # (B, K)
+        share = weights / torch.where(total > 0, total, 1).gather(1, assignment)  # (B, N)
+        means = _cluster_sums(_full_precision(tokens), share, assignment, k)
+        return torch.where(total[:, :, None] > 0, means, otherwise.to(means.dtype)).to(tokens.dtype)
+
+
+def _cluster_weights(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
+    return weights.new_zeros(len(weights), k).scatter_add(1, assignment, weights)  # (B, K)
+
+
+def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Weighted sum of the rows of values (B, N, E) over each cluster: (B, K, E)."""
+    batch, n, width = values.shape
+    if values.is_cuda:  # index_add_ is not repeatable there: the order of its additions is left to chance
+        share = weights.new_zeros(batch, k, n).scatter(1, assignment[:, None, :], weights[:, None, :])
+        return torch.bmm(share.to(values.dtype), values)
+    rows = (values * weights[:, :, None]).reshape(batch * n, width)
+    return rows.new_zeros(batch * k, width).index_add(0, _flat(assignment, k), rows).view(batch, k, width)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of the values (B, N, E) of each image: (B, K, E)."""
+    batch, n, width = values.shape
+    return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, -1, width)
+
+
+def _flat(index: Tensor, size: int) -> Tensor:
+    """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
+    return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
+
+
+def _unchanged(new: Tensor, old: Tensor) -> bool:
+    """Whether iterating may stop. A fixed point stays one, so going on changes nothing where the answer has a price:
+    inside a compiled or traced graph it cannot be asked, and on a GPU it would stall the queue."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or new.is_cuda:
+        return False
+    return torch.equal(new, old)
+
+
+def _full_precision(tokens: Tensor) -> Tensor:
+    return tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
+
+
+def _checked(
+    tokens: Tensor, k: int, weights: Tensor | None, init: Tensor | None, iterations: int, check_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of `kmeans` and `kmedoids`; return weights (B, N), at most 1, and initial centres."""
+    if tokens.dim() != 3 or not tokens.is_floating_point():
+        raise ValueError(f"tokens must be floating point of shape (B, N, D), got {tokens.dtype} {tuple(tokens.shape)}")
+    batch, n, width = tokens.shape
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise ValueError(f"k = {k} must be a whole number in 1..{n}, the number of tokens")
+    if iterations < 1:
+        raise ValueError(f"iterations = {iterations} must be at least 1")
+    if weights is not None and weights.shape != (batch, n):
+        raise ValueError(f"weights must have shape (B, N) = {(batch, n)}, got {tuple(weights.shape)}")
+    if init is not None:
+        shape = (batch, k, width) if init.is_floating_point() else (batch, k)
+        if init.shape != shape:
+            raise ValueError(f"init must have shape {shape}, got {tuple(init.shape)}")
+    if check_values and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        _check_values(tokens, weights, init)
+
+    precision = _full_precision(tokens).dtype
+    if weights is None:
+        indices = torch.arange(k, device=tokens.device).mul(n).div(k, rounding_mode="floor").expand(batch, k)
+        return tokens.new_ones(batch, n, dtype=precision), indices if init is None else init
+    weights = weights.detach().to(precision)
+    largest = weights.amax(dim=1, keepdim=True).clamp(min=torch.finfo(precision).tiny)
+    weights = weights / largest  # no overflow in sums, no underflow in means
+    return weights, highest(weights, k) if init is None else init
+
+
+def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -> None:
+    # The sum is finite only if every token is: one pass instead of several, and the exact look only in need.
+    if not tokens.sum(dtype=torch.float64).isfinite() and not tokens.isfinite().all():
+        image = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"tokens must be finite, but those of image {image} of the batch hold NaN or infinity")
+    if weights is not None:
+        good = (weights.isfinite() & (weights >= 0)).all(1) & (weights > 0).any(1)  # (B,)
+        if not good.all():
+            image = int((~good).nonzero()[0])
+            raise ValueError(
+                "weights must be finite, not negative, and not all zero, "
+                f"but those of image {image} of the batch lie in {weights[image].min():g}..{weights[image].max():g}"
+            )
+    if init is not None and not init.is_floating_point():
+        if init.numel() and (init.min() < 0 or init.max() >= tokens.shape[1]):
+            raise ValueError(f"init must hold token indices in 0..{tokens.shape[1] - 1}")
+    elif init is not None and not init.isfinite().all():
+        raise ValueError("init must be finite")

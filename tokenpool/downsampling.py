@@ -1,0 +1,290 @@
+"""The paper's downsampling methods, all behind one contract.
+
+A downsampler gets the patch tokens of a block and their significance scores, and returns fewer tokens together with
+the output token that each input token went to. It knows nothing of class tokens, sizes, or the rest of the network.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenpool import clustering, schedules
+
+
+class Downsampled(NamedTuple):
+    """What a downsampler returns.
+
+    Attributes:
+        tokens: (B, K, D), the tokens that go on.
+        assignment: (B, N) int64, for each input token the output token that it went to, -1 where it was dropped.
+    """
+
+    tokens: Tensor
+    assignment: Tensor
+
+
+class Host(NamedTuple):
+    """What a downsampler may need to know of the model that it is built into."""
+
+    depth: int
+    width: int
+    grid: tuple[int, int]
+    prefix: int  # tokens that are no patches: class, register, distillation
+
+
+class Downsampler(nn.Module):
+    """At most `keep` of N tokens go on. With `keep >= N` nothing happens, with `keep = 0` all are dropped.
+
+    Attributes:
+        uses_scores: whether `forward` needs significance scores.
+    """
+
+    uses_scores = True
+
+    def __init__(self, keep: int) -> None:
+        super().__init__()
+        self.keep = keep
+
+    @classmethod
+    def for_blocks(cls, host: Host, keep: Sequence[int] | None, **options: Any) -> list["Downsampler | None"]:
+        """One downsampler for each block of the host, None for a block that has none."""
+        if keep is None:
+            raise ValueError(f"{cls.__name__} needs keep, a list of {host.depth} whole numbers, one a block")
+        keep = schedules.checked(keep, host.depth)
+        if host.prefix == 0 and 0 in keep:
+            raise ValueError(f"keep[{keep.index(0)}] = 0 would leave no token: the model has no class token")
+        return [cls(limit, **options) for limit in keep]
+
+    def acts_on(self, n: int) -> bool:
+        """Whether anything happens to n tokens."""
+        return n > self.keep
+
+    def forward(self, tokens: Tensor, scores: Tensor | None = None) -> Downsampled:
+        """Downsample tokens (B, N, D) by their scores (B, N)."""
+        batch, n, _ = tokens.shape
+        if not self.acts_on(n):
+            return Downsampled(tokens, torch.arange(n, device=tokens.device).expand(batch, n))
+        if self.keep == 0:
+            return Downsampled(tokens[:, :0], torch.full((batch, n), -1, device=tokens.device))
+        return self.reduce(tokens, scores)
+
+    def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
+        """Reduce N tokens to 0 < K < N."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}"
+
+
+class Selection(Downsampler):
+    """Keep the K tokens of highest priority, in their order, and drop the others."""
+
+    def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
+        batch, n, width = tokens.shape
+        chosen = clustering.highest(self.priority(tokens, scores), self.keep).sort(dim=-1).values  # (B, K)
+        kept = tokens.gather(1, chosen[:, :, None].expand(-1, -1, width))  # (B, K, D)
+        order = torch.arange(self.keep, device=tokens.device).expand(batch, -1)
+        assignment = torch.full((batch, n), -1, device=tokens.device).scatter(1, chosen, order)
+        return Downsampled(kept, assignment)
+
+    def priority(self, tokens: Tensor, scores: Tensor | None) -> Tensor:
+        """Priorities (B, N), the higher the better."""
+        raise NotImplementedError
+
+
+class PowerBert(Selection):
+    """PoWER-BERT: the K tokens of highest significance score, equation (5) (Goyal et al. 2020)."""
+
+    def priority(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        return scores
+
+
+class Random(Selection):
+    """K tokens at random, without replacement.
+
+    Training draws from PyTorch's global generator, anew for every image. Evaluation uses one fixed draw for each number
+    of tokens, the same for every image, so that it is repeatable and no image depends on its batch. A `generator`, if
+    given, is used in both and draws anew for every image.
+
+    Args:
+        keep: the most tokens that go on.
+        seed: of the fixed draw.
+        generator: to draw from.
+    """
+
+    uses_scores = False
+
+    def __init__(self, keep: int, seed: int = 0, generator: torch.Generator | None = None) -> None:
+        super().__init__(keep)
+        self.seed = seed
+        self.generator = generator
+
+    def priority(self, tokens: Tensor, scores: Tensor | None) -> Tensor:
+        return uniform(tokens, self.training, self.seed, self.generator)
+
+
+class Importance(Random):
+    """K tokens without replacement, drawn with probability proportional to the significance score.
+
+    Successive draws from the categorical distribution are the K highest of log score + Gumbel noise. The noise comes
+    from where that of `Random` comes from.
+    """
+
+    uses_scores = True
+
+    def priority(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        noise = uniform(tokens, self.training, self.seed, self.generator).clamp(min=torch.finfo(torch.float32).tiny)
+        return scores.log() - (-noise.log()).log()
+
+
+class TokenPooling(Downsampler):
+    """Token Pooling: cluster the tokens, go on with the weighted mean of each cluster (Algorithm 1).
+
+    Args:
+        keep: the most clusters.
+        init: initial centres: "scores", the tokens of highest significance score, or "random" (Figure 6), drawn as in
+            `Random`.
+        iterations: the most iterations.
+        seed: for `init="random"`.
+        generator: for `init="random"`.
+    """
+
+    weighted = False
+    algorithm = staticmethod(clustering.kmedoids)
+
+    def __init__(
+        self,
+        keep: int,
+        init: str = "scores",
+        iterations: int = 5,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(keep)
+        if init not in ("scores", "random"):
+            raise ValueError(f'init = {init!r} must be "scores" or "random"')
+        if iterations < 1:
+            raise ValueError(f"iterations = {iterations} must be at least 1")
+        self.init = init
+        self.iterations = iterations
+        self.seed = seed
+        self.generator = generator
+
+    def reduce(self, tokens: Tensor, scores: Tensor) -> Downsampled:
+        priority = scores
+        if self.init == "random":
+            priority = uniform(tokens, self.training, self.seed, self.generator)
+        clusters = self.algorithm(
+            tokens,
+            self.keep,
+            weights=scores if self.weighted else None,
+            init=clustering.highest(priority, self.keep),
+            iterations=self.iterations,
+            check_values=not tokens.is_cuda,  # no synchronisation in every block
+        )
+        return Downsampled(clusters.centers, clusters.assignment)
+
+
+class KMedoids(TokenPooling):
+    """Token Pooling with K-Medoids, equations (10) and (12)."""
+
+
+class KMeans(TokenPooling):
+    """Token Pooling with K-Means, equations (10) and (11)."""
+
+    algorithm = staticmethod(clustering.kmeans)
+
+
+class WKMedoids(KMedoids):
+    """Token Pooling with K-Medoids weighted by the significance scores, objective (13)."""
+
+    weighted = True
+
+
+class WKMeans(KMeans):
+    """Token Pooling with K-Means weighted by the significance scores, objective (13)."""
+
+    weighted = True
+
+
+class Convolution(Downsampler):
+    """2x2 convolution with stride 2 on the token grid, width to width (appendix D).
+
+    An odd last row or column of the grid is dropped, so that 14 x 14 tokens become 7 x 7, 3 x 3 and 1 x 1: "no more
+    than 3 convolution downsampling layers". The kernel starts as the mean of its four tokens, which leaves a trained
+    model something to go on from.
+    """
+
+    uses_scores = False
+
+    def __init__(self, width: int, grid: tuple[int, int]) -> None:
+        super().__init__(keep=(grid[0] // 2) * (grid[1] // 2))
+        self.grid = grid
+        self.convolution = nn.Conv2d(width, width, kernel_size=2, stride=2)
+        with torch.no_grad():
+            self.convolution.weight.copy_(torch.eye(width)[:, :, None, None].expand(-1, -1, 2, 2) / 4)
+            self.convolution.bias.zero_()
+
+    @classmethod
+    def for_blocks(cls, host: Host, keep: Sequence[int] | None, at: Sequence[int] = ()) -> list["Downsampler | None"]:
+        """Convolutions at the blocks `at`, which count from 0."""
+        if keep is not None:
+            raise ValueError("convolution takes no keep: it quarters the tokens at the blocks at=[...]")
+        at = list(at)
+        if not at or sorted(set(at)) != at or not all(0 <= block < host.depth for block in at):
+            raise ValueError(f"at = {at} must list different blocks in ascending order, each in 0..{host.depth - 1}")
+        layers, (height, width) = [None] * host.depth, host.grid
+        for block in at:
+            if min(height, width) < 2:
+                raise ValueError(f"at = {at}: only {height} x {width} tokens are left for the one at block {block}")
+            layers[block] = cls(host.width, (height, width))
+            height, width = height // 2, width // 2
+        return layers
+
+    def acts_on(self, n: int) -> bool:
+        return True
+
+    def forward(self, tokens: Tensor, scores: Tensor | None = None) -> Downsampled:
+        batch, n, channels = tokens.shape
+        height, width = self.grid
+        if n != height * width:
+            raise ValueError(f"convolution expects {height} x {width} = {height * width} tokens, got {n}")
+        out = self.convolution(tokens.transpose(1, 2).reshape(batch, channels, height, width))  # (B, D, H/2, W/2)
+        row = torch.arange(height, device=tokens.device)[:, None] // 2  # (H, 1)
+        column = torch.arange(width, device=tokens.device)[None, :] // 2  # (1, W)
+        target = row * (width // 2) + column  # (H, W)
+        target = torch.where((row < height // 2) & (column < width // 2), target, -1)
+        return Downsampled(out.flatten(2).transpose(1, 2), target.flatten().expand(batch, n))
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}"
+
+
+METHODS: dict[str, type[Downsampler] | None] = {
+    "none": None,
+    "convolution": Convolution,
+    "power_bert": PowerBert,
+    "random": Random,
+    "importance": Importance,
+    "kmeans": KMeans,
+    "kmedoids": KMedoids,
+    "wkmeans": WKMeans,
+    "wkmedoids": WKMedoids,
+}
+
+
+def uniform(tokens: Tensor, training: bool, seed: int, generator: torch.Generator | None) -> Tensor:
+    """Numbers (B, N) in [0, 1) for the tokens (B, N, D); `Random` says where they come from."""
+    batch, n, _ = tokens.shape
+    if generator is not None:
+        return torch.rand(batch, n, generator=generator, device=generator.device).to(tokens.device)
+    if training:
+        return torch.rand(batch, n, device=tokens.device)
+    return _fixed_draw(int(n), seed).to(tokens.device).expand(batch, n)
+
+
+@torch.compiler.assume_constant_result
+def _fixed_draw(n: int, seed: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + n))

@@ -1,0 +1,201 @@
+"""What a model costs, in multiply-adds: fvcore's count plus fused attention, with the clustering set apart.
+
+One multiply-add counts as one FLOP, as in fvcore and in the paper. Convolutions and matrix products count; LayerNorm,
+GELU, softmax, sums, sorting and copying do not.
+"""
+
+import copy
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import (
+    addmm_flop_jit,
+    bmm_flop_jit,
+    conv_flop_jit,
+    einsum_flop_jit,
+    get_shape,
+    linear_flop_jit,
+    matmul_flop_jit,
+)
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from tokenpool import schedules
+
+PARTS = ("softmax_attention", "qkv_projections", "o_projection", "mlp", "patch_embedding", "head", "clustering")
+
+
+def fused_attention_flop_jit(inputs: list[Any], outputs: list[Any]) -> int:
+    """Multiply-adds of `aten::scaled_dot_product_attention`: Q K^T and A V, which fvcore does not know."""
+    query, key, value = (get_shape(tensor) for tensor in inputs[:3])
+    pairs = query[-2] * key[-2]
+    for size in query[:-2]:
+        pairs *= size
+    return pairs * (query[-1] + value[-1])
+
+
+COUNTED = {
+    "aten::_convolution": conv_flop_jit,
+    "aten::addmm": addmm_flop_jit,
+    "aten::bmm": bmm_flop_jit,
+    "aten::einsum": einsum_flop_jit,
+    "aten::linear": linear_flop_jit,
+    "aten::matmul": matmul_flop_jit,
+    "aten::mm": matmul_flop_jit,
+    "aten::scaled_dot_product_attention": fused_attention_flop_jit,
+}
+
+# Known, and free by the paper's convention: elementwise, reducing, sorting, indexing and reshaping operators.
+FREE = {
+    f"aten::{name}"
+    for name in """
+    abs add add_ all amax amin any arange argmax argmin argsort bernoulli_ bitwise_and bitwise_not broadcast_tensors cat
+    ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum detach diagonal div div_
+    dropout empty empty_like eq exp expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu
+    gt index index_add index_copy index_put index_put_ index_select layer_norm le linalg_vector_norm linspace log
+    logical_and logical_not lt mT masked_fill masked_fill_ max maximum mean min minimum movedim mul mul_ narrow ne neg
+    new_empty new_full new_ones new_zeros norm normal_ ones ones_like pad permute pow prod rand rand_like randn rand
+    reciprocal relu repeat repeat_interleave reshape rms_norm round rsqrt rsub scatter scatter_add scatter_reduce select
+    sigmoid silu slice softmax sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh to topk
+    transpose tril triu type_as unbind unflatten unsqueeze var view view_as where zero_ zeros zeros_like
+    """.split()
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Multiply-adds of one image's forward pass, in units of 10^9.
+
+    Attributes:
+        parts: what each part costs; the keys are `PARTS`, "convolution" for that downsampler, and "other" for the
+            rest of an unusual model.
+    """
+
+    parts: dict[str, float]
+
+    @property
+    def gmacs(self) -> float:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def clustering_gmacs(self) -> float:
+        """What clustering adds."""
+        return self.parts["clustering"]
+
+    @property
+    def backbone_gmacs(self) -> float:
+        """All but clustering."""
+        return self.gmacs - self.clustering_gmacs
+
+
+def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clustering: bool = False) -> Count:
+    """Count the multiply-adds of one image's forward pass through a (patched) timm VisionTransformer.
+
+    Clustering that runs is counted: N^2 D for K-Medoids' distance matrix, at most `iterations` times K N D for
+    K-Means, at those blocks where tokens are clustered. Early stopping of K-Means is not counted on.
+
+    Args:
+        model: any model whose operators are known; it is copied, and stays as it is.
+        image_size: height and width in pixels. Default: the size that the model is built for.
+        idle_clustering: count clustering as the paper's tables do instead: K-Medoids' distance matrix at all blocks,
+            also where nothing is clustered. `paper_clustering_macs` states the rule.
+
+    Raises:
+        ValueError: if the model runs an operator that is neither counted nor known to be free; the message names it.
+    """
+    copied = copy.deepcopy(model).cpu().float().eval()
+    height, width = image_size or copied.patch_embed.img_size
+    channels = copied.patch_embed.proj.in_channels
+    macs = _macs_by_part(copied, torch.zeros(1, channels, height, width))
+    if idle_clustering and hasattr(copied.blocks, "setting") and copied.blocks.setting.keep is not None:
+        setting = copied.blocks.setting
+        tokens = (height // copied.patch_embed.patch_size[0]) * (width // copied.patch_embed.patch_size[1])
+        macs["clustering"] = paper_clustering_macs(setting.downsampler, setting.keep, tokens, copied.embed_dim)
+    return Count({part: total / 1e9 for part, total in macs.items()})
+
+
+def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, width: int) -> int:
+    """Multiply-adds of clustering, by the rule that reproduces the paper's Tables 2-5.
+
+    K-Medoids: N^2 D at every block, with N the tokens that enter its downsampler, whether or not anything is clustered.
+    K-Means: 5 K N D at the blocks that do cluster. Other methods: nothing.
+
+    Args:
+        downsampler: name of the method.
+        keep: retention schedule.
+        tokens: patch tokens of the image.
+        width: D.
+    """
+    kept = schedules.tokens_kept(keep, tokens)
+    entering = [tokens, *kept[:-1]]
+    if downsampler in ("kmedoids", "wkmedoids"):
+        return sum(n * n * width for n in entering)
+    if downsampler in ("kmeans", "wkmeans"):
+        return sum(5 * k * n * width for n, k in zip(entering, kept, strict=True) if k < n)
+    return 0
+
+
+class FlopsCallback(Callback):
+    """Counts the model at the start of a fit and logs `gmacs`, `backbone_gmacs`, `clustering_gmacs` and the parts.
+
+    The module must hold the network as `model`. The count is at hand as `callback.count` afterwards.
+    """
+
+    count: Count | None = None
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.count = count(module.model)
+        figures = {
+            "gmacs": self.count.gmacs,
+            "backbone_gmacs": self.count.backbone_gmacs,
+            "clustering_gmacs": self.count.clustering_gmacs,
+        } | {f"gmacs/{part}": value for part, value in self.count.parts.items()}
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(figures, step=0)
+
+
+def _macs_by_part(model: nn.Module, images: torch.Tensor) -> Counter[str]:
+    analysis = FlopCountAnalysis(model, images)
+    analysis.clear_op_handles()
+    analysis.set_op_handle(**COUNTED, **dict.fromkeys(FREE))
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that shapes are fixed by tracing is what is wanted here
+        by_module = analysis.by_module()
+    unknown = analysis.unsupported_ops()
+    if unknown:
+        raise ValueError(
+            f"cannot count {', '.join(sorted(unknown))}: neither a counted nor a known free operator. "
+            "Add it to tokenpool.flops.COUNTED or tokenpool.flops.FREE"
+        )
+
+    macs = Counter(dict.fromkeys(PARTS, 0))
+    for name, module in model.named_modules():
+        own = by_module[name] - sum(by_module[f"{name}.{child}".lstrip(".")] for child, _ in module.named_children())
+        if own:
+            macs[_part(name)] += own
+    return macs
+
+
+def _part(name: str) -> str:
+    """The part that a module belongs to, by its name in a timm VisionTransformer."""
+    for pattern, part in (
+        (r"patch_embed", "patch_embedding"),
+        (r"blocks\.\d+\.attn\.(qkv|gate)", "qkv_projections"),
+        (r"blocks\.\d+\.attn\.proj", "o_projection"),
+        (r"blocks\.\d+\.attn$", "softmax_attention"),
+        (r"blocks\.\d+\.mlp", "mlp"),
+        (r"blocks\.\d+\.downsampler\.convolution", "convolution"),
+        (r"blocks\.\d+\.downsampler", "clustering"),
+        (r"head|attn_pool|fc_norm", "head"),
+    ):
+        if re.match(pattern, name):
+            return part
+    return "other"

@@ -1,0 +1,91 @@
+"""Finished runs as JSON files, one run one file, and as a DataFrame, one row a run."""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+SECTIONS = ("setting", "metrics", "cost")
+
+
+def save(run: dict[str, Any], path: str | Path) -> None:
+    """Write a finished run, atomically: the file is there whole or not at all.
+
+    Args:
+        run: JSON values, with the keys "setting", "metrics" and "cost" (dictionaries) and any others.
+        path: of the file to write; its folder is made if need be.
+    """
+    _check(run, path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(run, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """One finished run.
+
+    Raises:
+        ValueError: if the file is no result of a run; the message names it.
+    """
+    try:
+        run = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON file of a run ({error}); delete it to have the run made again") from error
+    _check(run, path)
+    return run
+
+
+def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
+    """All finished runs of a folder, one row a run.
+
+    The columns are the entries of the run's setting, metrics and cost, and `run`, the name of its file.
+
+    Args:
+        folder: with one JSON file a run.
+        skip_broken: warn of a broken file, and go on with the others, instead of raising.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if it holds no run, or a file that is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of results at {folder}")
+    rows = list(_rows(sorted(folder.glob("*.json")), skip_broken))
+    if not rows:
+        raise ValueError(f"{folder} holds no results: expected one JSON file a run")
+    return pd.DataFrame(rows)
+
+
+def _rows(paths: Iterable[Path], skip_broken: bool) -> Iterable[dict[str, Any]]:
+    for path in paths:
+        try:
+            run = read(path)
+        except ValueError as error:
+            if not skip_broken:
+                raise
+            warnings.warn(str(error), stacklevel=3)
+            continue
+        yield {"run": path.stem} | run["setting"] | run["metrics"] | run["cost"]
+
+
+def _check(run: Any, path: str | Path) -> None:
+    missing = [key for key in SECTIONS if not isinstance(run, dict) or not isinstance(run.get(key), dict)]
+    if missing:
+        raise ValueError(f"{path} is no result of a run: it lacks {', '.join(missing)}")

@@ -1,0 +1,84 @@
+"""Retention schedules K = (K_1 .. K_L): how many patch tokens remain, at most, after the attention of each block.
+
+The class token is not counted: 0 means that it alone remains.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+# Marin et al. 2021, Tables 3-5, sparsity levels 0 to 7. The printed DeiT-S level 0 has only eleven entries; the
+# twelfth, 173, reproduces its printed GFLOPs.
+_PAPER = {
+    "deit_small": (
+        (196, 196, 195, 194, 189, 180, 173, 173, 173, 173, 173, 173),
+        (196, 195, 193, 188, 169, 140, 121, 110, 73, 38, 7, 0),
+        (196, 195, 190, 177, 141, 108, 84, 69, 35, 18, 3, 0),
+        (196, 194, 187, 163, 118, 85, 58, 47, 20, 12, 2, 0),
+        (196, 193, 179, 142, 97, 64, 46, 34, 13, 9, 1, 0),
+        (194, 183, 142, 89, 41, 20, 10, 7, 0, 0, 0, 0),
+        (186, 162, 102, 56, 13, 4, 2, 2, 0, 0, 0, 0),
+        (162, 129, 66, 33, 4, 1, 1, 0, 0, 0, 0, 0),
+    ),
+    "deit_e318": (
+        (196, 196, 196, 194, 192, 184, 181, 181, 170, 170, 170, 170),
+        (196, 195, 195, 190, 171, 147, 132, 122, 66, 43, 15, 0),
+        (196, 195, 193, 180, 143, 109, 92, 77, 40, 21, 4, 0),
+        (196, 195, 190, 165, 119, 84, 65, 50, 26, 14, 3, 0),
+        (196, 194, 184, 149, 97, 65, 47, 33, 12, 9, 2, 0),
+        (196, 186, 153, 93, 40, 15, 12, 9, 0, 0, 0, 0),
+        (193, 173, 109, 52, 16, 4, 4, 4, 0, 0, 0, 0),
+        (183, 145, 80, 33, 5, 1, 1, 2, 0, 0, 0, 0),
+    ),
+    "deit_e252": (
+        (196, 196, 196, 195, 193, 189, 177, 177, 177, 177, 177, 177),
+        (196, 196, 195, 189, 176, 161, 123, 122, 76, 48, 17, 0),
+        (196, 196, 193, 179, 154, 123, 88, 79, 39, 22, 5, 0),
+        (196, 195, 188, 167, 131, 96, 63, 52, 13, 11, 2, 0),
+        (196, 194, 181, 147, 111, 75, 48, 36, 5, 7, 2, 0),
+        (196, 187, 129, 88, 54, 20, 10, 10, 0, 1, 0, 0),
+        (194, 163, 83, 44, 22, 6, 1, 3, 0, 0, 0, 0),
+        (188, 122, 58, 28, 12, 2, 0, 2, 0, 0, 0, 0),
+    ),
+}
+
+
+def paper(model: str, level: int) -> list[int]:
+    """The paper's schedule for `model` ("deit_small", "deit_e318" or "deit_e252") at sparsity level 0..7.
+
+    Twelve blocks, 196 patch tokens. Source: Marin et al. 2021, Tables 3, 4 and 5.
+
+    Raises:
+        ValueError: for a model or level that the paper has no schedule for.
+    """
+    if model not in _PAPER:
+        raise ValueError(f"the paper has no schedule for {model!r}; it has {', '.join(_PAPER)}")
+    if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < len(_PAPER[model]):
+        raise ValueError(f"level = {level} must be a whole number in 0..{len(_PAPER[model]) - 1}")
+    return list(_PAPER[model][level])
+
+
+def tokens_kept(keep: Sequence[int], tokens: int) -> list[int]:
+    """Tokens that really remain after each block: a schedule that rises brings no token back."""
+    kept = []
+    for limit in keep:
+        tokens = min(tokens, limit)
+        kept.append(tokens)
+    return kept
+
+
+def checked(keep: Sequence[int], depth: int) -> list[int]:
+    """`keep` as a list of Python integers, one for each of `depth` blocks.
+
+    Raises:
+        ValueError: for another length, or for an entry that is negative or no whole number; the message names it.
+    """
+    if isinstance(keep, str) or not hasattr(keep, "__len__"):
+        raise ValueError(f"keep = {keep!r} must be a list of {depth} whole numbers, one a block")
+    if len(keep) != depth:
+        raise ValueError(f"keep has {len(keep)} entries, but the model has {depth} blocks: give one entry a block")
+    for block, limit in enumerate(keep):
+        if isinstance(limit, bool) or not isinstance(limit, Integral):
+            raise ValueError(f"keep[{block}] = {limit!r} must be a whole number")
+        if limit < 0:
+            raise ValueError(f"keep[{block}] = {limit} must not be negative")
+    return [int(limit) for limit in keep]

@@ -1,0 +1,255 @@
+"""timm's vision transformers with a downsampler between the attention and the MLP of each block."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from tokenpool.attention import ScoredAttention
+from tokenpool.downsampling import METHODS, Downsampler, Host
+
+
+class Stream(NamedTuple):
+    """What travels from block to block.
+
+    Attributes:
+        tokens: (B, P + N, D), P prefix tokens (class, register, distillation) and N patch tokens.
+        sizes: (B, P + N), the number of original tokens that each stands for; None where sizes are not carried.
+    """
+
+    tokens: Tensor
+    sizes: Tensor | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model was patched: the arguments of `patch`."""
+
+    downsampler: str
+    keep: tuple[int, ...] | None
+    carry: bool
+    qk_norm: str | None = None
+    alpha: float = 1.0
+    learn_alpha: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class PooledBlock(nn.Module):
+    """timm's `Block` with a downsampler between attention and MLP (Marin et al. 2021, section 4).
+
+    It adopts the submodules of a timm block under their own names, so that checkpoints stay the same.
+    """
+
+    def __init__(self, host: Block, attention: ScoredAttention, downsampler: Downsampler | None, prefix: int) -> None:
+        super().__init__()
+        for name, child in host.named_children():
+            self.add_module(name, attention if name == "attn" else child)
+        self.downsampler = downsampler
+        self.prefix = prefix
+
+    def forward(self, stream: Stream) -> Stream:
+        if not isinstance(stream, Stream):
+            raise TypeError(
+                "a pooled block was called on its own: gradient checkpointing, attention masks, features_only and "
+                "forward_intermediates of timm need a plain model; call tokenpool.unpatch first"
+            )
+        tokens, sizes = stream
+        downsampler = self.downsampler
+        if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - self.prefix):
+            downsampler = None
+
+        with_scores = downsampler is not None and downsampler.uses_scores
+        attended, scores = self.attn(self.norm1(tokens), sizes, with_scores)
+        tokens = tokens + self.drop_path1(self.ls1(attended))  # (B, P + N, D)
+        if downsampler is not None:
+            kept, assignment = downsampler(tokens[:, self.prefix :], scores[:, self.prefix :] if with_scores else None)
+            if sizes is not None:
+                sizes = torch.cat([sizes[:, : self.prefix], merged_sizes(sizes[:, self.prefix :], assignment, kept)], 1)
+            tokens = torch.cat([tokens[:, : self.prefix], kept], dim=1)  # (B, P + K, D)
+        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        return Stream(tokens, sizes)
+
+
+class PooledBlocks(nn.Sequential):
+    """The blocks of a patched model: timm calls it with tokens (B, P + N, D) and gets tokens (B, P + K, D) back."""
+
+    def __init__(self, blocks: Sequence[PooledBlock], setting: Setting, hosts: Sequence[Block]) -> None:
+        super().__init__(*blocks)
+        self.setting = setting
+        self.hosts = tuple(hosts)  # a tuple, so that they are no submodules: `unpatch` puts them back
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.setting.carry else None
+        stream = Stream(tokens, sizes)
+        for block in self:
+            stream = block(stream)
+        return stream.tokens
+
+
+def merged_sizes(sizes: Tensor, assignment: Tensor, kept: Tensor) -> Tensor:
+    """Sizes (B, K) of the kept tokens from the sizes (B, N) of those assigned to them; dropped ones are not carried."""
+    batch, k = kept.shape[:2]
+    bins = sizes.new_zeros(batch, k + 1)  # the first for the dropped, whose assignment is -1
+    return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]
+
+
+def patch(
+    model: VisionTransformer,
+    downsampler: str | type[Downsampler],
+    keep: Sequence[int] | None = None,
+    *,
+    carry: bool = True,
+    qk_norm: str | None = None,
+    alpha: float = 1.0,
+    learn_alpha: bool = False,
+    **options: Any,
+) -> VisionTransformer:
+    """Put downsamplers into a timm VisionTransformer, in place. A model that is patched already is patched anew.
+
+    Parameter-free methods leave `state_dict()` as it is, key for key.
+
+    Args:
+        model: any `timm.models.vision_transformer.VisionTransformer` of standard blocks.
+        downsampler: a name in `tokenpool.downsampling.METHODS`, or a class of your own that keeps its contract.
+        keep: retention schedule: `keep[l]` patch tokens remain, at most, after the attention of block l.
+        carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
+            log added to its key's logits (appendix E; *proportional attention* in Bolya et al. 2023). It makes up for
+            most of the loss where a model is not fine-tuned. With methods that drop tokens it changes nothing.
+        qk_norm: "l2" normalises queries and keys and uses `alpha` in place of 1 / sqrt(d) (appendix F).
+        alpha: see `qk_norm`.
+        learn_alpha: make alpha a parameter of each block; adds the key `blocks.*.attn.alpha`.
+        **options: arguments of the downsampler's class, such as `init="random"` for Token Pooling, `at=[3, 6]` for
+            convolution, `seed` or `generator` for random selection.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if the model is no timm VisionTransformer of standard blocks.
+        ValueError: for an unknown method or option, or an unusable `keep`.
+    """
+    name, method = _method(downsampler)
+    _check_model(model)
+    if qk_norm not in (None, "l2"):
+        raise ValueError(f'qk_norm = {qk_norm!r} must be None or "l2"')
+    if qk_norm is None and (learn_alpha or alpha != 1.0):
+        raise ValueError('alpha and learn_alpha need qk_norm="l2"')
+    if not alpha > 0:
+        raise ValueError(f"alpha = {alpha} must be positive")
+
+    hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
+    prefix = model.num_prefix_tokens
+    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, prefix)
+    if method is None:
+        if keep is not None or options:
+            raise ValueError('downsampler "none" takes no keep and no options')
+        layers = [None] * host.depth
+    else:
+        try:
+            layers = method.for_blocks(host, keep, **options)
+        except TypeError as error:
+            raise ValueError(f"downsampler {name!r}: {error}") from error
+
+    unpatch(model)
+    if method is None and qk_norm is None:
+        return model
+    reference = model.patch_embed.proj.weight
+    blocks = [
+        PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix)
+        for block, layer in zip(hosts, layers, strict=True)
+    ]
+    keep = None if keep is None else tuple(int(limit) for limit in keep)
+    setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, options)
+    model.blocks = PooledBlocks(blocks, setting, hosts).to(device=reference.device).train(model.training)
+    return model
+
+
+def unpatch(model: VisionTransformer) -> VisionTransformer:
+    """Undo `patch`, in place: the plain timm model again, with the weights it has now. Returns the same model."""
+    if is_patched(model):
+        model.blocks = nn.Sequential(*model.blocks.hosts).train(model.training)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` has been applied to the model."""
+    return isinstance(getattr(model, "blocks", None), PooledBlocks)
+
+
+def create_model(
+    name: str,
+    downsampler: str | type[Downsampler] = "none",
+    keep: Sequence[int] | None = None,
+    *,
+    carry: bool = False,
+    pretrained: bool = False,
+    qk_norm: str | None = None,
+    alpha: float = 1.0,
+    learn_alpha: bool = False,
+    **options: Any,
+) -> VisionTransformer:
+    """Create a timm VisionTransformer with downsamplers.
+
+    Args:
+        name: any VisionTransformer that timm knows, or `deit_e252_patch16_224` and `deit_e318_patch16_224`.
+        downsampler: see `patch`.
+        keep: see `patch`.
+        carry: see `patch`. Off by default here, as in the paper: "when the models are trained with Token Pooling
+            layers, the carry operation is not important" (appendix E).
+        pretrained: load timm's weights.
+        qk_norm: see `patch`.
+        alpha: see `patch`.
+        learn_alpha: see `patch`.
+        **options: those that the downsampler's class knows go there (see `patch`), all others to `timm.create_model`:
+            `num_classes`, `img_size`, `drop_path_rate` and so on.
+
+    Raises:
+        TypeError: for a timm model that is no VisionTransformer of standard blocks.
+        ValueError: for an unknown model or method, or an unusable `keep`.
+    """
+    _, method = _method(downsampler)
+    if not timm.is_model(name.split(".")[0]) and ":" not in name:
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"timm knows no model {name!r}{hint}. timm.list_models('*vit*') lists the names")
+    pooling = {option: options.pop(option) for option in _option_names(method) & options.keys()}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
+    return patch(
+        model, downsampler, keep, carry=carry, qk_norm=qk_norm, alpha=alpha, learn_alpha=learn_alpha, **pooling
+    )
+
+
+def _method(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
+    if isinstance(downsampler, type) and issubclass(downsampler, Downsampler):
+        return downsampler.__name__, downsampler
+    if not isinstance(downsampler, str) or downsampler not in METHODS:
+        raise ValueError(f"unknown downsampler {downsampler!r}; known are {', '.join(METHODS)}")
+    return downsampler, METHODS[downsampler]
+
+
+def _option_names(method: type[Downsampler] | None) -> set[str]:
+    if method is None:
+        return set()
+    names = {*inspect.signature(method.for_blocks).parameters, *inspect.signature(method.__init__).parameters}
+    return names - {"self", "host", "keep", "options"}
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"{type(model).__name__} is no timm VisionTransformer; ViT, DeiT, DINOv2, CLIP and SigLIP are")
+    for index, block in enumerate(() if is_patched(model) else model.blocks):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
+            raise TypeError(
+                f"block {index} of the model is a {kind}; only timm's standard Block and Attention can pool"
+            )
