@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ class Run:
         return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
 
 
+_DEFAULTS = Run("", "", "", "").setting
+
+
 def result_path(run: Run, folder: Path) -> Path:
     """File of the run's result."""
     return folder / f"{run.name}.json"
@@ -104,7 +108,8 @@ def is_finished(run: Run, folder: Path) -> bool:
     if not path.exists():
         return False
     before = results.read(path)["setting"]
-    differing = [key for key, value in run.setting.items() if key not in before or _plain(before[key]) != _plain(value)]
+    before = _DEFAULTS | before  # a setting that is younger than the result had its default then
+    differing = [key for key, value in run.setting.items() if _plain(before.get(key)) != _plain(value)]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
         raise ValueError(f"{path} holds another setting ({changes}): choose another folder, or delete the file")
@@ -134,6 +139,7 @@ def execute(
     """
     path = result_path(run, folder)
     started = time.perf_counter()
+    environment()
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
     model = build_model(run, folder)
@@ -303,6 +309,7 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "commit": _commit(), "machine": machine, "threads": torch.get_num_threads()}
 
 
+@cache  # of the code that is running, whatever is committed meanwhile
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -28,8 +28,8 @@ def preset() -> Preset:
         search_epochs=1,
         finetune_epochs=1,
         batch_size=256,
-        penalties=(1e-2, 1.0),
-        full_penalties=(1e-2, 1.0),
+        penalties=(1e-6, 1.0),
+        full_penalties=(1e-6, 1.0),
         methods=("random", "wkmedoids"),
         full_methods=("power_bert",),
         convolutions=((0,),),
@@ -53,7 +53,7 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     studies.reproduce(preset, full=False, folder=tmp_path, jobs=2)
     frame = results.load(tmp_path)
     assert sorted(frame["run"]) == sorted(
-        ["base-seed0", "search-lambda0.01-seed0", "search-lambda1-seed0", "finetune-none-seed0"]
+        ["base-seed0", "search-lambda1e-06-seed0", "search-lambda1-seed0", "finetune-none-seed0"]
         + [f"finetune-{method}-level{level}-seed0" for method in ("random", "wkmedoids") for level in (0, 1)]
     )
     searches = frame[frame["stage"] == "search"].sort_values("level")
@@ -233,7 +233,10 @@ def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
         (["train", "--data=nowhere"], "no folder nowhere/val"),
         (["train", "--trainer=devicse=2"], "Trainer does not take these options"),
         (["train", "--option=init"], "'init' must have the form name=value"),
-        (["evaluate", "--model=deit_digits_patch2_16", "--data=digits"], "evaluate needs --weights FILE or --pretrained"),
+        (
+            ["evaluate", "--model=deit_digits_patch2_16", "--data=digits"],
+            "evaluate needs --weights FILE or --pretrained",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

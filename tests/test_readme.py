@@ -1,0 +1,37 @@
+"""What readers of the README will run is run here."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_snippets() -> None:
+    assert len(SNIPPETS) == 2
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
+def test_snippets_run(snippet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet, "README.md", "exec"), {})
+    shown = capsys.readouterr().out
+    if "GMACs, of which" in snippet:
+        assert shown.strip() == "2.35 GMACs, of which clustering 0.08"
+    else:
+        assert "finetune-wkmedoids" in shown
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_methods_are_all_named() -> None:
+    from tokenpool.downsampling import METHODS
+
+    for name in METHODS:
+        assert f"`{name}`" in README
