@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from experiments import protocol
@@ -26,10 +27,15 @@ _finished_epochs = None  # in a worker: the queue that tells the main process of
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold the folder, so that no second study writes into it. The system lets go of it if this process dies.
 
+    Of the processes of one distributed training only the first one holds it.
+
     Raises:
         RuntimeError: if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank != 0:
+        yield
+        return
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -77,6 +77,11 @@ def reproduce(preset: Preset, full: bool, folder: Path, jobs: int) -> None:
         if not is_finished(run, folder) or (run.name in needed and not weights_path(run.name, folder).exists())
     ]
     epochs = sum(run.epochs for run in [*first, *searching, *expected])
+    print(
+        f"{preset.name} in {folder}: {len(first)} base models, {len(searching)} searches for a schedule and "
+        f"{len(expected)} fine-tunings to go, {epochs} epochs in {jobs} processes",
+        flush=True,
+    )
     if epochs == 0:
         return
     with Runner(folder, jobs, epochs) as runner:

@@ -266,9 +266,11 @@ def test_bad_input_is_named(cluster, arguments: dict, message: str) -> None:
         cluster(**{"tokens": torch.randn(3, 10, 4), "k": 3} | arguments)
 
 
-def test_medoids_are_tokens() -> None:
-    with pytest.raises(ValueError, match="a medoid is a token"):
-        kmedoids(torch.randn(1, 5, 2), 2, init=torch.randn(1, 2, 2))
+def test_points_to_start_from_become_the_nearest_tokens() -> None:
+    tokens, weights = images()
+    chosen = torch.tensor([[3, 7, 21]]).expand(4, -1)
+    near = tokens.gather(1, chosen[:, :, None].expand(-1, -1, 8)) + 1e-3
+    assert torch.equal(kmedoids(tokens, 3, weights, near).assignment, kmedoids(tokens, 3, weights, chosen).assignment)
 
 
 def test_large_but_finite_tokens_are_accepted() -> None:

@@ -144,8 +144,7 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
 
 def test_one_study_a_folder(tmp_path: Path) -> None:
     with runner.exclusive(tmp_path), pytest.raises(RuntimeError, match="another study writes to"):
-        with runner.exclusive(tmp_path):
-            pass
+        runner.exclusive(tmp_path).__enter__()
 
 
 def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:

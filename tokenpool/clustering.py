@@ -58,7 +58,7 @@ def kmeans(
             previous = centers
             assignment = _nearest_center(points, centers)
             centers = _weighted_means(points, weights, assignment, previous)
-            if _unchanged(centers, previous):
+            if _can_branch(tokens) and torch.equal(centers, previous):
                 break
     return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
 
@@ -77,22 +77,21 @@ def kmedoids(
     its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distance matrix is
     computed once. The output is the weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
 
-    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, save that `init`
-    holds token indices (B, K) only: a medoid is a token.
+    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`. Where `init`
+    holds points, the tokens nearest to them are the first medoids.
     """
     weights, init = _checked(tokens, k, weights, init, iterations, check_values)
-    if init.dim() != 2:
-        raise ValueError("init must hold token indices (B, K): a medoid is a token, not a free point")
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        distance = squared_distances(_full_precision(tokens))  # (B, N, N)
-        medoids = init
+        points = _full_precision(tokens)
+        distance = squared_distances(points)  # (B, N, N)
+        medoids = init if init.dim() == 2 else _nearest_center(init.to(points), points)
         for _ in range(iterations):
             previous = medoids
             assignment = _nearest_medoid(distance, medoids)
             medoids = _best_members(distance, weights, assignment, previous)
-            if _unchanged(medoids, previous):
+            if _can_branch(tokens) and torch.equal(medoids, previous):
                 break
-    return Clusters(_weighted_means(tokens, weights, assignment, _take(tokens, previous)), assignment)
+    return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
 
 
 def objective(tokens: Tensor, centers: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -145,18 +144,25 @@ def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previou
     return torch.where(_cluster_weights(weights, assignment, k) > 0, best, previous)
 
 
-def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, otherwise: Tensor) -> Tensor:
-    """Weighted mean (B, K, D) of each cluster's tokens; `otherwise` (B, K, D) where a cluster has no weight."""
-    k = otherwise.shape[1]
+def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
+    """Weighted mean (B, K, D) of each cluster's tokens.
+
+    A cluster without weight stays at its `previous` centre, a point (B, K, D) or the index (B, K) of a token.
+    """
+    k = previous.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
         total = _cluster_weights(weights, assignment, k)  # (B, K)
         share = weights / torch.where(total > 0, total, 1).gather(1, assignment)  # (B, N)
-        means = _cluster_sums(_full_precision(tokens), share, assignment, k)
-        return torch.where(total[:, :, None] > 0, means, otherwise.to(means.dtype)).to(tokens.dtype)
+        means = _cluster_sums(_full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
+        if _can_branch(tokens) and (total > 0).all():
+            return means
+        stayed = _take(tokens, previous) if previous.dim() == 2 else previous
+        return torch.where(total[:, :, None] > 0, means, stayed.to(tokens.dtype))
 
 
 def _cluster_weights(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    return weights.new_zeros(len(weights), k).scatter_add(1, assignment, weights)  # (B, K)
+    """Sum of the weights (B, N) over each cluster: (B, K)."""
+    return _cluster_sums(torch.ones_like(weights)[:, :, None], weights, assignment, k).squeeze(2)
 
 
 def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
@@ -180,12 +186,12 @@ def _flat(index: Tensor, size: int) -> Tensor:
     return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
-def _unchanged(new: Tensor, old: Tensor) -> bool:
-    """Whether iterating may stop. A fixed point stays one, so going on changes nothing where the answer has a price:
-    inside a compiled or traced graph it cannot be asked, and on a GPU it would stall the queue."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or new.is_cuda:
-        return False
-    return torch.equal(new, old)
+def _can_branch(tokens: Tensor) -> bool:
+    """Whether the course may depend on values: not in a compiled or traced graph; on a GPU it would stall the queue.
+
+    Where it may not, nothing but time is lost: iterating past a fixed point, for instance, changes nothing.
+    """
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_cuda)
 
 
 def _full_precision(tokens: Tensor) -> Tensor:
@@ -223,8 +229,8 @@ def _checked(
 
 
 def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -> None:
-    # The sum is finite only if every token is: one pass instead of several, and the exact look only in need.
-    if not tokens.sum(dtype=torch.float64).isfinite() and not tokens.isfinite().all():
+    # Where the sum is finite, all tokens are: one pass instead of several, and the exact look only in need.
+    if not tokens.sum().isfinite() and not tokens.isfinite().all():
         image = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"tokens must be finite, but those of image {image} of the batch hold NaN or infinity")
     if weights is not None:

@@ -19,9 +19,7 @@ from torch import nn
 from tokenpool import schedules
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # on import fvcore scripts a loss that is not used here, which newer PyTorch deplores
+    warnings.simplefilter("ignore")  # fvcore scripts a loss on import, which newer PyTorch warns of
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import (
         addmm_flop_jit,
