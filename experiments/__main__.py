@@ -11,17 +11,40 @@ import yaml
 from experiments import presets
 from tokenpool.downsampling import METHODS
 
-_METHODS = f"Downsampling method: {', '.join(METHODS)}."
+_DIGITS_OR_FOLDER = '"digits", or a folder in ImageNet\'s layout: FOLDER/train/<class>/* and FOLDER/val/<class>/*.'
 _MODELS = (
     "Any VisionTransformer of timm (python -c \"import timm; print(timm.list_models('*vit*'))\"), such as "
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
     "deit_digits_patch2_16."
 )
-_KEEP = "Retention schedule, one number a block (40,30,20,10,5,0), or one of the paper's (deit_small:3 is level 3)."
-_DATA = '"digits", or a folder in ImageNet\'s layout: FOLDER/train/<class>/* and FOLDER/val/<class>/*.'
-_OPTION = "Option of the method, repeatable: init=random, at=[2,4], iterations=3, seed=1."
-_MODEL_OPTION = "Option of the timm model, repeatable: num_classes=10, img_size=96, drop_path_rate=0.1."
-_PRESET = f"Preset: {', '.join(presets.NAMES)}."
+_PRESETS = f"Preset: {', '.join(presets.NAMES)}."
+
+# Options that several verbs have.
+Model = Annotated[str, typer.Option(help=_MODELS)]
+Method = Annotated[str, typer.Option(help=f"Downsampling method: {', '.join(METHODS)}.")]
+Keep = Annotated[
+    str | None,
+    typer.Option(help="Retention schedule, one number a block (40,30,20,10,5,0), or the paper's, as deit_small:3."),
+]
+Carry = Annotated[bool, typer.Option("--carry", help="Carry token sizes into the attention (appendix E).")]
+QkNorm = Annotated[str | None, typer.Option(help='"l2": normalise queries and keys (appendix F).')]
+Alpha = Annotated[float, typer.Option(help="Scalar of the attention, with --qk-norm.")]
+LearnAlpha = Annotated[bool, typer.Option("--learn-alpha", help="One alpha a block is a parameter.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load timm's weights.")]
+Split = Annotated[int, typer.Option(min=0, help="Split of the digits into train and test.")]
+Name = Annotated[str, typer.Option(help="Part of the names of the files.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the method, repeatable: init=random, at=[2,4], iterations=3, seed=1."),
+]
+ModelOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of the timm model, repeatable: num_classes=10, img_size=96, drop_path_rate=0.1."),
+]
+TrainerOptions = Annotated[
+    list[str] | None,
+    typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
+]
 
 app = typer.Typer(
     help="Experiments on token downsampling in vision transformers (Marin et al. 2021).",
@@ -34,9 +57,9 @@ app = typer.Typer(
 
 @app.command()
 def reproduce(
-    preset: Annotated[str, typer.Option(help=_PRESET)] = "digits",
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
     full: Annotated[bool, typer.Option("--full", help="All methods, more schedules, several seeds.")] = False,
-    jobs: Annotated[int, typer.Option(help="Processes; 0: one a core, at most 8.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: runs/<preset>[-full].")] = None,
 ) -> None:
     """Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.
@@ -49,7 +72,7 @@ def reproduce(
     chosen = presets.get(preset)
     folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
     with runner.exclusive(folder):
-        studies.reproduce(chosen, full, folder, jobs or min(os.cpu_count() or 1, 8))
+        studies.reproduce(chosen, full, folder, jobs or min(len(os.sched_getaffinity(0)), 8))
         table = tables.cost_accuracy(results.load(folder))
         text = tables.markdown(table)
         (folder / "table.md").write_text(text + "\n")
@@ -60,39 +83,39 @@ def reproduce(
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Option(help=_PRESET + " What is not given below is taken from it.")] = "digits",
+    preset: Annotated[str, typer.Option(help=_PRESETS + " What is not given below is taken from it.")] = "digits",
     model: Annotated[str | None, typer.Option(help=_MODELS)] = None,
-    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
-    downsampler: Annotated[str, typer.Option(help=_METHODS)] = "none",
-    keep: Annotated[str | None, typer.Option(help=_KEEP)] = None,
-    carry: Annotated[bool, typer.Option("--carry", help="Carry token sizes into the attention (appendix E).")] = False,
-    qk_norm: Annotated[str | None, typer.Option(help='"l2": normalise queries and keys (appendix F).')] = None,
-    alpha: Annotated[float, typer.Option(help="Scalar of the attention, with --qk-norm.")] = 1.0,
-    learn_alpha: Annotated[bool, typer.Option("--learn-alpha", help="Learn alpha, one a block.")] = False,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights.")] = False,
+    data: Annotated[str | None, typer.Option(help=_DIGITS_OR_FOLDER)] = None,
+    downsampler: Method = "none",
+    keep: Keep = None,
+    carry: Carry = False,
+    qk_norm: QkNorm = None,
+    alpha: Alpha = 1.0,
+    learn_alpha: LearnAlpha = False,
+    pretrained: Pretrained = False,
     start: Annotated[Path | None, typer.Option(help="Start from the weights in this file.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs. Default: of the preset's base model.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a batch.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
-    split: Annotated[int, typer.Option(help="Split of the digits into train and test.")] = 0,
-    name: Annotated[str, typer.Option(help="Part of the names of the files.")] = "",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: as the preset's base model.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a batch.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="At its peak.")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="Over which the learning rate rises.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="Of AdamW.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(min=0, max=1, help="Of the cross-entropy.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    split: Split = 0,
+    name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/train"),
-    option: Annotated[list[str] | None, typer.Option(help=_OPTION)] = None,
-    model_option: Annotated[list[str] | None, typer.Option(help=_MODEL_OPTION)] = None,
-    trainer: Annotated[
-        list[str] | None,
-        typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
-    ] = None,
+    option: Options = None,
+    model_option: ModelOptions = None,
+    trainer: TrainerOptions = None,
 ) -> None:
     """Train one setting, test it, and write weights and one JSON file. Goes on where an interrupted run stopped."""
-    from experiments import protocol, runner
+    from experiments.protocol import Run, weights_path
 
     chosen = presets.get(preset)
     model = model or chosen.model
-    run = protocol.Run(
+    run = Run(
         stage="train",
-        label=name or (downsampler + (f"-{_file_name(keep)}" if keep else "")),
+        label=name or "-".join(filter(None, [downsampler, _file_name(keep)])),
         data=data or chosen.data,
         model=model,
         downsampler=downsampler,
@@ -102,78 +125,101 @@ def train(
         alpha=alpha,
         learn_alpha=learn_alpha,
         pretrained=pretrained,
-        start=str(start) if start else None,
-        epochs=chosen.base_epochs if epochs is None else epochs,
-        batch_size=batch_size or chosen.batch_size,
-        learning_rate=learning_rate or chosen.learning_rate,
-        warmup_epochs=chosen.warmup_epochs,
-        weight_decay=chosen.weight_decay,
-        label_smoothing=chosen.label_smoothing,
+        start=_path(start),
+        epochs=_given(epochs, chosen.base_epochs),
+        batch_size=_given(batch_size, chosen.batch_size),
+        learning_rate=_given(learning_rate, chosen.learning_rate),
+        warmup_epochs=_given(warmup_epochs, chosen.warmup_epochs),
+        weight_decay=_given(weight_decay, chosen.weight_decay),
+        label_smoothing=_given(label_smoothing, chosen.label_smoothing),
         seed=seed,
         split=split,
         options=_options(option),
         model_options=(chosen.model_options if model == chosen.model else {}) | _options(model_option),
+        trainer_options=_options(trainer),
     )
-    with runner.exclusive(output):
-        if protocol.is_finished(run, output):
-            print(f"finished already: {protocol.result_path(run, output)}")
-            return
-        outcome = protocol.execute(run, output, progress=True, trainer_options=_options(trainer))
-    _report(outcome)
-    print(f"result: {protocol.result_path(run, output)}\nweights: {protocol.weights_path(run.name, output)}")
+    _execute(run, output)
+    print(f"weights: {weights_path(run.name, output)}")
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help=_MODELS)],
-    data: Annotated[str, typer.Option(help=_DATA + " Only val is needed.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="File of weights: .safetensors, or .pth with tensors only.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Use timm's weights.")] = False,
-    downsampler: Annotated[str, typer.Option(help=_METHODS)] = "none",
-    keep: Annotated[str | None, typer.Option(help=_KEEP)] = None,
-    carry: Annotated[bool, typer.Option("--carry", help="Carry token sizes into the attention (appendix E).")] = False,
-    limit: Annotated[int, typer.Option(help="Evaluate on so many images only; 0: all.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 64,
-    split: Annotated[int, typer.Option(help="Split of the digits into train and test.")] = 0,
-    name: Annotated[str, typer.Option(help="Part of the name of the file.")] = "",
+    model: Model,
+    data: Annotated[str, typer.Option(help=_DIGITS_OR_FOLDER + " Only val is needed.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pth with tensors only.")] = None,
+    pretrained: Pretrained = False,
+    downsampler: Method = "none",
+    keep: Keep = None,
+    carry: Carry = False,
+    qk_norm: QkNorm = None,
+    alpha: Alpha = 1.0,
+    learn_alpha: LearnAlpha = False,
+    limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
+    split: Split = 0,
+    name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/evaluate"),
-    option: Annotated[list[str] | None, typer.Option(help=_OPTION)] = None,
-    model_option: Annotated[list[str] | None, typer.Option(help=_MODEL_OPTION)] = None,
-    trainer: Annotated[list[str] | None, typer.Option(help="Option of Lightning's Trainer, repeatable.")] = None,
+    option: Options = None,
+    model_option: ModelOptions = None,
+    trainer: TrainerOptions = None,
 ) -> None:
     """Test one setting without training, and write one JSON file."""
-    from experiments import protocol
+    from experiments.protocol import Run
 
     if not weights and not pretrained:
         raise ValueError("evaluate needs --weights FILE or --pretrained")
-    run = protocol.Run(
+    run = Run(
         stage="evaluate",
-        label=name or "-".join(filter(None, [model, downsampler, "carry" if carry else "", _file_name(keep)])),
+        label=name or "-".join(filter(None, [model, downsampler, _file_name(keep), "carry" if carry else ""])),
         data=data,
         model=model,
         downsampler=downsampler,
         keep=_schedule(keep),
         carry=carry,
+        qk_norm=qk_norm,
+        alpha=alpha,
+        learn_alpha=learn_alpha,
         pretrained=pretrained,
-        start=str(weights) if weights else None,
+        start=_path(weights),
         batch_size=batch_size,
         split=split,
         limit=limit,
         options=_options(option),
         model_options=_options(model_option),
+        trainer_options=_options(trainer),
     )
-    _report(protocol.execute(run, output, progress=True, trainer_options=_options(trainer)))
-    print(f"result: {protocol.result_path(run, output)}")
+    _execute(run, output)
 
 
-def _report(outcome: dict[str, Any]) -> None:
+def _execute(run: Any, folder: Path) -> None:
+    """Execute a run that is not finished, and say what came out."""
+    from experiments import protocol, runner
+    from tokenpool import results
+
+    path = protocol.result_path(run, folder)
+    with runner.exclusive(folder):
+        if protocol.is_finished(run, folder):
+            print("finished already:")
+            outcome = results.read(path)
+        else:
+            outcome = protocol.execute(run, folder, progress=True)
     metrics, cost = outcome["metrics"], outcome["cost"]
     print(
         f"top-1 {metrics['top1']:.2f} ± {metrics['top1_error']:.2f} %, top-5 {metrics['top5']:.2f} % of "
         f"{metrics['images']} images; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
     )
+    print(f"result: {path}")
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _path(path: Path | None) -> str | None:
+    """A path with a separator in it, which tells it from the name of a run."""
+    if path is None:
+        return None
+    return str(path) if os.sep in str(path) else f".{os.sep}{path}"
 
 
 def _schedule(text: str | None) -> tuple[int, ...] | None:
@@ -185,7 +231,7 @@ def _schedule(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(schedules.paper(model, int(level)) if colon else [int(part) for part in text.split(",")])
     except ValueError as error:
-        raise ValueError(f"--keep {text}: {error}; {_KEEP}") from error
+        raise ValueError(f"--keep {text}: {error}; expected numbers as 40,30,20,10,5,0 or deit_small:3") from error
 
 
 def _file_name(keep: str | None) -> str:
@@ -198,7 +244,10 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} must have the form name=value")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{pair!r} must have the form name=value with a YAML value: {error}") from error
     return options
 
 
@@ -206,7 +255,7 @@ def main() -> None:
     """Run the command line; a mistake in the input ends in one line, not in a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("TOKENPOOL_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

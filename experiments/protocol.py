@@ -1,5 +1,6 @@
 """One run: setting in, weights and one JSON file out. Finished runs are skipped, interrupted ones go on."""
 
+import math
 import os
 import platform
 import subprocess
@@ -9,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import safetensors.torch
 import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import tokenpool
@@ -39,11 +41,12 @@ class Run:
         downsampler: name of the method; "soft_selection" in a search.
         keep: retention schedule.
         level: number of the schedule, 0 the mildest; None where there is none.
-        start: weights to start from: the name of another run, or a file; None to start afresh.
+        start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
         epochs: of training; 0 to evaluate only.
         options: of the downsampler.
         model_options: of the timm model.
-        split: of the data.
+        trainer_options: of Lightning's Trainer.
+        split: of the data into train and test.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
     """
 
@@ -73,6 +76,7 @@ class Run:
     limit: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
+    trainer_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -107,13 +111,16 @@ def is_finished(run: Run, folder: Path) -> bool:
     path = result_path(run, folder)
     if not path.exists():
         return False
-    before = results.read(path)["setting"]
-    before = _DEFAULTS | before  # a setting that is younger than the result had its default then
+    _check_same(run, results.read(path)["setting"], path)
+    return True
+
+
+def _check_same(run: Run, before: dict[str, Any], path: Path) -> None:
+    before = _DEFAULTS | before  # a setting that is younger than the file had its default then
     differing = [key for key, value in run.setting.items() if _plain(before.get(key)) != _plain(value)]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
-        raise ValueError(f"{path} holds another setting ({changes}): choose another folder, or delete the file")
-    return True
+        raise ValueError(f"{path} holds another setting ({changes}): choose another name or folder, or delete the file")
 
 
 def execute(
@@ -121,7 +128,6 @@ def execute(
     folder: Path,
     on_epoch: Callable[[], None] | None = None,
     progress: bool = False,
-    trainer_options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train (if it has epochs) and test one run; write its weights, then its result.
 
@@ -132,13 +138,12 @@ def execute(
         folder: for results; weights, checkpoints and logs go into sub-folders.
         on_epoch: called after each epoch of training.
         progress: show Lightning's progress bar.
-        trainer_options: of Lightning's Trainer.
 
     Returns:
         What the JSON file holds.
     """
     path = result_path(run, folder)
-    started = time.perf_counter()
+    clock = _Clock(run)
     environment()
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
@@ -155,14 +160,14 @@ def execute(
         seed=run.seed,
     )
     check_classes(data, model.num_classes)
-    trainer = _trainer(run, folder, on_epoch, progress, trainer_options or {})
+    trainer = _trainer(run, folder, clock, on_epoch, progress)
     checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
     with warnings.catch_warnings():
         # Lightning's advice on the number of workers is not for data that lie in memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
         if run.epochs:
-            fit(trainer, module, data, checkpoint)
+            fit(trainer, module, data, run, checkpoint)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
     images = len(trainer.test_dataloaders.dataset)
@@ -171,7 +176,7 @@ def execute(
         "top1": 100 * top1,
         "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
         "top5": 100 * metrics["test_top5"],
-        "loss": metrics["test_loss"],
+        "loss": metrics["test_loss"] if math.isfinite(metrics["test_loss"]) else None,
         "images": images,
     }
     if run.downsampler == "soft_selection":
@@ -186,7 +191,7 @@ def execute(
             "clustering_gmacs": count.clustering_gmacs,
             "parts": count.parts,
         },
-        "seconds": time.perf_counter() - started,
+        "seconds": clock.seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
     }
@@ -198,22 +203,25 @@ def execute(
     return outcome
 
 
-def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, checkpoint: Path) -> None:
+def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, run: Run, checkpoint: Path) -> None:
     """Train; go on from the checkpoint if it exists.
 
     Raises:
-        ValueError: if the checkpoint cannot be read; the message names it.
+        KeyboardInterrupt: if the user stops it.
+        ValueError: if the checkpoint cannot be read, or is of another setting; the message names it.
     """
     if checkpoint.exists():
         try:
-            torch.load(checkpoint, map_location="cpu", weights_only=True)
+            before = torch.load(checkpoint, map_location="cpu", weights_only=True)["run"]
         except Exception as error:
-            raise ValueError(
-                f"cannot read checkpoint {checkpoint} ({error}); delete it to start this run anew"
-            ) from error
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+            raise ValueError(f"cannot read checkpoint {checkpoint} ({error}); delete it to start anew") from error
+        _check_same(run, before, checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except SystemExit as error:  # what Lightning makes of an interrupt
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
 
 
 def build_model(run: Run, folder: Path) -> nn.Module:
@@ -232,14 +240,15 @@ def build_model(run: Run, folder: Path) -> nn.Module:
         **run.model_options,
     )
     if run.start is not None:
-        path = Path(run.start)
-        load_weights(model, path if path.suffix else weights_path(run.start, folder))
+        load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
     return model
 
 
 def data_module(run: Run) -> LightningDataModule:
     """The run's data."""
     if run.data == "digits":
+        if run.limit:
+            raise ValueError("the digits are few; only image folders can be limited")
         return DigitsDataModule(batch_size=run.batch_size, split=run.split, seed=run.seed)
     config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
     return ImageFolderDataModule(
@@ -272,7 +281,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state written by `save_weights`, timm's safetensors, or a `.pth` checkpoint (tensors only).
 
-    Parameters of downsamplers may be missing; retention weights in the file are left out.
+    Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
+    left out where the model has none.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -285,12 +295,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("model", state.get("state_dict", state))
+        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
-    state = state.get("model", state.get("state_dict", state))
     own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    missing = [key for key in own if key not in state and ".downsampler." not in key]
+    missing = [key for key in own if key not in state and ".downsampler." not in key and not key.endswith("attn.alpha")]
     unexpected = [key for key in state if key not in own]
     if wrong or missing or unexpected:
         raise ValueError(
@@ -303,7 +315,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def environment() -> dict[str, Any]:
     """Versions, commit and machine."""
     versions = {"python": platform.python_version(), "tokenpool": tokenpool.__version__}
-    versions |= {module.__name__: module.__version__ for module in (torch, lightning, timm)}
+    versions |= {
+        name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics", "fvcore", "scikit-learn")
+    }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
     return {"versions": versions, "commit": _commit(), "machine": machine, "threads": torch.get_num_threads()}
@@ -318,10 +332,10 @@ def _commit() -> str | None:
         return None
 
 
-def _trainer(run: Run, folder: Path, on_epoch: Callable[[], None] | None, progress: bool, options: dict) -> Trainer:
-    callbacks: list[Callback] = []
+def _trainer(run: Run, folder: Path, clock: "_Clock", on_epoch: Callable[[], None] | None, progress: bool) -> Trainer:
+    callbacks: list[Callback] = [clock]
     if run.epochs:
-        callbacks = [
+        callbacks += [
             ModelCheckpoint(folder / "checkpoints", filename=run.name, enable_version_counter=False),
             flops.FlopsCallback(),
         ]
@@ -338,9 +352,28 @@ def _trainer(run: Run, folder: Path, on_epoch: Callable[[], None] | None, progre
         "num_sanity_val_steps": 0,
     }
     try:
-        return Trainer(callbacks=callbacks, **defaults | options)
-    except TypeError as error:
+        return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
+    except (TypeError, MisconfigurationException) as error:
         raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
+
+
+class _Clock(Callback):
+    """Writes the setting and the time used so far into checkpoints, and goes on counting where a checkpoint stopped."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = _plain(self.run.setting)
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.started -= checkpoint["seconds"]
 
 
 class _EpochReporter(Callback):

@@ -39,8 +39,7 @@ def cost_accuracy(frame: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """The table of `cost_accuracy` for people to read. Small models are stated in units of 10^6."""
-    mega = table["gmacs"].max() < 0.1
-    scale, unit = (1e3, "MMACs") if mega else (1, "GMACs")
+    scale, unit = (1e3, "MMACs") if table["gmacs"].max() < 0.1 else (1, "GMACs")
     rows = [
         {
             "method": row.downsampler + (", base" if row.stage == "base" else ""),

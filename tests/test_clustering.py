@@ -1,10 +1,11 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from tokenpool.clustering import highest, kmeans, kmedoids, objective, squared_distances
+from tokenpool.clustering import highest, kmeans, kmedoids, squared_distances
 
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
 
@@ -88,6 +89,11 @@ def test_kmedoids_finds_the_best_medoid_of_one_cluster() -> None:
     from_best = kmedoids(tokens, 2, weights, torch.cat([medoid[:, None], other], 1), iterations=1)
     nearest = squared_distances(tokens).gather(1, torch.stack([medoid, other[:, 0]], 1)[:, :, None].expand(-1, -1, 12))
     assert torch.equal(from_best.assignment, nearest.argmin(1))
+
+
+def objective(tokens: torch.Tensor, centers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Objective (13): (B,)."""
+    return (torch.cdist(tokens, centers).square().amin(-1) * weights).sum(-1)
 
 
 def medoid_objective(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
@@ -258,7 +264,8 @@ def nan_at(image: int) -> torch.Tensor:
         ({"weights": torch.zeros(3, 10)}, "not all zero"),
         ({"init": torch.zeros(3, 4, dtype=torch.int64)}, r"init must have shape \(3, 3\)"),
         ({"init": torch.full((3, 3), 10)}, r"init must hold token indices in 0\.\.9"),
-        ({"iterations": 0}, "iterations = 0 must be at least 1"),
+        ({"iterations": 0}, "iterations = 0 must be a whole number, at least 1"),
+        ({"iterations": 2.5}, "iterations = 2.5 must be a whole number"),
     ],
 )
 def test_bad_input_is_named(cluster, arguments: dict, message: str) -> None:
@@ -273,6 +280,20 @@ def test_points_to_start_from_become_the_nearest_tokens() -> None:
     assert torch.equal(kmedoids(tokens, 3, weights, near).assignment, kmedoids(tokens, 3, weights, chosen).assignment)
 
 
-def test_large_but_finite_tokens_are_accepted() -> None:
-    tokens = torch.full((1, 4, 2), 1e38)
-    assert kmeans(tokens, 4).assignment.shape == (1, 4)
+@BOTH
+@pytest.mark.parametrize("factor", [2.0**-120, 2.0**110])
+def test_huge_and_tiny_tokens(cluster, factor: float) -> None:
+    tokens, weights = images()
+    found, expected = cluster(tokens * factor, 7, weights), cluster(tokens, 7, weights)
+    assert torch.equal(found.assignment, expected.assignment)
+    torch.testing.assert_close(found.centers / factor, expected.centers)
+    assert cluster(torch.full((1, 4, 2), 3e38), 2).centers.isfinite().all()
+
+
+@BOTH
+def test_empty_batch_and_numpy_numbers(cluster) -> None:
+    assert cluster(torch.randn(0, 5, 2), np.int64(3)).centers.shape == (0, 3, 2)
+    with pytest.raises(TypeError, match="tokens must be a tensor, got ndarray"):
+        cluster(np.ones((1, 5, 2)), 3)
+    with pytest.raises(TypeError, match="weights must be a tensor, got list"):
+        cluster(torch.randn(1, 5, 2), 3, [1, 1, 1, 1, 1])

@@ -62,6 +62,8 @@ def test_image_folder(folder: Path) -> None:
     data = ImageFolderDataModule(folder, image_size=32, batch_size=4, workers=0)
     data.setup("fit")
     assert data.num_classes == 2 and len(data.train_set) == 12 and len(data.test_set) == 6
+    same = data.train_set[3][0]
+    assert torch.equal(data.train_set[3][0], same) and not torch.equal(data.train_set[3 + 12][0], same)  # next epoch
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.float32
     batches = list(data.test_dataloader())

@@ -137,6 +137,20 @@ def test_counting_leaves_the_model_as_it_is() -> None:
     assert model.training and model.blocks[0].training
 
 
+def test_a_class_counts_like_its_name() -> None:
+    by_class, by_name = (
+        flops.count(create("deit_tiny", method, [9] * 12, img_size=96), idle_clustering=True).clustering_gmacs
+        for method in (tokenpool.METHODS["wkmedoids"], "wkmedoids")
+    )
+    assert by_class == by_name > 0
+
+
+def test_any_image_size() -> None:
+    model = create("deit_tiny", "wkmedoids", [9] * 12, dynamic_img_size=True)
+    by_hand = closed_form(192, [9] * 12, tokens=48) + clustering_by_hand("wkmedoids", 192, [9] * 12, tokens=48)
+    assert flops.count(model, image_size=(128, 96)).gmacs == pytest.approx(by_hand, rel=1e-9)
+
+
 def test_unknown_operators_are_named() -> None:
     model = create("deit_tiny", img_size=32)
     model.head = torch.nn.Sequential(model.head, torch.nn.LogSigmoid())

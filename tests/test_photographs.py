@@ -58,5 +58,4 @@ def test_clustering_reconstructs_better_than_selecting(photographs) -> None:
     for method in ("random", "power_bert", "kmedoids", "kmeans"):
         trace = tokenpool.trace(tokenpool.patch(model, method, LEVEL_3, carry=True), images)
         errors[method] = trace.blocks[3].error.mean().item()
-    assert errors["kmeans"] < errors["kmedoids"] < errors["random"]
-    assert errors["kmedoids"] < errors["power_bert"]
+    assert max(errors["kmeans"], errors["kmedoids"]) < min(errors["random"], errors["power_bert"])

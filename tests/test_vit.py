@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -280,6 +281,32 @@ def test_a_downsampler_of_your_own(small, photos) -> None:
     assert [block.tokens for block in tokenpool.trace(small, photos).blocks] == KEEP
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "method", ["wkmedoids", "kmeans", "importance", "convolution", tokenpool.soft_selection.SoftSelection]
+)
+def test_half_and_double_models(small, photos, method, dtype: torch.dtype) -> None:
+    options = {"at": [1]} if method == "convolution" else {"keep": KEEP} if isinstance(method, str) else {}
+    trace = tokenpool.trace(tokenpool.patch(small.to(dtype), method, **options), photos.to(dtype))
+    assert trace.logits.dtype == dtype and trace.logits.isfinite().all()
+
+
+def test_copies_are_whole(small, photos) -> None:
+    expected = tokenpool.patch(small, "wkmedoids", KEEP)(photos)
+    for copied in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(copied(photos), expected)
+        tokenpool.unpatch(copied)
+        assert torch.equal(small(photos), expected)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_heads_that_read_patches_keep_one(photos, pool: str) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=2, global_pool=pool).eval()
+    with pytest.raises(ValueError, match=r"keep\[1\] = 0 would leave nothing to this model's head"):
+        tokenpool.patch(model, "wkmedoids", [5, 0])
+    assert tokenpool.patch(model, "wkmedoids", [5, 1])(photos).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "keep, message",
     [
@@ -290,6 +317,8 @@ def test_a_downsampler_of_your_own(small, photos) -> None:
         ([30, True, 10, 3], r"keep\[1\] = True"),
         ("30", "must be a list of 4 whole numbers"),
         (30, "must be a list of 4 whole numbers"),
+        ({1, 2, 3, 4}, "must be a list of 4 whole numbers"),
+        (np.array(3), "must be a list of 4 whole numbers"),
     ],
 )
 def test_bad_keep_is_named(small, keep, message: str) -> None:
@@ -310,12 +339,15 @@ def test_keep_may_hold_numpy_integers(small) -> None:
         ({"downsampler": "wkmedoids", "keep": KEEP, "start": 3}, "start"),
         ({"downsampler": "wkmedoids", "keep": KEEP, "init": "first"}, "init = 'first'"),
         ({"downsampler": "wkmedoids", "keep": KEEP, "iterations": 0}, "iterations = 0"),
-        ({"downsampler": "convolution"}, r"at = \[\]"),
+        ({"downsampler": "convolution"}, r"at = \(\)"),
+        ({"downsampler": "convolution", "at": 3}, "at = 3 must list"),
+        ({"downsampler": "random", "keep": KEEP, "seed": "a"}, "seed = 'a' must be a whole number"),
+        ({"downsampler": "none", "qk_norm": "l2", "alpha": "a"}, "alpha = 'a' must be a positive number"),
         ({"downsampler": "convolution", "at": [3, 1]}, "ascending order"),
         ({"downsampler": "convolution", "at": [0, 1, 2]}, "only 1 x 1 tokens are left"),
         ({"downsampler": "none", "qk_norm": "l1"}, "qk_norm = 'l1'"),
         ({"downsampler": "none", "alpha": 2.0}, 'need qk_norm="l2"'),
-        ({"downsampler": "none", "qk_norm": "l2", "alpha": -1.0}, "alpha = -1.0 must be positive"),
+        ({"downsampler": "none", "qk_norm": "l2", "alpha": -1.0}, "alpha = -1.0 must be a positive number"),
     ],
 )
 def test_bad_settings_are_named(small, arguments: dict, message: str) -> None:
@@ -339,13 +371,17 @@ def test_bad_models_are_named(small, photos) -> None:
     with pytest.raises(ValueError, match="takes these options.*widht"):
         tokenpool.create_model("deit_tiny_patch16_224", widht=3)
     siglip = timm.create_model("vit_base_patch16_siglip_224", depth=1)
-    with pytest.raises(ValueError, match="the model has no class token"):
+    with pytest.raises(ValueError, match="it reads patches"):
         tokenpool.patch(siglip, "wkmedoids", [0])
     with pytest.raises(ValueError, match="no downsamplers to trace"):
         tokenpool.trace(small, photos)
     tokenpool.patch(small, "wkmedoids", KEEP).set_grad_checkpointing()
     with pytest.raises(TypeError, match="gradient checkpointing"):
         small(photos)
+    with pytest.raises(TypeError, match="cannot be sliced"):
+        small.prune_intermediate_layers(2)
+    with pytest.raises(ValueError, match="name = None must be"):
+        tokenpool.create_model(None)
 
 
 def test_tokens_that_are_not_finite_are_named(small, photos) -> None:

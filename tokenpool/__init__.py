@@ -1,6 +1,6 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
-from tokenpool import clustering, deit, flops, pareto, results, schedules
+from tokenpool import clustering, deit, flops, pareto, results, schedules, soft_selection
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
 from tokenpool.tracing import trace
 from tokenpool.version import __version__
@@ -20,6 +20,7 @@ __all__ = [
     "patch",
     "results",
     "schedules",
+    "soft_selection",
     "trace",
     "unpatch",
 ]

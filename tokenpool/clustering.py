@@ -4,6 +4,7 @@ Marin et al. 2021, Algorithm 1, equations (10)-(12) and appendix A. Every image 
 the same time as the others, without a Python loop over images, clusters or tokens.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -47,20 +48,20 @@ def kmeans(
             synchronisation; inside `torch.compile` it is left out.
 
     Raises:
+        TypeError: where an argument is no tensor.
         ValueError: where an argument breaks the rules above; the message names it.
     """
     weights, init = _checked(tokens, k, weights, init, iterations, check_values)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points = _full_precision(tokens)
-        centers = _take(points, init) if init.dim() == 2 else init.to(points)
-        previous = centers
+        points, scale = _scaled(tokens)
+        centers = _take(points, init) if init.dim() == 2 else init.to(points) / scale
         for _ in range(iterations):
             previous = centers
             assignment = _nearest_center(points, centers)
             centers = _weighted_means(points, weights, assignment, previous)
             if _can_branch(tokens) and torch.equal(centers, previous):
                 break
-    return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
+    return Clusters(_weighted_means(tokens, weights, assignment, previous * scale), assignment)
 
 
 def kmedoids(
@@ -82,9 +83,9 @@ def kmedoids(
     """
     weights, init = _checked(tokens, k, weights, init, iterations, check_values)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points = _full_precision(tokens)
+        points, scale = _scaled(tokens)
         distance = squared_distances(points)  # (B, N, N)
-        medoids = init if init.dim() == 2 else _nearest_center(init.to(points), points)
+        medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
         for _ in range(iterations):
             previous = medoids
             assignment = _nearest_medoid(distance, medoids)
@@ -92,16 +93,6 @@ def kmedoids(
             if _can_branch(tokens) and torch.equal(medoids, previous):
                 break
     return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
-
-
-def objective(tokens: Tensor, centers: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted reconstruction error of tokens (B, N, D) by the nearest of the centers (B, K, D): (B,).
-
-    Objective (13); with `weights=None` equation (9). Computed from differences, so that zero is exactly zero.
-    """
-    nearest = _take(centers, _nearest_center(_full_precision(tokens), _full_precision(centers)))
-    error = (tokens - nearest).square().sum(-1)  # (B, N)
-    return (error if weights is None else error * weights).sum(-1)
 
 
 def squared_distances(points: Tensor) -> Tensor:
@@ -140,7 +131,7 @@ def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previou
     cost = _cluster_sums(distance, weights, assignment, k).gather(1, assignment[:, None, :]).squeeze(1)  # (B, N)
     lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
     candidate = torch.where(cost == lowest.gather(1, assignment), torch.arange(n, device=cost.device), n)
-    best = assignment.new_full((batch, k), n).scatter_reduce(1, assignment, candidate, "amin")
+    best = assignment.new_full((batch, k), n - 1).scatter_reduce(1, assignment, candidate, "amin")
     return torch.where(_cluster_weights(weights, assignment, k) > 0, best, previous)
 
 
@@ -178,7 +169,7 @@ def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, K) of the values (B, N, E) of each image: (B, K, E)."""
     batch, n, width = values.shape
-    return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, -1, width)
+    return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
 
 
 def _flat(index: Tensor, size: int) -> Tensor:
@@ -194,6 +185,18 @@ def _can_branch(tokens: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_cuda)
 
 
+def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N, D) between -2 and 2, and the scale (B, 1, 1) that was taken out, lest squares over- or underflow.
+
+    The scale is a power of two, so that nothing is rounded.
+    """
+    points = _full_precision(tokens)
+    low, high = points.flatten(1).aminmax(dim=1)  # (B,)
+    largest = torch.maximum(-low, high).clamp(min=torch.finfo(points.dtype).tiny)
+    scale = largest.log2().floor().exp2()[:, None, None]
+    return points / scale, scale
+
+
 def _full_precision(tokens: Tensor) -> Tensor:
     return tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
 
@@ -202,13 +205,16 @@ def _checked(
     tokens: Tensor, k: int, weights: Tensor | None, init: Tensor | None, iterations: int, check_values: bool
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of `kmeans` and `kmedoids`; return weights (B, N), at most 1, and initial centres."""
+    for name, value in (("tokens", tokens), ("weights", weights), ("init", init)):
+        if not isinstance(value, Tensor) and (value is not None or name == "tokens"):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if tokens.dim() != 3 or not tokens.is_floating_point():
         raise ValueError(f"tokens must be floating point of shape (B, N, D), got {tokens.dtype} {tuple(tokens.shape)}")
     batch, n, width = tokens.shape
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-        raise ValueError(f"k = {k} must be a whole number in 1..{n}, the number of tokens")
-    if iterations < 1:
-        raise ValueError(f"iterations = {iterations} must be at least 1")
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= n:
+        raise ValueError(f"k = {k!r} must be a whole number in 1..{n}, the number of tokens")
+    if not isinstance(iterations, Integral) or iterations < 1:
+        raise ValueError(f"iterations = {iterations!r} must be a whole number, at least 1")
     if weights is not None and weights.shape != (batch, n):
         raise ValueError(f"weights must have shape (B, N) = {(batch, n)}, got {tuple(weights.shape)}")
     if init is not None:

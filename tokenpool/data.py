@@ -1,12 +1,16 @@
 """Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from PIL import Image, UnidentifiedImageError
+from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
@@ -17,10 +21,41 @@ from torchvision.datasets import ImageFolder
 from tokenpool.seeding import step_seed
 
 
+class EpochSampler(DistributedSampler):
+    """Shuffles by seed and epoch alone, shares out among ranks, and tells the data set the epoch.
+
+    Lightning sets the epoch. Instead of the index i this yields epoch * length + i, which reaches the workers, too.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return (self.epoch * len(self.dataset) + index for index in super().__iter__())
+
+
+class SeededDataset(Dataset):
+    """A data set whose random transforms depend on seed, epoch and index alone, not on worker, batch or restart."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, epoch_and_index: int) -> Any:
+        epoch, index = divmod(epoch_and_index, len(self.dataset))
+        with isolate_rng(include_cuda=False):
+            seed = step_seed(self.seed, epoch * len(self.dataset) + index)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            return self.dataset[index]
+
+
 class _DataModule(LightningDataModule):
     """Loaders whose order depends on seed and epoch alone, so that a resumed run sees what it would have seen."""
 
     num_classes: int
+    sampler: type[DistributedSampler] = DistributedSampler
     train_set: Dataset
     test_set: Dataset
 
@@ -32,8 +67,9 @@ class _DataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        # Lightning tells this sampler the epoch; its order is a function of seed and epoch, on one device as on many.
-        sampler = DistributedSampler(self.train_set, num_replicas=ranks, rank=rank, seed=self.seed)
+        sampler = self.sampler(self.train_set, num_replicas=ranks, rank=rank, seed=self.seed)
+        # Lightning tells it of later epochs. Of the one that a resumed run begins with it tells too late for workers.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         return self._loader(self.train_set, sampler=sampler, drop_last=len(self.train_set) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader:
@@ -119,6 +155,8 @@ class ImageFolderDataModule(_DataModule):
         ValueError: on reading an image that cannot be read; the message names it.
     """
 
+    sampler = EpochSampler
+
     def __init__(
         self,
         root: str | Path,
@@ -151,9 +189,10 @@ class ImageFolderDataModule(_DataModule):
                 re_prob=0.25,
                 re_mode="pixel",
             )
-            self.train_set = self._folder("train", train)
-            if self.train_set.classes != self.test_set.classes:
+            folder = self._folder("train", train)
+            if folder.classes != self.test_set.classes:
                 raise ValueError(f"the classes (sub-folders) of {self.root}/train and {self.root}/val differ")
+            self.train_set = SeededDataset(folder, self.seed)
         if 0 < self.limit < len(self.test_set):
             order = torch.linspace(0, len(self.test_set) - 1, self.limit).long().tolist()
             self.test_set = torch.utils.data.Subset(self.test_set, order)
@@ -174,7 +213,7 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises whatever the decoder does
         raise ValueError(f"cannot read image {path}: {error}") from error
 
 

@@ -5,6 +5,7 @@ the output token that each input token went to. It knows nothing of class tokens
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Host(NamedTuple):
     depth: int
     width: int
     grid: tuple[int, int]
-    prefix: int  # tokens that are no patches: class, register, distillation
+    reads_patches: bool  # whether its head needs a patch token to be left
 
 
 class Downsampler(nn.Module):
@@ -53,8 +54,8 @@ class Downsampler(nn.Module):
         if keep is None:
             raise ValueError(f"{cls.__name__} needs keep, a list of {host.depth} whole numbers, one a block")
         keep = schedules.checked(keep, host.depth)
-        if host.prefix == 0 and 0 in keep:
-            raise ValueError(f"keep[{keep.index(0)}] = 0 would leave no token: the model has no class token")
+        if host.reads_patches and 0 in keep:
+            raise ValueError(f"keep[{keep.index(0)}] = 0 would leave nothing to this model's head: it reads patches")
         return [cls(limit, **options) for limit in keep]
 
     def acts_on(self, n: int) -> bool:
@@ -76,6 +77,34 @@ class Downsampler(nn.Module):
 
     def extra_repr(self) -> str:
         return f"keep={self.keep}"
+
+
+class Noise:
+    """Uniform random numbers, one for each token.
+
+    Training draws from PyTorch's global generator, anew for every image. Evaluation uses one fixed draw for each number
+    of tokens, the same for every image, so that it is repeatable and no image depends on its batch. A generator, if
+    given, is used in both and draws anew for every image.
+
+    Args:
+        seed: of the fixed draw.
+        generator: to draw from.
+    """
+
+    def __init__(self, seed: int, generator: torch.Generator | None) -> None:
+        if not isinstance(seed, Integral) or seed < 0:
+            raise ValueError(f"seed = {seed!r} must be a whole number, not negative")
+        self.seed = seed
+        self.generator = generator
+
+    def draw(self, tokens: Tensor, training: bool) -> Tensor:
+        """Numbers (B, N) in [0, 1) for the tokens (B, N, D)."""
+        batch, n, _ = tokens.shape
+        if self.generator is not None:
+            return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
+        if training:
+            return torch.rand(batch, n, device=tokens.device)
+        return _fixed_draw(int(n), self.seed).to(tokens.device).expand(batch, n)
 
 
 class Selection(Downsampler):
@@ -104,39 +133,33 @@ class PowerBert(Selection):
 class Random(Selection):
     """K tokens at random, without replacement.
 
-    Training draws from PyTorch's global generator, anew for every image. Evaluation uses one fixed draw for each number
-    of tokens, the same for every image, so that it is repeatable and no image depends on its batch. A `generator`, if
-    given, is used in both and draws anew for every image.
-
     Args:
         keep: the most tokens that go on.
-        seed: of the fixed draw.
-        generator: to draw from.
+        seed: see `Noise`.
+        generator: see `Noise`.
     """
 
     uses_scores = False
 
     def __init__(self, keep: int, seed: int = 0, generator: torch.Generator | None = None) -> None:
         super().__init__(keep)
-        self.seed = seed
-        self.generator = generator
+        self.noise = Noise(seed, generator)
 
     def priority(self, tokens: Tensor, scores: Tensor | None) -> Tensor:
-        return uniform(tokens, self.training, self.seed, self.generator)
+        return self.noise.draw(tokens, self.training)
 
 
 class Importance(Random):
     """K tokens without replacement, drawn with probability proportional to the significance score.
 
-    Successive draws from the categorical distribution are the K highest of log score + Gumbel noise. The noise comes
-    from where that of `Random` comes from.
+    Successive draws from the categorical distribution are the K highest of log score + Gumbel noise.
     """
 
     uses_scores = True
 
     def priority(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        noise = uniform(tokens, self.training, self.seed, self.generator).clamp(min=torch.finfo(torch.float32).tiny)
-        return scores.log() - (-noise.log()).log()
+        uniform = self.noise.draw(tokens, self.training).clamp(min=torch.finfo(torch.float32).tiny)
+        return scores.log() - (-uniform.log()).log()
 
 
 class TokenPooling(Downsampler):
@@ -144,11 +167,10 @@ class TokenPooling(Downsampler):
 
     Args:
         keep: the most clusters.
-        init: initial centres: "scores", the tokens of highest significance score, or "random" (Figure 6), drawn as in
-            `Random`.
+        init: initial centres: "scores", the tokens of highest significance score, or "random" (Figure 6).
         iterations: the most iterations.
-        seed: for `init="random"`.
-        generator: for `init="random"`.
+        seed: for `init="random"`, see `Noise`.
+        generator: for `init="random"`, see `Noise`.
     """
 
     weighted = False
@@ -165,17 +187,14 @@ class TokenPooling(Downsampler):
         super().__init__(keep)
         if init not in ("scores", "random"):
             raise ValueError(f'init = {init!r} must be "scores" or "random"')
-        if iterations < 1:
-            raise ValueError(f"iterations = {iterations} must be at least 1")
+        if not isinstance(iterations, Integral) or iterations < 1:
+            raise ValueError(f"iterations = {iterations!r} must be a whole number, at least 1")
         self.init = init
         self.iterations = iterations
-        self.seed = seed
-        self.generator = generator
+        self.noise = Noise(seed, generator)
 
     def reduce(self, tokens: Tensor, scores: Tensor) -> Downsampled:
-        priority = scores
-        if self.init == "random":
-            priority = uniform(tokens, self.training, self.seed, self.generator)
+        priority = self.noise.draw(tokens, self.training) if self.init == "random" else scores
         clusters = self.algorithm(
             tokens,
             self.keep,
@@ -232,9 +251,9 @@ class Convolution(Downsampler):
         """Convolutions at the blocks `at`, which count from 0."""
         if keep is not None:
             raise ValueError("convolution takes no keep: it quarters the tokens at the blocks at=[...]")
-        at = list(at)
-        if not at or sorted(set(at)) != at or not all(0 <= block < host.depth for block in at):
-            raise ValueError(f"at = {at} must list different blocks in ascending order, each in 0..{host.depth - 1}")
+        usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
+        if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
+            raise ValueError(f"at = {at!r} must list different blocks in ascending order, each in 0..{host.depth - 1}")
         layers, (height, width) = [None] * host.depth, host.grid
         for block in at:
             if min(height, width) < 2:
@@ -273,16 +292,6 @@ METHODS: dict[str, type[Downsampler] | None] = {
     "wkmeans": WKMeans,
     "wkmedoids": WKMedoids,
 }
-
-
-def uniform(tokens: Tensor, training: bool, seed: int, generator: torch.Generator | None) -> Tensor:
-    """Numbers (B, N) in [0, 1) for the tokens (B, N, D); `Random` says where they come from."""
-    batch, n, _ = tokens.shape
-    if generator is not None:
-        return torch.rand(batch, n, generator=generator, device=generator.device).to(tokens.device)
-    if training:
-        return torch.rand(batch, n, device=tokens.device)
-    return _fixed_draw(int(n), seed).to(tokens.device).expand(batch, n)
 
 
 @torch.compiler.assume_constant_result

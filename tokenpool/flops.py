@@ -58,15 +58,16 @@ COUNTED = {
 FREE = {
     f"aten::{name}"
     for name in """
-    abs add add_ all amax amin any arange argmax argmin argsort bernoulli_ bitwise_and bitwise_not broadcast_tensors cat
-    ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum detach diagonal div div_
-    dropout empty empty_like eq exp expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu
-    gt index index_add index_copy index_put index_put_ index_select layer_norm le linalg_vector_norm linspace log
-    logical_and logical_not lt mT masked_fill masked_fill_ max maximum mean min minimum movedim mul mul_ narrow ne neg
-    new_empty new_full new_ones new_zeros norm normal_ ones ones_like pad permute pow prod rand rand_like randn rand
-    reciprocal relu repeat repeat_interleave reshape rms_norm round rsqrt rsub scatter scatter_add scatter_reduce select
-    sigmoid silu slice softmax sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh to topk
-    transpose tril triu type_as unbind unflatten unsqueeze var view view_as where zero_ zeros zeros_like
+    abs add add_ all amax amin aminmax any arange argmax argmin argsort bernoulli_ bitwise_and bitwise_not
+    broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
+    detach diagonal div div_ dropout empty empty_like eq exp exp2 expand expand_as eye fill_ flatten floor
+    floor_divide full full_like gather ge gelu gt index index_add index_copy index_put index_put_ index_select
+    layer_norm le linalg_vector_norm linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max maximum
+    mean min minimum movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones
+    ones_like pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape rms_norm
+    round rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu slice softmax sort split split_with_sizes
+    sqrt square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze
+    upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros zeros_like
     """.split()
 }
 
@@ -102,10 +103,11 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     """Count the multiply-adds of one image's forward pass through a (patched) timm VisionTransformer.
 
     Clustering that runs is counted: N^2 D for K-Medoids' distance matrix, at most `iterations` times K N D for
-    K-Means, at those blocks where tokens are clustered. Early stopping of K-Means is not counted on.
+    K-Means, at those blocks where tokens are clustered. Early stopping of K-Means is not counted on. (On a GPU sums
+    over clusters are matrix products too, for the sake of repeatability; they are not counted.)
 
     Args:
-        model: any model whose operators are known; it is copied, and stays as it is.
+        model: a timm VisionTransformer, patched or plain; it is copied, and stays as it is.
         image_size: height and width in pixels. Default: the size that the model is built for.
         idle_clustering: count clustering as the paper's tables do instead: K-Medoids' distance matrix at all blocks,
             also where nothing is clustered. `paper_clustering_macs` states the rule.
@@ -160,8 +162,8 @@ class FlopsCallback(Callback):
             "backbone_gmacs": self.count.backbone_gmacs,
             "clustering_gmacs": self.count.clustering_gmacs,
         } | {f"gmacs/{part}": value for part, value in self.count.parts.items()}
-        if trainer.logger is not None:
-            trainer.logger.log_metrics(figures, step=0)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=0)
 
 
 def _macs_by_part(model: nn.Module, images: torch.Tensor) -> Counter[str]:

@@ -22,7 +22,7 @@ class ClassificationModule(LightningModule):
     With soft selection in the model (PoWER-BERT's second stage) the loss gains `retention_penalty` times
     `soft_selection.retention_loss`, and the retention weights have their own learning rate.
 
-    Every step is seeded by its number, so that a resumed run repeats what an uninterrupted one does.
+    Every step is seeded by its number, so that a run resumed at an epoch's end repeats what an uninterrupted one does.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
@@ -70,7 +70,9 @@ class ClassificationModule(LightningModule):
         return self.model(images)
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        torch.manual_seed(step_seed(self.seed, self.global_step, self.global_rank))
+        accumulated = self.trainer.accumulate_grad_batches
+        step = self.global_step * accumulated + batch_idx % accumulated
+        torch.manual_seed(step_seed(self.seed, step, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -105,15 +107,14 @@ class ClassificationModule(LightningModule):
         self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
 
     def configure_optimizers(self) -> dict:
-        retention = [layer.retention for layer in soft_selection.layers(self.model)]
-        for parameter in retention:
-            parameter.requires_grad_(False)  # hides them from timm's grouping
+        retention = {id(layer.retention): layer.retention for layer in soft_selection.layers(self.model)}
         spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
         if retention:
-            for parameter in retention:
-                parameter.requires_grad_(True)
-            groups.append({"params": retention, "weight_decay": 0.0, "lr": self.retention_learning_rate})
+            for group in groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in retention]
+            retention_group = {"params": list(retention.values()), "lr": self.retention_learning_rate}
+            groups.append(retention_group | {"weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
 
         total = self.trainer.estimated_stepping_batches

@@ -30,17 +30,22 @@ def cost_accuracy(
         error: column of the standard error, drawn as bars; None, or a column that is missing, for no bars.
         ax: axes to draw into; by default a new figure's.
 
+    Costs are taken to be in units of 10^9 multiply-adds; those of small models are shown in units of 10^6.
+
     Returns:
         The axes.
     """
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
-    for name in [name for name in STYLES if name in set(frame["downsampler"])]:
+    scale, unit = (1e3, "MFLOPs") if frame[cost].max() < 0.1 else (1, "GFLOPs")
+    names = dict.fromkeys(frame["downsampler"])
+    for name in [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]:
         points = frame[frame["downsampler"] == name].sort_values(cost)
-        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | STYLES[name]
+        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5}
+        style |= STYLES.get(name, {"label": name, "marker": "."})
         bars = points[error] if error and error in points else None
-        ax.errorbar(points[cost], points[quality], yerr=bars, zorder=4 if name == "none" else 3, **style)
-    ax.set_xlabel("GFLOPs per image (1 multiply-add = 1 FLOP)")
+        ax.errorbar(scale * points[cost], points[quality], yerr=bars, zorder=4 if name == "none" else 3, **style)
+    ax.set_xlabel(f"{unit} an image (1 multiply-add = 1 FLOP), clustering included")
     ax.set_ylabel("top-1 accuracy (%)")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)

@@ -17,7 +17,8 @@ def save(run: dict[str, Any], path: str | Path) -> None:
     """Write a finished run, atomically: the file is there whole or not at all.
 
     Args:
-        run: JSON values, with the keys "setting", "metrics" and "cost" (dictionaries) and any others.
+        run: JSON values, with the keys "setting", "metrics" and "cost" (dictionaries) and any others. Numbers that are
+            not finite are refused: JSON has none.
         path: of the file to write; its folder is made if need be.
     """
     _check(run, path)
@@ -26,7 +27,7 @@ def save(run: dict[str, Any], path: str | Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(run, file, indent=1)
+            json.dump(run, file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -54,7 +55,8 @@ def read(path: str | Path) -> dict[str, Any]:
 def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
     """All finished runs of a folder, one row a run.
 
-    The columns are the entries of the run's setting, metrics and cost, and `run`, the name of its file.
+    The columns are the entries of the run's setting, metrics and cost, all other entries that are plain values (such as
+    `seconds`), and `run`, the name of its file.
 
     Args:
         folder: with one JSON file a run.
@@ -82,7 +84,8 @@ def _rows(paths: Iterable[Path], skip_broken: bool) -> Iterable[dict[str, Any]]:
                 raise
             warnings.warn(str(error), stacklevel=3)
             continue
-        yield {"run": path.stem} | run["setting"] | run["metrics"] | run["cost"]
+        plain = {key: value for key, value in run.items() if not isinstance(value, dict | list)}
+        yield {"run": path.stem} | run["setting"] | run["metrics"] | run["cost"] | plain
 
 
 def _check(run: Any, path: str | Path) -> None:

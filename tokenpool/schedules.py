@@ -72,7 +72,9 @@ def checked(keep: Sequence[int], depth: int) -> list[int]:
     Raises:
         ValueError: for another length, or for an entry that is negative or no whole number; the message names it.
     """
-    if isinstance(keep, str) or not hasattr(keep, "__len__"):
+    if hasattr(keep, "tolist"):  # NumPy's arrays and PyTorch's tensors
+        keep = keep.tolist()
+    if isinstance(keep, str) or not isinstance(keep, Sequence):
         raise ValueError(f"keep = {keep!r} must be a list of {depth} whole numbers, one a block")
     if len(keep) != depth:
         raise ValueError(f"keep has {len(keep)} entries, but the model has {depth} blocks: give one entry a block")

@@ -36,10 +36,8 @@ class SoftSelection(Downsampler):
         if n != len(self.retention):
             raise ValueError(f"soft selection was built for {len(self.retention)} tokens, got {n}")
         order = scores.argsort(dim=-1, descending=True, stable=True)  # (B, N), token of each rank
-        rank = torch.empty_like(order).scatter(1, order, torch.arange(n, device=order.device).expand(batch, n))
-        return Downsampled(
-            tokens * self.retention[rank][:, :, None], torch.arange(n, device=order.device).expand(batch, n)
-        )
+        everyone = torch.arange(n, device=order.device).expand(batch, n)
+        return Downsampled(tokens * self.retention[order.argsort()][:, :, None], everyone)
 
 
 def layers(model: nn.Module) -> list[SoftSelection]:

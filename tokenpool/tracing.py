@@ -1,5 +1,6 @@
 """What a patched model did with each image patch, block by block."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -55,8 +56,8 @@ def trace(model: VisionTransformer, images: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
 
-    patches = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    n = patches[0] * patches[1]
+    first = next(iter(seen.values()))[0] if seen else None  # patch dropout may have left fewer tokens than patches
+    n = first.shape[1] if seen else math.prod(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
     assignment = torch.arange(n, device=images.device).expand(len(images), n)  # (B, N)
     error = torch.zeros(len(images), device=images.device)
     blocks = []
@@ -83,6 +84,7 @@ def reconstruction_error(tokens: Tensor, downsampled: Downsampled) -> Tensor:
     kept, assignment = downsampled
     if kept.shape[1] == 0:
         return tokens.new_full((len(tokens),), torch.nan)
+    tokens, kept = tokens.float(), kept.float()
     own = kept.gather(1, assignment.clamp(min=0)[:, :, None].expand(-1, -1, kept.shape[2]))
     error = (tokens - own).square().sum(-1)  # (B, N)
     nearest = torch.cdist(tokens, kept).square().amin(-1)  # (B, N)

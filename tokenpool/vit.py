@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, NamedTuple
 
 import timm
@@ -12,6 +13,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from tokenpool import schedules
 from tokenpool.attention import ScoredAttention
 from tokenpool.downsampling import METHODS, Downsampler, Host
 
@@ -41,6 +43,12 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_NEEDS_PLAIN = (
+    "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
+    "plain model: call tokenpool.unpatch first"
+)
+
+
 class PooledBlock(nn.Module):
     """timm's `Block` with a downsampler between attention and MLP (Marin et al. 2021, section 4).
 
@@ -56,10 +64,7 @@ class PooledBlock(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         if not isinstance(stream, Stream):
-            raise TypeError(
-                "a pooled block was called on its own: gradient checkpointing, attention masks, features_only and "
-                "forward_intermediates of timm need a plain model; call tokenpool.unpatch first"
-            )
+            raise TypeError(f"a pooled block was called on its own; {_NEEDS_PLAIN}")
         tokens, sizes = stream
         downsampler = self.downsampler
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - self.prefix):
@@ -84,6 +89,11 @@ class PooledBlocks(nn.Sequential):
         super().__init__(*blocks)
         self.setting = setting
         self.hosts = tuple(hosts)  # a tuple, so that they are no submodules: `unpatch` puts them back
+
+    def __getitem__(self, index: int | slice) -> PooledBlock:
+        if isinstance(index, slice):
+            raise TypeError(f"pooled blocks cannot be sliced; {_NEEDS_PLAIN}")
+        return super().__getitem__(index)
 
     def forward(self, tokens: Tensor) -> Tensor:
         sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.setting.carry else None
@@ -141,12 +151,13 @@ def patch(
         raise ValueError(f'qk_norm = {qk_norm!r} must be None or "l2"')
     if qk_norm is None and (learn_alpha or alpha != 1.0):
         raise ValueError('alpha and learn_alpha need qk_norm="l2"')
-    if not alpha > 0:
-        raise ValueError(f"alpha = {alpha} must be positive")
+    if not isinstance(alpha, Real) or not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha = {alpha!r} must be a positive number")
 
     hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
     prefix = model.num_prefix_tokens
-    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, prefix)
+    reads_prefix = model.global_pool in ("token", "") or getattr(model, "pool_include_prefix", False)
+    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches=not (prefix and reads_prefix))
     if method is None:
         if keep is not None or options:
             raise ValueError('downsampler "none" takes no keep and no options')
@@ -161,13 +172,14 @@ def patch(
     if method is None and qk_norm is None:
         return model
     reference = model.patch_embed.proj.weight
+    layers = [layer and layer.to(device=reference.device, dtype=reference.dtype) for layer in layers]
     blocks = [
         PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix)
         for block, layer in zip(hosts, layers, strict=True)
     ]
-    keep = None if keep is None else tuple(int(limit) for limit in keep)
+    keep = None if keep is None else tuple(schedules.checked(keep, host.depth))
     setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, options)
-    model.blocks = PooledBlocks(blocks, setting, hosts).to(device=reference.device).train(model.training)
+    model.blocks = PooledBlocks(blocks, setting, hosts).train(model.training)
     return model
 
 
@@ -215,6 +227,8 @@ def create_model(
         ValueError: for an unknown model or method, or an unusable `keep`.
     """
     _, method = _method(downsampler)
+    if not isinstance(name, str):
+        raise ValueError(f"name = {name!r} must be the name of a timm model")
     if not timm.is_model(name.split(".")[0]) and ":" not in name:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""
@@ -231,7 +245,8 @@ def create_model(
 
 def _method(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
     if isinstance(downsampler, type) and issubclass(downsampler, Downsampler):
-        return downsampler.__name__, downsampler
+        names = [name for name, method in METHODS.items() if method is downsampler]
+        return (names or [downsampler.__name__])[0], downsampler
     if not isinstance(downsampler, str) or downsampler not in METHODS:
         raise ValueError(f"unknown downsampler {downsampler!r}; known are {', '.join(METHODS)}")
     return downsampler, METHODS[downsampler]
