@@ -353,7 +353,7 @@ def _trainer(run: Run, folder: Path, clock: "_Clock", on_epoch: Callable[[], Non
     }
     try:
         return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
-    except (TypeError, MisconfigurationException) as error:
+    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
 
 

@@ -69,7 +69,7 @@ class _DataModule(LightningDataModule):
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = self.sampler(self.train_set, num_replicas=ranks, rank=rank, seed=self.seed)
         # Lightning tells it of later epochs. Of the one that a resumed run begins with it tells too late for workers.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0)
         return self._loader(self.train_set, sampler=sampler, drop_last=len(self.train_set) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader:

@@ -117,7 +117,7 @@ class ClassificationModule(LightningModule):
             groups.append(retention_group | {"weight_decay": 0.0})
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
 
-        total = self.trainer.estimated_stepping_batches
+        total = self._total_steps()
         warmup = self.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
 
         def factor(step: int) -> float:
@@ -126,3 +126,15 @@ class ClassificationModule(LightningModule):
             return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Steps of the optimiser in the whole fit.
+
+        Lightning's own estimate would start the loader's workers before a resumed run knows its epoch.
+        """
+        trainer = self.trainer
+        if trainer.datamodule is None or trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
+            return trainer.estimated_stepping_batches
+        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
