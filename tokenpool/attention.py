@@ -63,10 +63,11 @@ class ScoredAttention(nn.Module):
         bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None, :]  # (B, 1, 1, N)
 
         if with_scores:
-            logits = (q * scale) @ k.mT  # (B, H, N, N)
-            attention = (logits if bias is None else logits + bias).softmax(dim=-1)
-            scores = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
-            out = self.attn_drop(attention).to(v.dtype) @ v  # (B, H, N, d)
+            # Head by head, where autograd need not keep the N x N matrices: on a CPU one head's fit into the cache.
+            heads = 1 if x.device.type == "cpu" and not torch.is_grad_enabled() else self.num_heads
+            parts = zip((q * scale).split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
+            outs, received = zip(*(self._attend(q, k, v, bias) for q, k, v in parts), strict=True)
+            out, scores = torch.cat(outs, dim=1), torch.stack(received).sum(0)
         else:
             scores = None
             dropout = self.attn_drop.p if self.training else 0.0
@@ -76,3 +77,10 @@ class ScoredAttention(nn.Module):
         out = self.norm(out) if hasattr(self, "norm") else out
         out = out if gate is None else out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out)), scores
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output (B, h, N, d) and attention received (B, N) of some heads, from scaled queries."""
+        logits = q @ k.mT  # (B, h, N, N)
+        attention = (logits if bias is None else logits + bias).softmax(dim=-1)
+        received = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
+        return self.attn_drop(attention).to(v.dtype) @ v, received
