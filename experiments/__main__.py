@@ -73,8 +73,13 @@ def reproduce(
     folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
     with runner.exclusive(folder):
         studies.reproduce(chosen, full, folder, jobs or min(len(os.sched_getaffinity(0)), 8))
-        table = tables.cost_accuracy(results.load(folder))
+        frame = results.load(folder)
+        table = tables.cost_accuracy(frame)
         text = tables.markdown(table)
+        paired = tables.differences(frame)
+        if len(paired):
+            text += "\n\nPaired by seed and schedule, mean over schedules, error over seeds:\n\n"
+            text += tables.differences_markdown(paired)
         (folder / "table.md").write_text(text + "\n")
         pictures = figures.pareto(table, folder / "pareto")
     print(text)

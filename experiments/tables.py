@@ -37,6 +37,30 @@ def cost_accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["order", "gmacs"], ascending=[True, False]).drop(columns="order").reset_index(drop=True)
 
 
+def differences(frame: pd.DataFrame, reference: str = "power_bert") -> pd.DataFrame:
+    """Top-1 of each method minus that of the reference with the same seed and schedule, averaged over schedules.
+
+    The mean over seeds with its standard error; no rows where fewer than two seeds are there.
+
+    Args:
+        frame: one row a run, from `tokenpool.results.load`.
+        reference: name of the method to compare with.
+    """
+    runs = frame[(frame["stage"] == "finetune") & frame["level"].notna()]
+    top1 = runs.pivot_table(index=["seed", "level"], columns="downsampler", values="top1")
+    if reference not in top1:
+        return pd.DataFrame(columns=["method", "difference", "error", "seeds"])
+    by_seed = top1.sub(top1[reference], axis=0).groupby("seed").mean().drop(columns=reference)
+    rows = pd.DataFrame({"difference": by_seed.mean(), "error": by_seed.sem(), "seeds": by_seed.count()})
+    return rows[rows["seeds"] > 1].rename_axis("method").reset_index()
+
+
+def differences_markdown(rows: pd.DataFrame, reference: str = "power_bert") -> str:
+    """The table of `differences` for people to read."""
+    shown = {f"top-1 minus {reference}'s": [f"{row.difference:+.2f} ± {row.error:.2f}" for row in rows.itertuples()]}
+    return pd.DataFrame({"method": rows["method"]} | shown).to_markdown(index=False, disable_numparse=True)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """The table of `cost_accuracy` for people to read. Small models are stated in units of 10^6."""
     scale, unit = (1e3, "MMACs") if table["gmacs"].max() < 0.1 else (1, "GMACs")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -102,6 +103,19 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     table = tables.cost_accuracy(results.load(tmp_path))
     assert table[table["downsampler"] == "convolution"]["options"].tolist() == [{"at": [0]}]
     assert set(table[table["downsampler"] == "power_bert"]["seeds"]) == {2}
+
+
+def test_differences_are_paired() -> None:
+    rows = [
+        {"stage": "finetune", "downsampler": method, "seed": seed, "level": level, "top1": 90 + 5 * seed - level + plus}
+        for seed in (0, 1)
+        for level in (0, 1)
+        for method, plus in (("power_bert", 0), ("wkmedoids", 1 + seed), ("random", -2))
+    ]
+    found = tables.differences(pd.DataFrame(rows)).set_index("method")
+    assert found["difference"].to_dict() == {"random": -2, "wkmedoids": 1.5}
+    assert found["error"].to_dict() == {"random": 0, "wkmedoids": 0.5}
+    assert "+1.50 ± 0.50" in tables.differences_markdown(found.reset_index())
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
