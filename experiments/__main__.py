@@ -72,7 +72,7 @@ def reproduce(
     chosen = presets.get(preset)
     folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
     with runner.exclusive(folder):
-        studies.reproduce(chosen, full, folder, jobs or min(len(os.sched_getaffinity(0)), 8))
+        studies.reproduce(chosen, full, folder, jobs or min(_cores(), 8))
         frame = results.load(folder)
         table = tables.cost_accuracy(frame)
         text = tables.markdown(table)
@@ -214,6 +214,11 @@ def _execute(run: Any, folder: Path) -> None:
         f"{metrics['images']} images; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
     )
     print(f"result: {path}")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given(value: Any, otherwise: Any) -> Any:

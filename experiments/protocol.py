@@ -170,27 +170,13 @@ def execute(
             fit(trainer, module, data, run, checkpoint)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
-    images = len(trainer.test_dataloaders.dataset)
-    top1 = metrics["test_top1"]
-    measured = {
-        "top1": 100 * top1,
-        "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
-        "top5": 100 * metrics["test_top5"],
-        "loss": metrics["test_loss"] if math.isfinite(metrics["test_loss"]) else None,
-        "images": images,
-    }
+    measured = _accuracy(metrics, images=len(trainer.test_dataloaders.dataset))
     if run.downsampler == "soft_selection":
         measured["learned_keep"] = soft_selection.learned_schedule(model)
-    count = flops.count(model)
     outcome = {
         "setting": run.setting,
         "metrics": measured,
-        "cost": {
-            "gmacs": count.gmacs,
-            "backbone_gmacs": count.backbone_gmacs,
-            "clustering_gmacs": count.clustering_gmacs,
-            "parts": count.parts,
-        },
+        "cost": _cost(model),
         "seconds": clock.seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
@@ -201,6 +187,28 @@ def execute(
         results.save(outcome, path)  # last: that it exists means that the run is done
         checkpoint.unlink(missing_ok=True)
     return outcome
+
+
+def _accuracy(metrics: dict[str, float], images: int) -> dict[str, Any]:
+    """Accuracies in percent, with the standard error that comes of the finite number of images."""
+    top1, loss = metrics["test_top1"], metrics["test_loss"]
+    return {
+        "top1": 100 * top1,
+        "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
+        "top5": 100 * metrics["test_top5"],
+        "loss": loss if math.isfinite(loss) else None,
+        "images": images,
+    }
+
+
+def _cost(model: nn.Module) -> dict[str, Any]:
+    count = flops.count(model)
+    return {
+        "gmacs": count.gmacs,
+        "backbone_gmacs": count.backbone_gmacs,
+        "clustering_gmacs": count.clustering_gmacs,
+        "parts": count.parts,
+    }
 
 
 def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, run: Run, checkpoint: Path) -> None:
