@@ -143,8 +143,7 @@ def execute(
         What the JSON file holds.
     """
     path = result_path(run, folder)
-    clock = _Clock(run)
-    environment()
+    clock, surroundings = _Clock(run), environment()
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
     model = build_model(run, folder)
@@ -179,7 +178,7 @@ def execute(
         "cost": _cost(model),
         "seconds": clock.seconds,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
+        "environment": surroundings,
     }
     if trainer.is_global_zero:
         if run.epochs:

@@ -2,6 +2,8 @@
 
 import pandas as pd
 
+from tokenpool import plotting
+
 
 def cost_accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     """Every method and schedule of the protocol: cost, and top-1 as the mean over seeds with its standard error.
@@ -63,12 +65,12 @@ def differences_markdown(rows: pd.DataFrame, reference: str = "power_bert") -> s
 
 def markdown(table: pd.DataFrame) -> str:
     """The table of `cost_accuracy` for people to read. Small models are stated in units of 10^6."""
-    scale, unit = (1e3, "MMACs") if table["gmacs"].max() < 0.1 else (1, "GMACs")
+    scale, prefix = plotting.unit(table["gmacs"].max())
     rows = [
         {
             "method": row.downsampler + (", base" if row.stage == "base" else ""),
             "schedule": _schedule(row),
-            unit: f"{scale * row.gmacs:.2f}",
+            f"{prefix}MACs": f"{scale * row.gmacs:.2f}",
             "of which clustering": f"{scale * row.clustering_gmacs:.2f}",
             "top-1 (%)": f"{row.top1:.1f} ± {row.top1_error:.1f}",
             "seeds": row.seeds,

@@ -18,6 +18,11 @@ STYLES: dict[str, dict] = {
 }
 
 
+def unit(largest: float) -> tuple[float, str]:
+    """Factor and prefix that costs of up to `largest` x 10^9 are best shown with: (1, "G") or (1000, "M")."""
+    return (1e3, "M") if largest < 0.1 else (1.0, "G")
+
+
 def cost_accuracy(
     frame: pd.DataFrame, cost: str = "gmacs", quality: str = "top1", error: str | None = "top1_error", ax: Axes = None
 ) -> Axes:
@@ -37,7 +42,7 @@ def cost_accuracy(
     """
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
-    scale, unit = (1e3, "MFLOPs") if frame[cost].max() < 0.1 else (1, "GFLOPs")
+    scale, prefix = unit(frame[cost].max())
     names = dict.fromkeys(frame["downsampler"])
     for name in [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]:
         points = frame[frame["downsampler"] == name].sort_values(cost)
@@ -45,7 +50,7 @@ def cost_accuracy(
         style |= STYLES.get(name, {"label": name, "marker": "."})
         bars = points[error] if error and error in points else None
         ax.errorbar(scale * points[cost], points[quality], yerr=bars, zorder=4 if name == "none" else 3, **style)
-    ax.set_xlabel(f"{unit} an image (1 multiply-add = 1 FLOP), clustering included")
+    ax.set_xlabel(f"{prefix}FLOPs an image (1 multiply-add = 1 FLOP), clustering included")
     ax.set_ylabel("top-1 accuracy (%)")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
