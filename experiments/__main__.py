@@ -67,13 +67,14 @@ def reproduce(
     Finished runs are skipped and interrupted ones go on: start the same command again after an interruption.
     """
     from experiments import figures, runner, studies, tables
-    from tokenpool import results
 
     chosen = presets.get(preset)
     folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
+    study = studies.Study(chosen, folder, full)
     with runner.exclusive(folder):
-        studies.reproduce(chosen, full, folder, jobs or min(_cores(), 8))
-        frame = results.load(folder)
+        study.execute(studies.everything(study), jobs or min(_cores(), 8))
+        study = studies.Study(chosen, folder, full)
+        frame = study.points(studies.protocol_runs(study))
         table = tables.cost_accuracy(frame)
         text = tables.markdown(table)
         paired = tables.differences(frame)

@@ -27,6 +27,9 @@ import tokenpool
 from tokenpool import flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.module import ClassificationModule
+from tokenpool.tracing import ReconstructionErrorCallback
+
+DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class Run:
     Attributes:
         stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train" or "evaluate" (from the command line).
         label: tells runs of one stage and seed apart; part of the file's name.
-        data: "digits", or a folder in ImageNet's layout.
+        data: "digits"; "imagenet", the folder that the environment variable TOKENPOOL_DATA names; or a folder in
+            ImageNet's layout.
         model: name of the timm model.
+        variant: name of the base model in its study, empty for the main one.
         downsampler: name of the method; "soft_selection" in a search.
         keep: retention schedule.
         level: number of the schedule, 0 the mildest; None where there is none.
@@ -54,6 +59,7 @@ class Run:
     label: str
     data: str
     model: str
+    variant: str = ""
     downsampler: str = "none"
     keep: tuple[int, ...] | None = None
     level: int | None = None
@@ -111,11 +117,16 @@ def is_finished(run: Run, folder: Path) -> bool:
     path = result_path(run, folder)
     if not path.exists():
         return False
-    _check_same(run, results.read(path)["setting"], path)
+    check_same(run, results.read(path)["setting"], path)
     return True
 
 
-def _check_same(run: Run, before: dict[str, Any], path: Path) -> None:
+def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
+    """Compare a run with the setting that a file holds.
+
+    Raises:
+        ValueError: if they differ; the message names the file and the differences.
+    """
     before = _DEFAULTS | before  # a setting that is younger than the file had its default then
     differing = [key for key, value in run.setting.items() if _plain(before.get(key)) != _plain(value)]
     if differing:
@@ -159,7 +170,8 @@ def execute(
         seed=run.seed,
     )
     check_classes(data, model.num_classes)
-    trainer = _trainer(run, folder, clock, on_epoch, progress)
+    errors = ReconstructionErrorCallback()
+    trainer = _trainer(run, folder, [clock, errors] if run.stage == "evaluate" else [clock], on_epoch, progress)
     checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
     with warnings.catch_warnings():
         # Lightning's advice on the number of workers is not for data that lie in memory.
@@ -170,6 +182,8 @@ def execute(
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
     measured = _accuracy(metrics, images=len(trainer.test_dataloaders.dataset))
+    if tokenpool.vit.is_patched(model) and run.stage == "evaluate":
+        measured["relative_error"] = errors.relative
     if run.downsampler == "soft_selection":
         measured["learned_keep"] = soft_selection.learned_schedule(model)
     outcome = {
@@ -222,7 +236,7 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
             before = torch.load(checkpoint, map_location="cpu", weights_only=True)["run"]
         except Exception as error:
             raise ValueError(f"cannot read checkpoint {checkpoint} ({error}); delete it to start anew") from error
-        _check_same(run, before, checkpoint)
+        check_same(run, before, checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except SystemExit as error:  # what Lightning makes of an interrupt
@@ -234,18 +248,21 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
 def build_model(run: Run, folder: Path) -> nn.Module:
     """The run's model with the weights that it starts from."""
     downsampler = soft_selection.SoftSelection if run.downsampler == "soft_selection" else run.downsampler
+    weights = os.environ.get(WEIGHTS) if run.pretrained else None
     model = tokenpool.create_model(
         run.model,
         downsampler,
         run.keep,
         carry=run.carry,
-        pretrained=run.pretrained,
+        pretrained=run.pretrained and weights is None,
         qk_norm=run.qk_norm,
         alpha=run.alpha,
         learn_alpha=run.learn_alpha,
         **run.options,
         **run.model_options,
     )
+    if weights is not None:
+        load_weights(model, Path(weights))
     if run.start is not None:
         load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
     return model
@@ -257,9 +274,12 @@ def data_module(run: Run) -> LightningDataModule:
         if run.limit:
             raise ValueError("the digits are few; only image folders can be limited")
         return DigitsDataModule(batch_size=run.batch_size, split=run.split, seed=run.seed)
+    folder = os.environ.get(DATA) if run.data == "imagenet" else run.data
+    if not folder:
+        raise ValueError(f"no images: --data FOLDER or the variable {DATA} must name a folder in ImageNet's layout")
     config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
     return ImageFolderDataModule(
-        run.data,
+        folder,
         image_size=run.model_options.get("img_size", config.input_size[-1]),
         batch_size=run.batch_size,
         seed=run.seed,
@@ -339,8 +359,9 @@ def _commit() -> str | None:
         return None
 
 
-def _trainer(run: Run, folder: Path, clock: "_Clock", on_epoch: Callable[[], None] | None, progress: bool) -> Trainer:
-    callbacks: list[Callback] = [clock]
+def _trainer(
+    run: Run, folder: Path, callbacks: list[Callback], on_epoch: Callable[[], None] | None, progress: bool
+) -> Trainer:
     if run.epochs:
         callbacks += [
             ModelCheckpoint(folder / "checkpoints", filename=run.name, enable_version_counter=False),

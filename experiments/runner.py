@@ -55,7 +55,7 @@ class Runner:
     Args:
         folder: for results, weights, checkpoints and logs.
         jobs: number of processes.
-        epochs: that all runs of the study have in total, for the estimate of the time left.
+        epochs: that all runs of the study have in total, for the estimate of the time left; see `effort`.
     """
 
     def __init__(self, folder: Path, jobs: int, epochs: int) -> None:
@@ -79,8 +79,17 @@ class Runner:
         for process in multiprocessing.active_children():
             process.kill()  # whatever they are at goes on from its last checkpoint next time
 
-    def run_all(self, runs: Sequence[Run]) -> None:
-        """Execute the runs, in any order. The first error ends the study; finished runs stay finished."""
+    def run_all(self, runs: Sequence[Run], alone: bool = False) -> None:
+        """Execute the runs, in any order. The first error ends the study; finished runs stay finished.
+
+        Args:
+            runs: to execute.
+            alone: one at a time, for those that measure time.
+        """
+        if alone:
+            for run in runs:
+                self.run_all([run])
+            return
         waiting: dict[Future, Run] = {self.pool.submit(_execute, run, self.folder): run for run in runs}
         reported: dict[str, int] = {}
         while waiting:
@@ -95,8 +104,17 @@ class Runner:
                     outcome = future.result()
                 except Exception as error:
                     raise RuntimeError(f"run {run.name} failed: {error}") from error
-                self.bar.update(run.epochs - reported.pop(run.name, 0))  # those of an earlier, interrupted attempt
-                self.bar.write(f"{run.name}: top-1 {outcome['metrics']['top1']:.1f} %, {outcome['seconds']:.0f} s")
+                self.bar.update(effort(run) - reported.pop(run.name, 0))  # those of an earlier, interrupted attempt
+                self.bar.write(f"{run.name}: {_summary(outcome['metrics'])}, {outcome['seconds']:.0f} s")
+
+
+def effort(run: Run) -> int:
+    """Epochs of a run; one that does not train counts as one."""
+    return max(run.epochs, 1)
+
+
+def _summary(metrics: dict) -> str:
+    return f"top-1 {metrics['top1']:.1f} %" if "top1" in metrics else "measured"
 
 
 def _execute(run: Run, folder: Path) -> dict:

@@ -1,115 +1,428 @@
-"""Which runs a study needs: the paper's protocol (section 5, appendix C) as lists of runs."""
+"""Which runs each table and figure needs: the paper's protocol (section 5, appendices B to F) as lists of runs."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from experiments.presets import Preset
+import pandas as pd
+
+from experiments import protocol
+from experiments.presets import Preset, Variant
 from experiments.protocol import Run, is_finished, result_path, weights_path
-from experiments.runner import Runner
-from tokenpool import results
+from experiments.runner import Runner, effort
+from tokenpool import results, schedules
+
+CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
+SELECTIONS = ("random", "importance", "power_bert")
 
 
-def base_runs(preset: Preset, seeds: Sequence[int]) -> list[Run]:
-    """Stage 1: the base model, for each seed."""
-    return [Run("base", "", **_common(preset, seed), epochs=preset.base_epochs) for seed in seeds]
+@dataclass(frozen=True)
+class Study:
+    """The runs of a preset, and what of them is finished in a folder.
 
+    Attributes:
+        preset: what to run.
+        folder: of the results.
+        full: all of it, not the quick study that `make reproduce` runs.
+    """
 
-def search_runs(preset: Preset, penalties: Sequence[float], seed: int) -> list[Run]:
-    """Stage 2: soft selection for each penalty, from the first seed's base model. All seeds share the schedules."""
-    common = _common(preset, seed) | {"learning_rate": preset.search_learning_rate}
-    return [
-        Run(
-            "search",
-            f"lambda{penalty:g}",
-            **common,
-            downsampler="soft_selection",
-            level=level,
-            start=f"base-seed{seed}",
-            epochs=preset.search_epochs,
-            retention_penalty=penalty,
-            retention_learning_rate=preset.retention_learning_rate,
+    preset: Preset
+    folder: Path
+    full: bool = True
+
+    @property
+    def penalties(self) -> tuple[float, ...]:
+        """Weights lambda of the searches; one schedule each."""
+        return self.preset.full_penalties if self.full else self.preset.penalties
+
+    @property
+    def levels(self) -> range:
+        """Numbers of the schedules, 0 the mildest."""
+        return range(schedules.LEVELS if self.preset.schedules else len(self.penalties))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the main runs."""
+        return self.preset.full_seeds if self.full else self.preset.seeds
+
+    @property
+    def extra_seeds(self) -> tuple[int, ...]:
+        """Seeds of the ablations and of the other base models."""
+        return self.preset.extra_seeds if self.full else self.preset.seeds
+
+    def base(self, seed: int, variant: Variant | None = None) -> Run:
+        """Stage 1: a base model."""
+        variant = variant or self.preset.main
+        return Run("base", variant.name, **self._common(seed, variant), epochs=self.preset.base_epochs)
+
+    def searches(self, variant: Variant) -> list[Run]:
+        """Stage 2: soft selection for each penalty, from the first seed's base model. All seeds share the schedules."""
+        seed = self.seeds[0]
+        common = self._common(seed, variant) | {"learning_rate": self.preset.search_learning_rate}
+        return [
+            Run(
+                "search",
+                _label(variant, f"lambda{penalty:g}"),
+                **common,
+                downsampler="soft_selection",
+                level=level,
+                start=self.base(seed, variant).name,
+                epochs=self.preset.search_epochs,
+                retention_penalty=penalty,
+                retention_learning_rate=self.preset.retention_learning_rate,
+            )
+            for level, penalty in enumerate(self.penalties)
+        ]
+
+    def finetunes(
+        self, methods: Sequence[str], seeds: Sequence[int], variant: Variant | None = None, **options: Any
+    ) -> list[Run]:
+        """Stage 3: each method with every schedule. `keep` is None where the search is still to be done.
+
+        Models with normalised queries and keys use the main model's schedules.
+        """
+        variant = variant or self.preset.main
+        chosen = "".join(f"-{value}_{name}" for name, value in options.items())
+        return [
+            Run(
+                "finetune",
+                _label(variant, f"{method}{chosen}-level{level}"),
+                **self._tuned(seed, variant),
+                downsampler=method,
+                keep=self.schedule(variant, level),
+                level=level,
+                options=options,
+            )
+            for seed in seeds
+            for method in methods
+            for level in self.levels
+        ]
+
+    def plain(self, seeds: Sequence[int], variant: Variant | None = None) -> list[Run]:
+        """Stage 4: the base model, fine-tuned as long as the others."""
+        variant = variant or self.preset.main
+        return [Run("finetune", _label(variant, "none"), **self._tuned(seed, variant)) for seed in seeds]
+
+    def convolutions(self, seeds: Sequence[int], placements: Sequence[tuple[int, ...]]) -> list[Run]:
+        """Stage 3 for convolution: at chosen blocks (appendix D)."""
+        return [
+            Run(
+                "finetune",
+                f"convolution-at{'-'.join(map(str, at))}",
+                **self._tuned(seed, self.preset.main),
+                downsampler="convolution",
+                options={"at": list(at)},
+            )
+            for seed in seeds
+            for at in placements
+        ]
+
+    def evaluations(self, methods: Sequence[str], carry: bool) -> list[Run]:
+        """The base model with each method and schedule put in, not fine-tuned (appendix E)."""
+        suffix = "-carry" if carry else ""
+        runs = []
+        for seed in self.extra_seeds:
+            common = self._common(seed, self.preset.main) | self._start(seed, self.preset.main)
+            for method in methods:
+                common |= {"downsampler": method, "carry": carry}
+                if method == "none":
+                    runs.append(Run("evaluate", "none", **common))
+                elif method == "convolution":
+                    runs += [
+                        Run("evaluate", f"convolution{suffix}-at{block}", **common, options={"at": [block]})
+                        for block in range(self.preset.depth)
+                    ]
+                else:
+                    runs += [
+                        Run(
+                            "evaluate",
+                            f"{method}{suffix}-level{level}",
+                            **common,
+                            keep=self.schedule(self.preset.main, level),
+                            level=level,
+                        )
+                        for level in self.levels
+                    ]
+        return runs
+
+    def schedule(self, variant: Variant, level: int) -> tuple[int, ...] | None:
+        """The schedule of that level: the paper's, or as learned; None if its search is not finished."""
+        if self.preset.schedules:
+            return tuple(schedules.paper(self.preset.schedules, level))
+        return self._learned[self._searched(variant).name][level]
+
+    def prerequisites(self, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+        """Base models and searches that those of the runs which are not finished still need."""
+        waiting = [run for run in runs if not self._is_finished(run)]
+        variants = {variant.name: variant for variant in self._variants}
+        searched = {
+            self._searched(variants[run.variant]).name: self._searched(variants[run.variant])
+            for run in waiting
+            if run.level is not None and run.keep is None
+        }
+        searches = [run for variant in searched.values() for run in self.searches(variant)]
+        searches = [run for run in searches if not is_finished(run, self.folder)]
+        needed = dict.fromkeys((run.variant, run.seed) for run in [*waiting, *searches] if run.start is not None)
+        bases = [self.base(seed, variants[name]) for name, seed in needed]
+        # A result without its weights is no start for others: it is made again.
+        return [
+            base
+            for base in bases
+            if not (is_finished(base, self.folder) and weights_path(base.name, self.folder).exists())
+        ], searches
+
+    def missing(self, runs: Sequence[Run]) -> list[Run]:
+        """Those runs that are not finished, and what they need in turn, in the order in which they can be done."""
+        bases, searches = self.prerequisites(runs)
+        first = {run.name for run in bases}
+        return [*bases, *searches, *(run for run in runs if not self._is_finished(run) and run.name not in first)]
+
+    def points(self, runs: Sequence[Run]) -> pd.DataFrame:
+        """One row for each of the runs that is finished: its setting, metrics and cost, as in `results.load`.
+
+        A broken file, or one that holds another setting, is warned of and counts as missing.
+        """
+        rows = []
+        for run in runs:
+            path = result_path(run, self.folder)
+            if not path.exists():
+                continue
+            try:
+                protocol.check_same(run, (outcome := results.read(path))["setting"], path)
+            except ValueError as error:
+                warnings.warn(str(error), stacklevel=2)
+                continue
+            rows.append({"run": run.name} | run.setting | outcome["metrics"] | outcome["cost"])
+        return pd.DataFrame(rows)
+
+    def seconds(self, runs: Sequence[Run]) -> float:
+        """Estimate of what the runs take one process: as finished ones of their kind took, else as the preset says."""
+        return sum(self._estimate(run) for run in runs)
+
+    def execute(self, runs: Sequence[Run], jobs: int) -> None:
+        """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes."""
+        bases, searches = self.prerequisites(runs)
+        rest = [run for run in runs if not is_finished(run, self.folder) and run not in bases]
+        epochs = sum(effort(run) for run in [*bases, *searches, *rest])
+        trained = len(bases) + sum(run.stage == "base" for run in rest)
+        print(
+            f"{self.preset.name} in {self.folder}: {trained} base models, {len(searches)} searches for a schedule and "
+            f"{sum(run.stage != 'base' for run in rest)} other runs to go, {epochs} epochs in {jobs} processes",
+            flush=True,
         )
-        for level, penalty in enumerate(penalties)
-    ]
+        if not rest:
+            return
+        with Runner(self.folder, jobs, epochs) as runner:
+            runner.run_all([*bases, *(run for run in rest if run.stage == "base")])
+            runner.run_all(searches)
+            study = Study(self.preset, self.folder, self.full)  # which knows the schedules that have just been learned
+            rest = [study.with_schedule(run) for run in rest if run.stage != "base"]
+            runner.run_all([run for run in rest if run.stage not in TIMED])
+            runner.run_all([run for run in rest if run.stage in TIMED], alone=True)
+
+    def with_schedule(self, run: Run) -> Run:
+        """The run with its schedule, if it had to wait for one."""
+        if run.level is None or run.keep is not None:
+            return run
+        variant = next(variant for variant in self._variants if variant.name == run.variant)
+        return replace(run, keep=self.schedule(variant, run.level))
+
+    @cached_property
+    def _variants(self) -> list[Variant]:
+        return [self.preset.main, *self.preset.family.values(), *self.preset.normalised.values()]
+
+    @cached_property
+    def _learned(self) -> dict[str, list[tuple[int, ...] | None]]:
+        """The schedules that finished searches have learned, by the name of the variant."""
+        return {variant.name: [self._learned_by(run) for run in self.searches(variant)] for variant in self._variants}
+
+    def _learned_by(self, search: Run) -> tuple[int, ...] | None:
+        path = result_path(search, self.folder)
+        try:
+            return tuple(results.read(path)["metrics"]["learned_keep"]) if path.exists() else None
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return None
+
+    def _searched(self, variant: Variant) -> Variant:
+        """The variant whose schedules this one uses."""
+        return self.preset.main if variant.qk_norm else variant
+
+    def _is_finished(self, run: Run) -> bool:
+        return not self.points([run]).empty
+
+    @cached_property
+    def _typical(self) -> pd.Series:
+        """Median seconds of the finished runs by stage and downsampler, for each epoch where they have epochs."""
+        if not self.folder.is_dir() or not any(self.folder.glob("*.json")):
+            return pd.Series(dtype=float)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frame = results.load(self.folder, skip_broken=True)
+        each = frame["seconds"] / frame["epochs"].clip(lower=1)
+        return each.groupby([frame["stage"], frame["downsampler"]]).median()
+
+    def _estimate(self, run: Run) -> float:
+        otherwise = self.preset.epoch_seconds if run.epochs else self.preset.evaluation_seconds
+        return max(run.epochs, 1) * self._typical.get((run.stage, run.downsampler), otherwise)
+
+    def _common(self, seed: int, variant: Variant) -> dict[str, Any]:
+        preset = self.preset
+        return {
+            "variant": variant.name,
+            "data": preset.data,
+            "model": preset.model,
+            "model_options": preset.model_options | variant.model_options,
+            "qk_norm": variant.qk_norm,
+            "alpha": variant.alpha,
+            "learn_alpha": variant.learn_alpha,
+            "batch_size": preset.batch_size,
+            "learning_rate": preset.learning_rate,
+            "warmup_epochs": preset.warmup_epochs,
+            "weight_decay": preset.weight_decay,
+            "label_smoothing": preset.label_smoothing,
+            "seed": seed,
+            "split": seed,
+        }
+
+    def _start(self, seed: int, variant: Variant) -> dict[str, Any]:
+        return {"pretrained": True} if self.preset.pretrained else {"start": self.base(seed, variant).name}
+
+    def _tuned(self, seed: int, variant: Variant) -> dict[str, Any]:
+        return self._common(seed, variant) | self._start(seed, variant) | {"epochs": self.preset.finetune_epochs}
 
 
-def finetune_runs(
-    preset: Preset,
-    methods: Sequence[str],
-    schedules: Sequence[list[int]],
-    placements: Sequence[Sequence[int]],
-    seed: int,
-) -> list[Run]:
-    """Stages 3 and 4: every method with every schedule, convolution at its placements, and the plain model."""
-    common = _common(preset, seed) | {"start": f"base-seed{seed}", "epochs": preset.finetune_epochs}
-    runs = [Run("finetune", "none", **common)]
-    for method in methods:
-        for level, keep in enumerate(schedules):
-            label = f"{method}-level{level}"
-            runs.append(Run("finetune", label, **common, downsampler=method, keep=tuple(keep), level=level))
-    for at in placements:
-        label = f"convolution-at{'-'.join(map(str, at))}"
-        runs.append(Run("finetune", label, **common, downsampler="convolution", options={"at": list(at)}))
+TIMED = ("throughput",)  # stages whose runs must not share the machine with others
+
+
+def placements(depth: int, grid: int) -> list[tuple[int, ...]]:
+    """All placements of convolutions that appendix D allows: one to three blocks, three of them evenly spaced.
+
+    Args:
+        depth: blocks of the model.
+        grid: tokens along the shorter side: each convolution halves it, and it must not vanish.
+    """
+    most = min(3, grid.bit_length() - 1)
+    chosen = [at for count in range(1, most + 1) for at in combinations(range(depth), count)]
+    return [at for at in chosen if len(at) < 3 or at[1] - at[0] == at[2] - at[1]]
+
+
+def needs(study: Study, name: str) -> list[Run]:
+    """The runs that a table ("table 3") or figure ("figure 3a") draws.
+
+    A preset that has no such runs (one that does not train has no fine-tuned models) needs none.
+    """
+    needed = _NEEDS[name](study) if name in _NEEDS else []
+    return list({run.name: run for run in needed}.values())
+
+
+def protocol_runs(study: Study) -> list[Run]:
+    """The protocol of section 5 on the main model: base models, and all methods fine-tuned."""
+    if not study.full:
+        return [*_bases(study), *_main(study, study.preset.methods)]
+    single = [(block,) for block in range(study.preset.depth)]
+    return [*_bases(study), *_main(study, (*SELECTIONS, *CLUSTERINGS)), *study.convolutions(study.seeds, single)]
+
+
+def everything(study: Study) -> list[Run]:
+    """The runs of all tables and figures of the full study, or those of the quick one."""
+    if not study.full:
+        return protocol_runs(study)
+    needed = [run for name in _NEEDS for run in needs(study, name)]
+    order = {"base": 0, "finetune": 1}
+    unique = {run.name: run for run in needed}.values()
+    return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
+
+
+def _label(variant: Variant, label: str) -> str:
+    return "-".join(filter(None, [variant.name, label]))
+
+
+def _trained(needed: Callable[[Study], list[Run]]) -> Callable[[Study], list[Run]]:
+    return lambda study: [] if study.preset.pretrained else needed(study)
+
+
+def _bases(study: Study) -> list[Run]:
+    return [study.base(seed) for seed in study.seeds]
+
+
+def _main(study: Study, methods: Sequence[str]) -> list[Run]:
+    """Methods on the main model, beside the plain one."""
+    return [*study.plain(study.seeds), *study.finetunes(methods, study.seeds)]
+
+
+def _family(study: Study, methods: Sequence[str], names: Sequence[str] | None = None) -> list[Run]:
+    """Methods on the other models of the family that the paper downsamples, all but the smallest."""
+    runs = []
+    for name, variant in study.preset.family.items():
+        if names is None or name in names:
+            runs += study.plain(study.extra_seeds, variant)
+            runs += study.finetunes(methods, study.extra_seeds, variant) if name != "deit_tiny" else []
     return runs
 
 
-def reproduce(preset: Preset, full: bool, folder: Path, jobs: int) -> None:
-    """Run the whole protocol; whatever is finished already is skipped."""
-    penalties = preset.full_penalties if full else preset.penalties
-    methods = preset.full_methods if full else preset.methods
-    placements = preset.convolutions if full else ()
-    seeds = preset.full_seeds if full else preset.seeds
-    bases, searches = base_runs(preset, seeds), search_runs(preset, penalties, seeds[0])
+def _convolutions(study: Study) -> list[Run]:
+    several = [at for at in placements(study.preset.depth, study.preset.grid) if len(at) > 1]
+    single = [(block,) for block in range(study.preset.depth)]
+    return [*study.convolutions(study.seeds, single), *study.convolutions(study.extra_seeds, several)]
 
-    def finetunes(schedules: Sequence[list[int]]) -> list[Run]:
-        return [run for seed in seeds for run in finetune_runs(preset, methods, schedules, placements, seed)]
 
-    searching = pending(searches, folder)
-    if searching:  # the schedules are not known yet, but how many runs they will need is
-        expected = [run for run in finetunes([[0]] * len(penalties)) if not result_path(run, folder).exists()]
-    else:
-        expected = pending(finetunes(learned_schedules(searches, folder)), folder)
-    needed = {run.start for run in [*searching, *expected]}
-    first = [
-        run
-        for run in bases
-        if not is_finished(run, folder) or (run.name in needed and not weights_path(run.name, folder).exists())
+def _twice_trained(study: Study) -> list[Run]:
+    family = study.preset.family.values()
+    bases = [study.base(seed, variant) for variant in family for seed in study.extra_seeds]
+    return [*_bases(study), *bases, *study.plain(study.seeds), *_family(study, ())]
+
+
+def _normalised(study: Study, figure: str) -> list[Run]:
+    if figure not in study.preset.normalised:
+        return []
+    variant = study.preset.normalised[figure]
+    tuned = study.finetunes(("power_bert", "wkmedoids"), study.extra_seeds, variant)
+    return [*_main(study, ("power_bert", "wkmedoids")), *study.plain(study.extra_seeds, variant), *tuned]
+
+
+def _off_the_shelf(study: Study) -> list[Run]:
+    return [
+        *study.evaluations(("none", "convolution", *SELECTIONS, *CLUSTERINGS), carry=False),
+        *study.evaluations(("convolution", *CLUSTERINGS), carry=True),
     ]
-    epochs = sum(run.epochs for run in [*first, *searching, *expected])
-    print(
-        f"{preset.name} in {folder}: {len(first)} base models, {len(searching)} searches for a schedule and "
-        f"{len(expected)} fine-tunings to go, {epochs} epochs in {jobs} processes",
-        flush=True,
-    )
-    if epochs == 0:
-        return
-    with Runner(folder, jobs, epochs) as runner:
-        runner.run_all(first)
-        runner.run_all(searching)
-        runner.run_all(pending(finetunes(learned_schedules(searches, folder)), folder))
 
 
-def pending(runs: Sequence[Run], folder: Path) -> list[Run]:
-    """Those runs that are not finished."""
-    return [run for run in runs if not is_finished(run, folder)]
-
-
-def learned_schedules(searches: Sequence[Run], folder: Path) -> list[list[int]]:
-    """The schedule that each finished search has learned."""
-    return [results.read(result_path(run, folder))["metrics"]["learned_keep"] for run in searches]
-
-
-def _common(preset: Preset, seed: int) -> dict[str, Any]:
-    return {
-        "data": preset.data,
-        "model": preset.model,
-        "model_options": preset.model_options,
-        "batch_size": preset.batch_size,
-        "learning_rate": preset.learning_rate,
-        "warmup_epochs": preset.warmup_epochs,
-        "weight_decay": preset.weight_decay,
-        "label_smoothing": preset.label_smoothing,
-        "seed": seed,
-        "split": seed,
-    }
+_NEEDS: dict[str, Callable[[Study], list[Run]]] = {
+    "table 2": _trained(
+        lambda study: [
+            *_main(study, ("power_bert", "kmedoids", "wkmedoids")),
+            *_family(study, ("power_bert", "kmedoids", "wkmedoids")),
+        ]
+    ),
+    "table 3": _trained(lambda study: _main(study, (*SELECTIONS, *CLUSTERINGS))),
+    "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
+    "table 5": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
+    "figure 1b": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_family(study, ["wkmedoids"])]),
+    "figure 3a": _trained(
+        lambda study: [*_main(study, (*SELECTIONS, "wkmedoids")), *_family(study, ()), *_convolutions(study)]
+    ),
+    "figure 3b": _trained(
+        lambda study: [*_main(study, ("power_bert", "wkmedoids")), *_family(study, ("power_bert", "wkmedoids"))]
+    ),
+    "figure 4": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_family(study, ["wkmedoids"])]),
+    "figure 5a": _trained(lambda study: _main(study, (*SELECTIONS, "wkmedoids"))),
+    "figure 5b": _trained(lambda study: _main(study, ("power_bert", *CLUSTERINGS))),
+    "figure 6": _trained(
+        lambda study: [
+            *_main(study, ("kmedoids", "wkmedoids")),
+            *study.finetunes(("kmedoids", "wkmedoids"), study.extra_seeds, init="random"),
+        ]
+    ),
+    "figure 7": _trained(_twice_trained),
+    "figure 8": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_convolutions(study)]),
+    "figure 9": _off_the_shelf,
+    "figure 10a": _trained(lambda study: _normalised(study, "10a")),
+    "figure 10b": _trained(lambda study: _normalised(study, "10b")),
+    "figure 11a": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
+    "figure 11b": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
+}

@@ -36,12 +36,20 @@ def preset() -> Preset:
         penalties=(1e-6, 1.0),
         full_penalties=(1e-6, 1.0),
         methods=("random", "wkmedoids"),
-        full_methods=("power_bert",),
-        convolutions=((0,),),
         full_seeds=(0, 1),
+        extra_seeds=(0,),
+        family={},
+        normalised={},
+        depth=3,
+        grid=4,
         retention_learning_rate=0.2,
         model_options=TINY,
     )
+
+
+def reproduce(preset: Preset, folder: Path, full: bool, jobs: int) -> None:
+    study = studies.Study(preset, folder, full)
+    study.execute(studies.everything(study), jobs)
 
 
 def training_run(**changes) -> Run:
@@ -67,7 +75,7 @@ def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
-    studies.reproduce(preset, full=False, folder=tmp_path, jobs=2)
+    reproduce(preset, tmp_path, full=False, jobs=2)
     frame = results.load(tmp_path)
     assert sorted(frame["run"]) == sorted(
         ["base-seed0", "search-lambda1e-06-seed0", "search-lambda1-seed0", "finetune-none-seed0"]
@@ -88,7 +96,7 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
         assert picture.stat().st_size > 5000
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    studies.reproduce(preset, full=False, folder=tmp_path, jobs=2)
+    reproduce(preset, tmp_path, full=False, jobs=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
 
     # A result that is gone is made again, the same, although the base model's weights are gone too.
@@ -96,12 +104,13 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     top1 = results.read(lost)["metrics"]["top1"]
     lost.unlink()
     protocol.weights_path("base-seed0", tmp_path).unlink()
-    studies.reproduce(preset, full=False, folder=tmp_path, jobs=1)
+    reproduce(preset, tmp_path, full=False, jobs=1)
     assert results.read(lost)["metrics"]["top1"] == top1
 
-    studies.reproduce(preset, full=True, folder=tmp_path, jobs=2)
+    reproduce(preset, tmp_path, full=True, jobs=2)
     table = tables.cost_accuracy(results.load(tmp_path))
-    assert table[table["downsampler"] == "convolution"]["options"].tolist() == [{"at": [0]}]
+    placements = table[table["downsampler"] == "convolution"]["options"]
+    assert {len(options["at"]) for options in placements} == {1, 2}
     assert set(table[table["downsampler"] == "power_bert"]["seeds"]) == {2}
 
 
@@ -144,7 +153,7 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
         f"        model_options={TINY!r})\n"
         "    folder = pathlib.Path(sys.argv[1])\n"
         "    with runner.exclusive(folder):\n"
-        "        studies.reproduce(preset, False, folder, 2)\n"
+        "        study = studies.Study(preset, folder, False); study.execute(studies.everything(study), 2)\n"
     )
     script = tmp_path / "study.py"
     script.write_text(code)
@@ -174,7 +183,7 @@ def test_one_study_a_folder(tmp_path: Path) -> None:
 def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
     broken = dataclasses.replace(preset, learning_rate=1e30)
     with pytest.raises(RuntimeError, match="run base-seed0 failed: the loss is"):
-        studies.reproduce(broken, full=False, folder=tmp_path, jobs=1)
+        reproduce(broken, tmp_path, full=False, jobs=1)
 
 
 def test_other_settings_and_broken_files_are_named(tmp_path: Path) -> None:

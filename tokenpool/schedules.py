@@ -41,6 +41,8 @@ _PAPER = {
     ),
 }
 
+LEVELS = 8  # sparsity levels of each model
+
 
 def paper(model: str, level: int) -> list[int]:
     """The paper's schedule for `model` ("deit_small", "deit_e318" or "deit_e252") at sparsity level 0..7.

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from tokenpool.downsampling import Downsampled, Downsampler
+from tokenpool.downsampling import Downsampled
 from tokenpool.vit import is_patched
 
 
@@ -45,11 +47,7 @@ def trace(model: VisionTransformer, images: Tensor) -> Trace:
     if not is_patched(model):
         raise ValueError("the model has no downsamplers to trace; call tokenpool.patch first")
     seen: dict[int, tuple[Tensor, Downsampled]] = {}
-    handles = [
-        block.downsampler.register_forward_hook(_recorder(seen, index))
-        for index, block in enumerate(model.blocks)
-        if block.downsampler is not None
-    ]
+    handles = _watch(model, lambda index, before, after: seen.update({index: (before, after)}))
     try:
         logits = model(images)
     finally:
@@ -91,8 +89,50 @@ def reconstruction_error(tokens: Tensor, downsampled: Downsampled) -> Tensor:
     return torch.where(assignment >= 0, error, nearest).sum(-1)
 
 
-def _recorder(seen: dict[int, tuple[Tensor, Downsampled]], index: int) -> Callable[..., None]:
-    def record(module: Downsampler, inputs: tuple[Tensor, ...], output: Downsampled) -> None:
-        seen[index] = (inputs[0], output)
+class ReconstructionErrorCallback(Callback):
+    """Measures, while Lightning tests, the reconstruction error of each block's downsampling, relative to the spread.
 
-    return record
+    The module must hold a patched network as `model`; for a plain one nothing is measured.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, list[float]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._depth = 0
+
+    @property
+    def relative(self) -> list[float | None]:
+        """For each block the error (8) of the tokens that came in, as a share of their squared distance to their mean.
+
+        Summed over tokens and images. 0 where nothing happens, None where no token remains.
+        """
+        shares: list[float | None] = [0.0] * self._depth
+        for block, (error, spread) in self._sums.items():
+            shares[block] = error / spread if math.isfinite(error) and spread > 0 else None
+        return shares
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if is_patched(module.model):
+            self._depth = len(module.model.blocks)
+            self._sums.clear()
+            self._handles = _watch(module.model, self._add)
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, block: int, before: Tensor, after: Downsampled) -> None:
+        centred = before.float() - before.float().mean(1, keepdim=True)  # (B, N, D)
+        sums = self._sums.setdefault(block, [0.0, 0.0])
+        sums[0] += reconstruction_error(before, after).sum().item()
+        sums[1] += centred.square().sum().item()
+
+
+def _watch(model: VisionTransformer, record: Callable[[int, Tensor, Downsampled], None]) -> list[RemovableHandle]:
+    """Have `record` called with block, tokens before and what came of them, whenever a block downsamples."""
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda module, inputs, output: record(index, inputs[0], output)
+
+    layers = [block.downsampler for block in model.blocks]
+    return [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers) if layer is not None]

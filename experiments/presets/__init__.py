@@ -4,7 +4,26 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-NAMES = ("digits",)
+NAMES = ("digits", "pretrained")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A base model of a study.
+
+    Attributes:
+        name: part of the names of its runs; empty for the study's main model.
+        title: what figures call it.
+        model_options: of the timm model, beside the preset's.
+        qk_norm: see `tokenpool.patch`, as the others below.
+    """
+
+    name: str
+    title: str
+    model_options: dict[str, Any] = field(default_factory=dict)
+    qk_norm: str | None = None
+    alpha: float = 1.0
+    learn_alpha: bool = False
 
 
 @dataclass(frozen=True)
@@ -13,8 +32,10 @@ class Preset:
 
     Attributes:
         name: of the preset.
-        data: "digits", or a folder in ImageNet's layout.
+        title: of its data, as figures state it.
+        data: "digits"; "imagenet", the folder that `--data` names; or a folder in ImageNet's layout.
         model: name of the timm model.
+        pretrained: take the weights that `--weights` names, or timm's, instead of training base models.
         base_epochs: of the base model's training (stage 1).
         search_epochs: of each search for a schedule (stage 2).
         finetune_epochs: of each method's fine-tuning (stage 3), and of the base model's (stage 4).
@@ -27,35 +48,52 @@ class Preset:
         retention_learning_rate: of the retention weights in stage 2.
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
         full_penalties: the same for the full study.
-        methods: fine-tuned with every schedule.
-        full_methods: the same for the full study.
-        convolutions: placements of the convolutions in the full study, appendix D.
+        schedules: name of the paper's schedules (see `tokenpool.schedules.paper`) to use instead of a search.
+        methods: fine-tuned with every schedule in the quick study; in the full one all are.
         seeds: of the study; each has its own base model and its own split of the data.
         full_seeds: of the full study.
+        extra_seeds: of the full study's runs with other base models, initial centres, several convolutions, or
+            without fine-tuning.
+        main: the model itself, as one of the paper's family.
+        family: the paper's other models or their stand-ins, by the paper's names ("deit_tiny", "deit_e252", ...).
+        normalised: the model with normalised queries and keys (Figure 10), by the figure's number.
+        grid: tokens along the image's shorter side, which limits convolutions.
+        depth: blocks.
         model_options: further arguments of the timm model.
+        epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
+        evaluation_seconds: the same for a run without training.
     """
 
     name: str
+    title: str
     data: str
     model: str
-    base_epochs: int
-    search_epochs: int
-    finetune_epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_epochs: float
-    label_smoothing: float
-    weight_decay: float
-    search_learning_rate: float
-    retention_learning_rate: float
-    penalties: tuple[float, ...]
-    full_penalties: tuple[float, ...]
-    methods: tuple[str, ...]
-    full_methods: tuple[str, ...]
-    convolutions: tuple[tuple[int, ...], ...] = ()
+    main: Variant
+    depth: int
+    grid: int
+    pretrained: bool = False
+    base_epochs: int = 0
+    search_epochs: int = 0
+    finetune_epochs: int = 0
+    batch_size: int = 64
+    learning_rate: float = 5e-4
+    warmup_epochs: float = 5
+    label_smoothing: float = 0.1
+    weight_decay: float = 0.05
+    search_learning_rate: float = 0.0
+    retention_learning_rate: float = 1e-2
+    penalties: tuple[float, ...] = ()
+    full_penalties: tuple[float, ...] = ()
+    schedules: str | None = None
+    methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
-    full_seeds: tuple[int, ...] = (0, 1, 2)
+    full_seeds: tuple[int, ...] = (0,)
+    extra_seeds: tuple[int, ...] = (0,)
+    family: dict[str, Variant] = field(default_factory=dict)
+    normalised: dict[str, Variant] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
+    epoch_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
 
 
 def get(name: str) -> Preset:

@@ -1,11 +1,20 @@
-"""The protocol on scikit-learn's handwritten digits: a small DeiT, minutes on a CPU, no download."""
+"""The protocol on scikit-learn's handwritten digits: small DeiTs, on a CPU, no download.
 
-from experiments.presets import Preset
+    python -m experiments reproduce --preset digits          # 8 minutes on two cores
+    python -m experiments reproduce --preset digits --full   # every run of every figure: about 2.5 hours
+
+Expected: 97.0 % top-1 (base), 97.4 % (fine-tuned), 96.1 % with PoWER-BERT or WK-Medoids at a fifth of the FLOPs.
+"""
+
+from experiments.presets import Preset, Variant
 
 PRESET = Preset(
     name="digits",
+    title="handwritten digits",
     data="digits",
     model="deit_digits_patch2_16",
+    depth=6,
+    grid=8,
     base_epochs=50,
     search_epochs=12,
     finetune_epochs=12,
@@ -19,7 +28,20 @@ PRESET = Preset(
     penalties=(1e-4, 1e-3, 1e-2, 1e-1),
     full_penalties=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     methods=("random", "power_bert", "wkmedoids"),
-    full_methods=("random", "importance", "power_bert", "kmeans", "kmedoids", "wkmeans", "wkmedoids"),
-    convolutions=((0,), (1,), (2,), (3,), (4,), (5,)),
+    full_seeds=(0, 1, 2),
+    extra_seeds=(0, 1),
+    # Widths 24, 32, 40 and 48 are to each other as the paper's 192, 252, 318 and 384.
+    main=Variant("", "width 48 (DeiT-S)"),
+    family={
+        "deit_tiny": Variant("tiny", "width 24 (DeiT-Ti)", {"embed_dim": 24}),
+        "deit_e252": Variant("e252", "width 32 (DeiT-e252)", {"embed_dim": 32}),
+        "deit_e318": Variant("e318", "width 40 (DeiT-e318)", {"embed_dim": 40}),
+    },
+    normalised={
+        "10a": Variant("alpha1", "normalised, alpha = 1", qk_norm="l2"),
+        "10b": Variant("alpha", "normalised, alpha learned", qk_norm="l2", learn_alpha=True),
+    },
     model_options={"weight_init": "jax"},  # timm's default starts too small for so narrow a model
+    epoch_seconds=3.0,
+    evaluation_seconds=3.0,
 )
