@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,19 @@ TrainerOptions = Annotated[
     typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
 ]
 
+Results = Annotated[Path | None, typer.Option(help="Folder of the runs. Default: results/<preset>.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Of the quick study of `make reproduce`, in runs/<preset>.")]
+Output = Annotated[Path, typer.Option(help="Folder for what is written; a sub-folder for each preset.")]
+Missing = Annotated[bool, typer.Option("--missing", help="Only list the runs that are missing, and their cost.")]
+RunMissing = Annotated[bool, typer.Option("--run", help="Make the runs that are missing first.")]
+Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Images in ImageNet's layout, for presets that need them. Or: $TOKENPOOL_DATA.")
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights to use instead of timm's download. Or: $TOKENPOOL_WEIGHTS.")
+]
+
 app = typer.Typer(
     help="Experiments on token downsampling in vision transformers (Marin et al. 2021).",
     no_args_is_help=True,
@@ -59,7 +73,7 @@ app = typer.Typer(
 def reproduce(
     preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
     full: Annotated[bool, typer.Option("--full", help="All methods, more schedules, several seeds.")] = False,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")] = 0,
+    jobs: Jobs = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: runs/<preset>[-full].")] = None,
 ) -> None:
     """Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.
@@ -82,9 +96,124 @@ def reproduce(
             text += "\n\nPaired by seed and schedule, mean over schedules, error over seeds:\n\n"
             text += tables.differences_markdown(paired)
         (folder / "table.md").write_text(text + "\n")
-        pictures = figures.pareto(table, folder / "pareto")
+        pictures = figures.pareto_picture(table, folder / "pareto")
     print(text)
     print(f"\nTable: {folder / 'table.md'}\nPicture: {' and '.join(map(str, pictures))}")
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="1 to 5, or all.")],
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    results: Results = None,
+    quick: Quick = False,
+    output: Output = Path("runs/paper"),
+    missing: Missing = False,
+    run: RunMissing = False,
+    jobs: Jobs = 0,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Write a table of the paper as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
+    from experiments import tables
+
+    study = _study(preset, results, quick, data, weights)
+    _show(study, "table", _chosen("table", name, tables.NAMES), output, missing, run, jobs)
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="1b, 1c, 2, 3a, ... 12, reconstruction, redundancy, or all.")],
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    results: Results = None,
+    quick: Quick = False,
+    output: Output = Path("runs/paper"),
+    missing: Missing = False,
+    run: RunMissing = False,
+    jobs: Jobs = 0,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Draw a figure of the paper as PNG and PDF: from its printed numbers, and from the runs of a preset."""
+    from experiments import figures
+
+    study = _study(preset, results, quick, data, weights)
+    _show(study, "figure", _chosen("figure", name, figures.NAMES), output, missing, run, jobs)
+
+
+@app.command()
+def report(
+    preset: Annotated[list[str] | None, typer.Option(help=_PRESETS + " Repeatable; default: all.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder with one folder of results a preset.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("runs/report.html"),
+) -> None:
+    """Write all tables and figures, and what each was made from, on one page of HTML."""
+    from experiments import report as page
+    from experiments.studies import Study
+
+    studies = [Study(presets.get(name), results / name) for name in preset or presets.NAMES]
+    print(f"page: {page.write(studies, output)}")
+
+
+def _chosen(kind: str, name: str, known: Sequence[str]) -> list[str]:
+    if name != "all" and name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}, all")
+    return list(known) if name == "all" else [name]
+
+
+def _study(preset: str, results: Path | None, quick: bool, data: Path | None, weights: Path | None) -> Any:
+    from experiments import protocol
+    from experiments.studies import Study
+
+    chosen = presets.get(preset)
+    for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
+        if path is not None:
+            if not path.exists():
+                raise FileNotFoundError(f"no file or folder {path}")
+            os.environ[variable] = str(path)
+    return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)
+
+
+def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, run: bool, jobs: int) -> None:
+    """List what is missing, or run it and write the tables or figures."""
+    from experiments import figures, runner, studies, tables
+
+    jobs = jobs or min(_cores(), 8)
+    wanted = {run.name: run for name in names for run in studies.needs(study, f"{kind} {name}")}
+    if missing:
+        print("\n".join(_missing_lines(study, list(wanted.values()), jobs)) or "nothing is missing")
+        return
+    if run and study.missing(list(wanted.values())):
+        with runner.exclusive(study.folder):
+            study.execute(list(wanted.values()), jobs)
+        study = studies.Study(study.preset, study.folder, study.full)
+    folder, written = output / study.preset.name, 0
+    for name in names:
+        state, text = studies.status(study, f"{kind} {name}")
+        if kind == "table":
+            files = tables.write(tables.sections(study, name), name, folder)
+        else:
+            picture = figures.draw(study, name)
+            files = figures.save(picture, folder / f"figure-{name}") if picture else []
+        written += bool(files)
+        print(f"{kind} {name} ({text}): {', '.join(map(str, files)) or 'nothing to show'}")
+        if state in ("partial", "missing"):
+            command = f"python -m experiments {kind} {name} --preset {study.preset.name}"
+            folders = "" if study.folder == Path("results") / study.preset.name else f" --results {study.folder}"
+            print(f"    for the runs that it lacks: {command}{folders}{'' if study.full else ' --quick'} --missing")
+    if not written:
+        raise ValueError(f"none of the runs of {kind} {', '.join(names)} is in {study.folder}; add --run to make them")
+
+
+def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:
+    lacking = study.missing(runs)
+    lines = [f"{run.name}: about {study.seconds([run]):.0f} s" for run in lacking]
+    if lacking:
+        minutes = study.seconds(lacking) / jobs / 60
+        lines.append(
+            f"{len(lacking)} runs are missing, about {minutes:.0f} minutes in {jobs} processes; --run makes them"
+        )
+    return lines
 
 
 @app.command()

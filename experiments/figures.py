@@ -1,5 +1,7 @@
-"""Figures as pictures of finished runs."""
+"""The paper's curves as pictures of finished runs, beside its printed numbers. None of them trains anything."""
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -8,20 +10,369 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from tokenpool import plotting
+from experiments import illustrations, published
+from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
+from experiments.tables import cost_accuracy, how_many, with_models
+from tokenpool import pareto, plotting
+from tokenpool.plotting import STYLES, Series, faded
+
+TITLES = {
+    "1b": "Token Pooling with the best width at each cost, against DeiT",
+    "1c": "Which patches become one token",
+    "2": "Selection by score against clustering, in one dimension",
+    "3a": "Downsampling methods on one model",
+    "3b": "Best trade-offs, against other methods",
+    "4": "Token Pooling on models of different width",
+    "5a": "Methods that use significance scores",
+    "5b": "Clustering algorithms",
+    "6": "Initial cluster centres: by score, and at random",
+    "7": "Training once and twice, and distillation",
+    "8": "Convolution at all placements",
+    "9": "Without fine-tuning",
+    "10a": "Normalised queries and keys, alpha = 1",
+    "10b": "Normalised queries and keys, alpha learned",
+    "11a": "DeiT-e252",
+    "11b": "DeiT-e318",
+    "12": "Throughput",
+    "reconstruction": "Reconstruction error by block, and accuracy",
+    "redundancy": "Redundancy of tokens before and after attention",
+}
+NAMES = tuple(TITLES)
+_TWICE = STYLES["none"] | {"label": "DeiT (trained twice)", "linestyle": "-"}
+_FAMILY_STYLES = {
+    "deit_e252": {"color": "#E69F00", "marker": "^"},
+    "deit_e318": {"color": "#009E73", "marker": "s"},
+    "deit_small": {"color": "#0072B2", "marker": "o"},
+}
+_OTHERS = {
+    "DynamicViT": {"color": "#E69F00", "marker": "^"},
+    "HVT": {"color": "#009E73", "marker": "v"},
+    "EViT": {"color": "#CC79A7", "marker": "D"},
+    "ToMe": {"color": "#56B4E9", "marker": "X", "markersize": 8},
+}
 
 
-def pareto(table: pd.DataFrame, path: Path) -> list[Path]:
-    """Cost against accuracy for every method, from the table of `tables.cost_accuracy`; returns the files written."""
-    points = table[table["stage"] == "finetune"]
-    ax = plotting.cost_accuracy(points)
-    seeds, images = sorted({int(n) for n in points["seeds"]}), int(points["images"].iloc[0])
-    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    ax.set_title(f"{images} test images, {counted} seed{'s' if seeds != [1] else ''}; bars: standard error", fontsize=9)
-    files = [path.with_suffix(suffix) for suffix in (".png", ".pdf")]
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: its series on some data."""
+
+    title: str
+    series: list[Series]
+    cost: str = "gmacs"
+    annotate_saving: bool = False
+
+
+def draw(study: Study, name: str, stacked: bool = False) -> Figure | None:
+    """Figure `name` from the finished runs of the study, and the paper's numbers; None where there is neither.
+
+    Args:
+        study: whose runs to draw.
+        name: of the figure.
+        stacked: panels one below the other, for narrow screens.
+
+    Raises:
+        ValueError: for an unknown figure; the message lists the known ones.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown figure {name!r}; known are {', '.join(NAMES)}, all")
+    if name in illustrations.FIGURES:
+        return illustrations.FIGURES[name](study, stacked)
+    runs = study.points(needs(study, f"figure {name}"))
+    table = cost_accuracy(runs[runs["stage"] != "throughput"]) if len(runs) else pd.DataFrame()
+    panels = _PAPER[name]() if name in _PAPER else []
+    if len(table):
+        panels += _OWN[name](study, table)
+    panels = [Panel(p.title, [s for s in p.series if len(s.rows)], p.cost, p.annotate_saving) for p in panels]
+    panels = [panel for panel in panels if panel.series]
+    return _compose(panels, stacked) if panels else None
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and PDF, the same runs as the same file; returns the files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.parent / (path.name + suffix) for suffix in (".png", ".pdf")]
     for file in files:
         # Without the date, the same runs give the same file.
-        ax.figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
-    plt.close(ax.figure)
+        figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    plt.close(figure)
     return files
+
+
+def pareto_picture(table: pd.DataFrame, path: Path) -> list[Path]:
+    """Cost against accuracy for every method of the protocol, from `tables.cost_accuracy`; returns the files."""
+    points = table[table["stage"] == "finetune"]
+    ax = plotting.cost_accuracy(points)
+    ax.set_title(how_many(points).replace("±", "bars"), fontsize=9)
+    return save(ax.figure, path)
+
+
+def _compose(panels: Sequence[Panel], stacked: bool) -> Figure:
+    rows, columns = (len(panels), 1) if stacked else (1, len(panels))
+    size = (5.6 if columns == 1 else 4.8 * columns, 4.2 * rows + 0.7)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    labels: dict[str, object] = {}
+    for panel, ax in zip(panels, axes.flat, strict=True):
+        plotting.curves(panel.series, cost=panel.cost, ax=ax)
+        ax.set_title(panel.title, fontsize=9)
+        if panel.cost == "images_per_second":
+            ax.set_xlabel("images a second")
+        if panel.annotate_saving:
+            _annotate_saving(panel, ax)
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    figure.legend(
+        labels.values(), labels.keys(), loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _annotate_saving(panel: Panel, ax: Axes) -> None:
+    """An arrow from the cheapest plain model to the cheapest pooled one that is as good."""
+    plain, pooled = (series.rows.sort_values("gmacs") for series in panel.series[:2])
+    cheapest = plain.iloc[0]
+    as_good = pooled[pooled["top1"] >= cheapest["top1"]]
+    if as_good.empty or as_good.iloc[0]["gmacs"] >= cheapest["gmacs"]:
+        return
+    target = as_good.iloc[0]
+    scale, _ = plotting.unit(max(series.rows["gmacs"].max() for series in panel.series))
+    end, start = scale * target["gmacs"], scale * cheapest["gmacs"]
+    arrow = {"arrowstyle": "->", "color": "#D55E00", "shrinkA": 4, "shrinkB": 4}
+    ax.annotate("", (end, cheapest["top1"]), (start, cheapest["top1"]), arrowprops=arrow)
+    text = f"{100 * (target['gmacs'] / cheapest['gmacs'] - 1):.0f} %".replace("-", "\N{MINUS SIGN}")
+    ax.annotate(text, (start, cheapest["top1"]), (6, -12), textcoords="offset points", color="#D55E00", fontsize=9)
+
+
+# The study's own series, from the table of `cost_accuracy`.
+
+
+def _method(table: pd.DataFrame, method: str, variant: str = "", **style: object) -> Series:
+    rows = table[(table["downsampler"] == method) & (table["variant"] == variant) & (table["stage"] == "finetune")]
+    return Series(rows[rows["options"].map(len) == 0], STYLES[method] | style)
+
+
+def _methods(table: pd.DataFrame, methods: Iterable[str], variant: str = "") -> list[Series]:
+    return [_method(table, method, variant) for method in methods]
+
+
+def _family(study: Study, table: pd.DataFrame, stage: str = "finetune", **style: object) -> Series:
+    rows = with_models(study, table)
+    rows = rows[(rows["downsampler"] == "none") & (rows["stage"] == stage) & rows["model"].notna()]
+    return Series(rows, _TWICE | style)
+
+
+def _front(rows: pd.DataFrame, style: dict) -> Series:
+    return Series(pareto.front(rows), style)
+
+
+def _family_front(table: pd.DataFrame, method: str) -> Series:
+    rows = table[(table["downsampler"] == method) & (table["stage"] == "finetune")]
+    return _front(rows, STYLES[method])
+
+
+def _convolutions(table: pd.DataFrame) -> Series:
+    return _front(table[table["downsampler"] == "convolution"], STYLES["convolution"])
+
+
+def _panel(study: Study, table: pd.DataFrame, series: list[Series], saving: bool = False) -> Panel:
+    return Panel(f"{study.preset.title}: {how_many(table).replace('±', 'bars')}", series, "gmacs", saving)
+
+
+def _own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    return [_panel(study, table, [_family(study, table), _family_front(table, "wkmedoids")], saving=True)]
+
+
+def _own_3a(study: Study, table: pd.DataFrame) -> list[Panel]:
+    methods = _methods(table, (*SELECTIONS, "wkmedoids"))
+    return [_panel(study, table, [_family(study, table), _convolutions(table), *methods])]
+
+
+def _own_3b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    fronts = [_family_front(table, method) for method in ("power_bert", "wkmedoids")]
+    return [_panel(study, table, [_family(study, table), *fronts])]
+
+
+def _own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
+    series = [_family(study, table)]
+    names = {study.preset.stands_for: study.preset.main} | study.preset.family
+    for model, style in _FAMILY_STYLES.items():
+        if model in names:
+            label = {"label": f"WK-Medoids on {published.MODELS[model]}"}
+            series.append(_method(table, "wkmedoids", names[model].name, **style | label))
+    return [_panel(study, table, series)]
+
+
+def _own_main(*methods: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+    return lambda study, table: [_panel(study, table, _methods(table, ("none", *methods)))]
+
+
+def _own_6(study: Study, table: pd.DataFrame) -> list[Panel]:
+    series = _methods(table, ("none", "kmedoids", "wkmedoids"))
+    for method in ("kmedoids", "wkmedoids"):
+        rows = table[(table["downsampler"] == method) & table["options"].map(lambda options: "init" in options)]
+        style = faded(STYLES[method], label=f"{STYLES[method]['label']}, random centres", linestyle="-.")
+        series.append(Series(rows, style))
+    return [_panel(study, table, series)]
+
+
+def _own_7(study: Study, table: pd.DataFrame) -> list[Panel]:
+    once = _family(study, table, "base", **_ONCE)
+    return [_panel(study, table, [once, _family(study, table)])]
+
+
+def _own_8(study: Study, table: pd.DataFrame) -> list[Panel]:
+    everywhere = table[table["downsampler"] == "convolution"]
+    marks = {"linestyle": "none", "color": "#999999", "capsize": 0, "elinewidth": 0.6, "zorder": 2}
+    series = [
+        Series(
+            everywhere[everywhere["options"].map(lambda options, n=count: len(options["at"]) == n)],
+            marks | {"label": f"{count} convolution{'s' if count > 1 else ''}", "marker": marker, "markersize": 4.5},
+        )
+        for count, marker in ((1, "P"), (2, "x"), (3, "+"))
+    ]
+    front = _front(everywhere, {"label": "Convolution, best placements", "color": "#000000", "marker": "none"})
+    return [_panel(study, table, [*_methods(table, ("none", "wkmedoids")), front, *series])]
+
+
+def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
+    def series(method: str, carry: bool) -> Series:
+        rows = table[(table["downsampler"] == method) & (table["carry"].astype(bool) == carry)]
+        return Series(rows, STYLES[method] | ({"linestyle": "-"} if method == "convolution" else {}))
+
+    plain, dropping = series("none", False), [series(method, False) for method in SELECTIONS]
+    merging = ("convolution", *CLUSTERINGS)
+    data = f"{study.preset.title}: {how_many(table).replace('±', 'bars')}"
+    return [
+        Panel(f"sizes not carried\n{data}", [plain, *dropping, *(series(method, False) for method in merging)]),
+        Panel(f"sizes carried\n{data}", [plain, *dropping, *(series(method, True) for method in merging)]),
+    ]
+
+
+def _own_10(name: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+    def own(study: Study, table: pd.DataFrame) -> list[Panel]:
+        methods, variant = ("none", "power_bert", "wkmedoids"), study.preset.normalised[name].name
+        labels = {method: STYLES[method]["label"] for method in methods}
+        normalised = [_method(table, method, variant, label=f"{labels[method]}, normalised") for method in methods]
+        standard = [
+            Series(_method(table, method).rows, faded(STYLES[method], label=f"{labels[method]}, not normalised"))
+            for method in methods
+        ]
+        return [_panel(study, table, [*normalised, *standard])]
+
+    return own
+
+
+def _own_11(model: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+    def own(study: Study, table: pd.DataFrame) -> list[Panel]:
+        methods = ("none", "power_bert", "kmedoids", "wkmedoids")
+        return [_panel(study, table, _methods(table, methods, study.preset.family[model].name))]
+
+    return own
+
+
+def _own_12(study: Study, table: pd.DataFrame) -> list[Panel]:
+    times = study.points([run for run in needs(study, "figure 12") if run.stage == "throughput"])
+    if times.empty:
+        return []
+    accurate = table[table["stage"] != "base"]
+    merged = accurate.assign(level=accurate["level"].fillna(-1).astype(int)).merge(
+        times.assign(level=times["level"].fillna(-1).astype(int))[["downsampler", "level", "images_per_second"]],
+        on=["downsampler", "level"],
+    )
+    series = [
+        Series(merged[merged["downsampler"] == method], STYLES[method])
+        for method in ("none", "power_bert", *CLUSTERINGS)
+    ]
+    first = times.iloc[0]
+    machine = f"batches of {first['measured_batch']:.0f}, {first['threads']:.0f} threads of a CPU"
+    return [Panel(f"{study.preset.title}; {machine}", series, "images_per_second")]
+
+
+_OWN: dict[str, Callable[[Study, pd.DataFrame], list[Panel]]] = {
+    "1b": _own_1b,
+    "3a": _own_3a,
+    "3b": _own_3b,
+    "4": _own_4,
+    "5a": _own_main(*SELECTIONS, "wkmedoids"),
+    "5b": _own_main("power_bert", *CLUSTERINGS),
+    "6": _own_6,
+    "7": _own_7,
+    "8": _own_8,
+    "9": _own_9,
+    "10a": _own_10("10a"),
+    "10b": _own_10("10b"),
+    "11a": _own_11("deit_e252"),
+    "11b": _own_11("deit_e318"),
+    "12": _own_12,
+}
+
+
+# The paper's series, as printed in its tables; costs as counted by its rule.
+
+
+def _printed(method: str, model: str = "deit_small", **style: object) -> Series:
+    rows = published.accuracies()
+    return Series(rows[(rows["downsampler"] == method) & (rows["model"] == model)], STYLES[method] | style)
+
+
+def _printed_plain(model: str | None = None, **style: object) -> Series:
+    rows = published.plain_models()
+    return Series(rows if model is None else rows[rows["model"] == model], _TWICE | style)
+
+
+def _printed_front(method: str) -> Series:
+    rows = published.accuracies()
+    return _front(rows[rows["downsampler"] == method], STYLES[method])
+
+
+def _printed_panel(series: list[Series], saving: bool = False) -> list[Panel]:
+    return [Panel(published.SOURCE, series, "gmacs", saving)]
+
+
+def _by_others(prefix: str, **style: object) -> Series:
+    rows = published.by_others()
+    return Series(rows[rows["model"].str.startswith(prefix)], {"label": prefix} | style)
+
+
+def _printed_main(*methods: str, model: str = "deit_small") -> Callable[[], list[Panel]]:
+    return lambda: _printed_panel(
+        [_printed_plain(model, label="DeiT"), *(_printed(method, model) for method in methods)]
+    )
+
+
+def _paper_3b() -> list[Panel]:
+    fronts = [_printed_front(method) for method in ("power_bert", "wkmedoids")]
+    return _printed_panel([_printed_plain(), *fronts, *(_by_others(name, **style) for name, style in _OTHERS.items())])
+
+
+def _paper_4() -> list[Panel]:
+    pooled = [
+        _printed("wkmedoids", model, **style | {"label": f"WK-Medoids on {published.MODELS[model]}"})
+        for model, style in _FAMILY_STYLES.items()
+    ]
+    return _printed_panel([_printed_plain(), *pooled])
+
+
+def _paper_7() -> list[Panel]:
+    rows = published.by_others()
+    once = Series(rows[rows["model"].isin(["DeiT-Ti", "DeiT-S"])], STYLES["none"] | _ONCE)
+    distilled = {"label": "DeiT, distilled", "color": "#0072B2", "marker": "D"}
+    return _printed_panel([once, _printed_plain(), Series(rows[rows["model"].str.endswith("-distilled")], distilled)])
+
+
+_ONCE = {"label": "DeiT (trained once)", "color": "#999999", "linestyle": "--"}
+
+_PAPER: dict[str, Callable[[], list[Panel]]] = {
+    "1b": lambda: _printed_panel([_printed_plain(), _printed_front("wkmedoids")], saving=True),
+    "3a": lambda: _printed_panel([_printed_plain(), _printed("power_bert"), _printed("wkmedoids")]),
+    "3b": _paper_3b,
+    "4": _paper_4,
+    "5a": _printed_main("power_bert", "wkmedoids"),
+    "5b": _printed_main("power_bert", *CLUSTERINGS),
+    "6": _printed_main("kmedoids", "wkmedoids"),
+    "7": _paper_7,
+    "11a": _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e252"),
+    "11b": _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e318"),
+}

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import tokenpool
+from experiments.measurements import MEASURES
 from tokenpool import flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.module import ClassificationModule
@@ -37,7 +38,8 @@ class Run:
     """Everything that the result of a run depends on.
 
     Attributes:
-        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train" or "evaluate" (from the command line).
+        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
+            of `measurements.MEASURES`.
         label: tells runs of one stage and seed apart; part of the file's name.
         data: "digits"; "imagenet", the folder that the environment variable TOKENPOOL_DATA names; or a folder in
             ImageNet's layout.
@@ -158,6 +160,42 @@ def execute(
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
     model = build_model(run, folder)
+    data.setup("test")
+    if data.num_classes != model.num_classes:
+        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
+    checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
+    if run.stage in MEASURES:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metrics, is_first = MEASURES[run.stage](model.to(device).eval(), data), True
+    else:
+        metrics, is_first = _train_and_test(run, model, data, folder, checkpoint, clock, on_epoch, progress)
+    outcome = {
+        "setting": run.setting,
+        "metrics": metrics,
+        "cost": _cost(model),
+        "seconds": clock.seconds,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": surroundings,
+    }
+    if is_first:
+        if run.epochs:
+            save_weights(model, weights_path(run.name, folder))
+        results.save(outcome, path)  # last: that it exists means that the run is done
+        checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def _train_and_test(
+    run: Run,
+    model: nn.Module,
+    data: LightningDataModule,
+    folder: Path,
+    checkpoint: Path,
+    clock: "_Clock",
+    on_epoch: Callable[[], None] | None,
+    progress: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Metrics, and whether this is the first of the processes that train together."""
     module = ClassificationModule(
         model,
         num_classes=model.num_classes,
@@ -169,10 +207,8 @@ def execute(
         retention_learning_rate=run.retention_learning_rate,
         seed=run.seed,
     )
-    check_classes(data, model.num_classes)
     errors = ReconstructionErrorCallback()
     trainer = _trainer(run, folder, [clock, errors] if run.stage == "evaluate" else [clock], on_epoch, progress)
-    checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
     with warnings.catch_warnings():
         # Lightning's advice on the number of workers is not for data that lie in memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -186,20 +222,7 @@ def execute(
         measured["relative_error"] = errors.relative
     if run.downsampler == "soft_selection":
         measured["learned_keep"] = soft_selection.learned_schedule(model)
-    outcome = {
-        "setting": run.setting,
-        "metrics": measured,
-        "cost": _cost(model),
-        "seconds": clock.seconds,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": surroundings,
-    }
-    if trainer.is_global_zero:
-        if run.epochs:
-            save_weights(model, weights_path(run.name, folder))
-        results.save(outcome, path)  # last: that it exists means that the run is done
-        checkpoint.unlink(missing_ok=True)
-    return outcome
+    return measured, trainer.is_global_zero
 
 
 def _accuracy(metrics: dict[str, float], images: int) -> dict[str, Any]:
@@ -290,13 +313,6 @@ def data_module(run: Run) -> LightningDataModule:
     )
 
 
-def check_classes(data: LightningDataModule, num_classes: int) -> None:
-    """Compare data and model before any work is done."""
-    data.setup("test")
-    if data.num_classes != num_classes:
-        raise ValueError(f"the data have {data.num_classes} classes, but the model has {num_classes}")
-
-
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's state, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,11 +363,12 @@ def environment() -> dict[str, Any]:
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
-    return {"versions": versions, "commit": _commit(), "machine": machine, "threads": torch.get_num_threads()}
+    return {"versions": versions, "commit": commit(), "machine": machine, "threads": torch.get_num_threads()}
 
 
 @cache  # of the code that is running, whatever is committed meanwhile
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" if it has changed since; None outside of a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -149,6 +149,34 @@ class Study:
                     ]
         return runs
 
+    def timings(self, methods: Sequence[str]) -> list[Run]:
+        """Throughput of each method with every schedule."""
+        seed, main = self.seeds[0], self.preset.main
+        common = self._common(seed, main) | self._start(seed, main)
+        runs = []
+        for method in methods:
+            for level in self.levels if method != "none" else [None]:
+                label = method if level is None else f"{method}-level{level}"
+                keep = None if level is None else self.schedule(main, level)
+                carry = self.preset.pretrained and method in CLUSTERINGS  # as in the accuracies
+                runs.append(Run("throughput", label, **common, downsampler=method, keep=keep, level=level, carry=carry))
+        return runs
+
+    def redundancies(self) -> list[Run]:
+        """Redundancy of tokens in the plain base model (section 3.3)."""
+        limit = {"limit": self.preset.redundancy_images}
+        return [
+            Run("redundancy", "", **self._common(seed, self.preset.main) | self._start(seed, self.preset.main) | limit)
+            for seed in self.extra_seeds
+        ]
+
+    def clusters(self) -> list[Run]:
+        """Which patches are pooled in some images, by WK-Medoids in the base model (Figure 1c)."""
+        seed, main, level = self.seeds[0], self.preset.main, self.preset.clustered_level
+        common = self._common(seed, main) | self._start(seed, main)
+        keep = self.schedule(main, level)
+        return [Run("clusters", "", **common, downsampler="wkmedoids", keep=keep, level=level, carry=True)]
+
     def schedule(self, variant: Variant, level: int) -> tuple[int, ...] | None:
         """The schedule of that level: the paper's, or as learned; None if its search is not finished."""
         if self.preset.schedules:
@@ -180,6 +208,11 @@ class Study:
         bases, searches = self.prerequisites(runs)
         first = {run.name for run in bases}
         return [*bases, *searches, *(run for run in runs if not self._is_finished(run) and run.name not in first)]
+
+    def finished(self, runs: Sequence[Run]) -> list[Run]:
+        """Those runs that are finished."""
+        names = set(self.points(runs).get("run", ()))
+        return [run for run in runs if run.name in names]
 
     def points(self, runs: Sequence[Run]) -> pd.DataFrame:
         """One row for each of the runs that is finished: its setting, metrics and cost, as in `results.load`.
@@ -296,6 +329,7 @@ class Study:
         return self._common(seed, variant) | self._start(seed, variant) | {"epochs": self.preset.finetune_epochs}
 
 
+WITHOUT_RUNS = ("table 1", "figure 2")
 TIMED = ("throughput",)  # stages whose runs must not share the machine with others
 
 
@@ -318,6 +352,16 @@ def needs(study: Study, name: str) -> list[Run]:
     """
     needed = _NEEDS[name](study) if name in _NEEDS else []
     return list({run.name: run for run in needed}.values())
+
+
+def status(study: Study, name: str) -> tuple[str, str]:
+    """Of a table or figure: "done", "partial", "missing" or "none" (this preset has no runs for it), and in words."""
+    runs = needs(study, name)
+    if not runs:
+        return ("done", "done, needs no runs") if name in WITHOUT_RUNS else ("none", "not part of this preset")
+    found = len(study.finished(runs))
+    state = "done" if found == len(runs) else "partial" if found else "missing"
+    return state, f"{state}, {found} of {len(runs)} runs"
 
 
 def protocol_runs(study: Study) -> list[Run]:
@@ -385,6 +429,19 @@ def _normalised(study: Study, figure: str) -> list[Run]:
     return [*_main(study, ("power_bert", "wkmedoids")), *study.plain(study.extra_seeds, variant), *tuned]
 
 
+def _timed(study: Study) -> list[Run]:
+    """Throughput of what Figure 12 draws, and the accuracies: fine-tuned, or of the pretrained model with carry."""
+    methods = ("power_bert", *CLUSTERINGS)
+    if study.preset.pretrained:
+        accurate = [
+            *study.evaluations(("none", "power_bert"), carry=False),
+            *study.evaluations(CLUSTERINGS, carry=True),
+        ]
+    else:
+        accurate = _main(study, methods)
+    return [*accurate, *study.timings(("none", *methods))]
+
+
 def _off_the_shelf(study: Study) -> list[Run]:
     return [
         *study.evaluations(("none", "convolution", *SELECTIONS, *CLUSTERINGS), carry=False),
@@ -403,6 +460,7 @@ _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
     "table 5": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
     "figure 1b": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_family(study, ["wkmedoids"])]),
+    "figure 1c": lambda study: study.clusters(),
     "figure 3a": _trained(
         lambda study: [*_main(study, (*SELECTIONS, "wkmedoids")), *_family(study, ()), *_convolutions(study)]
     ),
@@ -425,4 +483,7 @@ _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     "figure 10b": _trained(lambda study: _normalised(study, "10b")),
     "figure 11a": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
     "figure 11b": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
+    "figure 12": _timed,
+    "figure reconstruction": _off_the_shelf,
+    "figure redundancy": lambda study: study.redundancies(),
 }

@@ -1,36 +1,98 @@
-"""Tables as queries over finished runs."""
+"""Tables 1 to 5 as queries over finished runs, beside what the paper prints."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
-from tokenpool import plotting
+from experiments import published
+from experiments.studies import Study, needs
+from tokenpool import pareto, plotting
+
+NAMES = ("1", "2", "3", "4", "5")
+_MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}
+_PER_CENT = "top-1 (%)"
 
 
-def cost_accuracy(frame: pd.DataFrame) -> pd.DataFrame:
-    """Every method and schedule of the protocol: cost, and top-1 as the mean over seeds with its standard error.
+@dataclass(frozen=True)
+class Section:
+    """One part of a table: the paper's numbers, or those of a study.
 
-    With one seed the error is that of the finite test set, with several it is that of the mean over seeds. The plain
-    model appears twice: as trained ("none, base") and fine-tuned as long as the others ("none").
+    Attributes:
+        name: of its files: "paper" or the name of a preset.
+        title: what it shows, on which data.
+        shown: the cells, as text.
+        raw: the numbers behind them.
+        notes: what a reader should know.
+    """
+
+    name: str
+    title: str
+    shown: pd.DataFrame
+    raw: pd.DataFrame
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """For people."""
+        parts = [f"**{self.title}**", self.shown.to_markdown(index=False, disable_numparse=True)]
+        return "\n\n".join([*parts, *self.notes])
+
+    def latex(self) -> str:
+        """For papers; needs the package booktabs."""
+        escaped = self.shown.map(_latex).rename(columns=_latex)
+        tabular = escaped.to_latex(index=False, escape=False)
+        return "".join([f"% {self.title}\n", tabular, *(f"% {note}\n" for note in self.notes)])
+
+
+def sections(study: Study, name: str) -> list[Section]:
+    """The parts of table `name`: the paper's, and the study's if any of its runs are there.
+
+    Raises:
+        ValueError: for an unknown table; the message lists the known ones.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown table {name!r}; known are {', '.join(NAMES)}, all")
+    return _TABLES[name](study)
+
+
+def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
+    """Write a table as Markdown, LaTeX and CSV, one file of each for every part; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for part in parts:
+        stem = folder / f"table-{name}-{part.name}"
+        for suffix, text in (
+            (".md", part.markdown() + "\n"),
+            (".tex", part.latex()),
+            (".csv", part.raw.to_csv(index=False)),
+        ):
+            stem.with_suffix(suffix).write_text(text)
+            files.append(stem.with_suffix(suffix))
+    return files
+
+
+def cost_accuracy(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every setting once: its cost, and top-1 as the mean over seeds with its standard error.
+
+    With one seed the error is that of the finite test set, with several it is that of the mean over seeds. The rows go
+    by downsampler, in the order of their first appearance, and by falling cost.
 
     Args:
-        frame: one row a run, from `tokenpool.results.load`.
+        runs: one row a run, from `Study.points` or `tokenpool.results.load`.
     """
-    runs = frame[frame["stage"].isin(["base", "finetune"])].copy()
-    runs["variant"] = runs["label"].where(runs["stage"] == "finetune", "base")
-    for column in ("level", "keep"):
+    runs = runs.copy()
+    for column in ("variant", "level", "keep", "carry"):
         runs[column] = runs[column].astype(object).where(runs[column].notna(), None) if column in runs else None
-    groups = runs.groupby("variant", sort=False)
+    groups = runs.groupby(["stage", "label"], sort=False)
+    columns = ("stage", "label", "variant", "downsampler", "level", "keep", "options", "carry", "images")
     table = groups.agg(
-        downsampler=("downsampler", "first"),
-        stage=("stage", "first"),
-        level=("level", "first"),
-        keep=("keep", "first"),
-        options=("options", "first"),
+        **{column: (column, "first") for column in columns},
         gmacs=("gmacs", "mean"),
         clustering_gmacs=("clustering_gmacs", "mean"),
         top1=("top1", "mean"),
         top1_error=("top1", "sem"),
         seeds=("seed", "nunique"),
-        images=("images", "first"),
     )
     single = table["seeds"] == 1
     table.loc[single, "top1_error"] = groups["top1_error"].first()[single]
@@ -39,16 +101,16 @@ def cost_accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["order", "gmacs"], ascending=[True, False]).drop(columns="order").reset_index(drop=True)
 
 
-def differences(frame: pd.DataFrame, reference: str = "power_bert") -> pd.DataFrame:
+def differences(runs: pd.DataFrame, reference: str = "power_bert") -> pd.DataFrame:
     """Top-1 of each method minus that of the reference with the same seed and schedule, averaged over schedules.
 
     The mean over seeds with its standard error; no rows where fewer than two seeds are there.
 
     Args:
-        frame: one row a run, from `tokenpool.results.load`.
+        runs: one row a run, from `Study.points` or `tokenpool.results.load`.
         reference: name of the method to compare with.
     """
-    runs = frame[(frame["stage"] == "finetune") & frame["level"].notna()]
+    runs = runs[(runs["stage"] == "finetune") & runs["level"].notna()]
     top1 = runs.pivot_table(index=["seed", "level"], columns="downsampler", values="top1")
     if reference not in top1:
         return pd.DataFrame(columns=["method", "difference", "error", "seeds"])
@@ -63,8 +125,8 @@ def differences_markdown(rows: pd.DataFrame, reference: str = "power_bert") -> s
     return pd.DataFrame({"method": rows["method"]} | shown).to_markdown(index=False, disable_numparse=True)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table of `cost_accuracy` for people to read. Small models are stated in units of 10^6."""
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `cost_accuracy` as text. Small models are stated in units of 10^6."""
     scale, prefix = plotting.unit(table["gmacs"].max())
     rows = [
         {
@@ -72,17 +134,171 @@ def markdown(table: pd.DataFrame) -> str:
             "schedule": _schedule(row),
             f"{prefix}MACs": f"{scale * row.gmacs:.2f}",
             "of which clustering": f"{scale * row.clustering_gmacs:.2f}",
-            "top-1 (%)": f"{row.top1:.1f} ± {row.top1_error:.1f}",
-            "seeds": row.seeds,
+            _PER_CENT: f"{row.top1:.1f} ± {row.top1_error:.1f}",
+            "seeds": str(row.seeds),
         }
         for row in table.itertuples()
     ]
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The table of `cost_accuracy` for people to read."""
+    return shown(table).to_markdown(index=False, disable_numparse=True)
+
+
+def best(table: pd.DataFrame, models: Iterable[str]) -> pd.DataFrame:
+    """Table 2: for each method the configurations that no cheaper one equals or beats, over all models and schedules.
+
+    Args:
+        table: one row a configuration: model, level, downsampler, gmacs, top1.
+        models: in the order of their width.
+
+    Returns:
+        One row for each configuration that is on the front of any method, by cost: model, level, and for each method
+        its gmacs and top1, NaN where it is not on the method's own front.
+    """
+    fronts = []
+    for method, rows in table.groupby("downsampler", sort=False):
+        front = pareto.front(rows)[["model", "level", "gmacs", "top1"]]
+        fronts.append(front.rename(columns={"gmacs": f"{method}_gmacs", "top1": f"{method}_top1"}))
+    wide = fronts[0].astype({"level": object})
+    for front in fronts[1:]:
+        wide = wide.merge(front.astype({"level": object}), on=["model", "level"], how="outer")
+    costs = wide[[column for column in wide if column.endswith("_gmacs")]].min(axis=1)
+    order = {model: index for index, model in enumerate(models)}
+    return wide.assign(cost=costs, order=wide["model"].map(order)).sort_values(["cost", "order"]).reset_index(drop=True)
+
+
+def _table_1(study: Study) -> list[Section]:
+    counted, printed = published.counted_breakdown(), published.breakdown()
+    names = {
+        "softmax_attention": "softmax-attention",
+        "qkv_projections": "QKV projections",
+        "o_projection": "O projection",
+        "mlp": "Multi-layer perceptron",
+        "total": "Total",
+    }
+    text = pd.DataFrame({"layer": list(names.values())})
+    for name, title in published.BREAKDOWN_MODELS.items():
+        text[f"{title}, counted"] = [f"{counted.at[part, name]:.2f}" for part in names]
+        text[f"{title}, printed"] = [printed.at[part, name] for part in names]
+    raw = counted.loc[list(names)].add_suffix("_counted").join(printed.add_suffix("_printed"))
+    note = (
+        "GFLOPs of one image, 1 multiply-add = 1 FLOP, counted on timm's models. As in the paper, this table (and no "
+        "other) also counts softmax, once for each attention weight; the total includes patch embedding and head."
+    )
+    return [Section("paper", "Where the computation goes (Table 1)", text, raw.reset_index(names="part"), (note,))]
+
+
+def _table_2(study: Study) -> list[Section]:
+    paper = pd.concat([published.plain_models(), published.accuracies()])
+    methods = ("none", "power_bert", "kmedoids", "wkmedoids")
+    paper = paper[paper["downsampler"].isin(methods)]
+    wide = best(paper.sort_values("downsampler", key=lambda column: column.map(methods.index)), published.MODELS)
+    notes = (
+        "Selected from the paper's Tables 3 to 5, with GFLOPs as counted by the paper's rule, and its base models. The "
+        "printed Table 2 differs in two places: it has PoWER-BERT on DeiT-e318, level 3, at 78.4 (Table 4: 78.3), and "
+        "leaves out WK-Medoids on DeiT-e318, level 5 (1.14 GFLOPs, 76.8 %), which is on the front.",
+    )
+    parts = [Section("paper", f"Best trade-offs (Table 2). {published.SOURCE}", _wide_text(wide, methods), wide, notes)]
+    found = study.points(needs(study, "table 2"))
+    if len(found):
+        own = with_models(study, cost_accuracy(found))
+        own = own.sort_values("downsampler", key=lambda column: column.map(methods.index))
+        wide = best(own, published.MODELS)
+        title = f"Best trade-offs (Table 2). {study.preset.title}, stand-ins for the paper's models"
+        parts.append(Section(study.preset.name, title, _wide_text(wide, methods), wide, (how_many(own),)))
+    return parts
+
+
+def _wide_text(wide: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    present = [method for method in methods if f"{method}_gmacs" in wide]
+    scale, prefix = plotting.unit(wide[[f"{method}_gmacs" for method in present]].max().max())
+    text = pd.DataFrame({"model": wide["model"].map(published.MODELS)})
+    text["level"] = ["" if pd.isna(level) else str(int(level)) for level in wide["level"]]
+    for method in present:
+        label = plotting.STYLES[method]["label"].replace("Token Pooling, ", "")
+        text[f"{label}: {prefix}FLOPs"] = [_number(scale * value) for value in wide[f"{method}_gmacs"]]
+        text[f"{label}: {_PER_CENT}"] = [_number(value, 1) for value in wide[f"{method}_top1"]]
+    return text
+
+
+def _table_by_method(name: str) -> Callable[[Study], list[Section]]:
+    model = _MODEL_OF[name]
+
+    def build(study: Study) -> list[Section]:
+        rows = published.accuracies()
+        rows = rows[rows["model"] == model].reset_index(drop=True)
+        text = pd.DataFrame(
+            {
+                "level: K": [
+                    f"{row.level}: {_list(row.keep)}" if first else ""
+                    for row, first in zip(rows.itertuples(), ~rows["level"].duplicated(), strict=True)
+                ],
+                "method": rows["downsampler"],
+                "top-1 (%), printed": [_number(value, 1) for value in rows["top1"]],
+                "GFLOPs, printed": rows["gflops_printed"],
+                "GFLOPs, counted": rows["gmacs"].map("{:.2f}".format),
+                "of which clustering, printed": rows["clustering_gflops_printed"].fillna("-"),
+                "of which clustering, counted": rows["clustering_gmacs"].map("{:.2f}".format),
+                "GFLOPs, where clustering runs": rows["honest_gmacs"].map("{:.2f}".format),
+            }
+        )
+        note = (
+            "\"Counted\" follows the paper's rule, which counts K-Medoids' distance matrix at all blocks; the last "
+            "column counts clustering only where it runs."
+        )
+        title = f"{published.MODELS[model]} (Table {name}). {published.SOURCE}"
+        parts = [Section("paper", title, text, rows, (note,))]
+        found = study.points(needs(study, f"table {name}"))
+        if len(found):
+            own = cost_accuracy(found)
+            title = f"Stand-in for {published.MODELS[model]} (Table {name}). {study.preset.title}"
+            parts.append(Section(study.preset.name, title, shown(own), own, (how_many(own),)))
+        return parts
+
+    return build
+
+
+_TABLES: dict[str, Callable[[Study], list[Section]]] = {"1": _table_1, "2": _table_2} | {
+    name: _table_by_method(name) for name in _MODEL_OF
+}
+
+
+def with_models(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `cost_accuracy` with a column `model` of the paper's names instead of timm's."""
+    names = {variant.name: name for name, variant in study.preset.family.items()} | {"": study.preset.stands_for}
+    return table.assign(model=table["variant"].map(names))
+
+
+def how_many(table: pd.DataFrame) -> str:
+    """Images and seeds behind the table of `cost_accuracy`, and what its errors are."""
+    seeds = sorted({int(n) for n in table["seeds"]})
+    counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return (
+        f"{int(table['images'].iloc[0])} test images, {counted} seed{'s' if seeds != [1] else ''}; ±: standard error."
+    )
 
 
 def _schedule(row: tuple) -> str:
     if row.keep is not None:
-        return f"{int(row.level)}: {', '.join(str(int(limit)) for limit in row.keep)}"
+        return f"{int(row.level)}: {_list(row.keep)}"
     if row.options and row.options.get("at"):
         return f"after block {', '.join(str(block + 1) for block in row.options['at'])}"
     return ""
+
+
+def _list(keep: Iterable[int]) -> str:
+    return ", ".join(str(int(limit)) for limit in keep)
+
+
+def _number(value: float, digits: int = 2) -> str:
+    """As text, "-" where there is none."""
+    return "-" if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def _latex(text: str) -> str:
+    for character, replacement in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$")):
+        text = text.replace(character, replacement)
+    return text

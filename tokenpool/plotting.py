@@ -1,8 +1,15 @@
-"""Pictures of results."""
+"""Pictures of results, in one style: legible in print, and to colour-blind readers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too, for print.
 STYLES: dict[str, dict] = {
@@ -16,6 +23,21 @@ STYLES: dict[str, dict] = {
     "wkmeans": {"label": "Token Pooling, WK-Means", "color": "#CC79A7", "marker": "h"},
     "wkmedoids": {"label": "Token Pooling, WK-Medoids", "color": "#0072B2", "marker": "o"},
 }
+COST_LABEL = "FLOPs an image"
+TOP1_LABEL = "top-1 accuracy (%)"
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        rows: one row a point.
+        style: keywords of matplotlib's `errorbar`, `label` among them.
+    """
+
+    rows: pd.DataFrame
+    style: dict[str, Any]
 
 
 def unit(largest: float) -> tuple[float, str]:
@@ -40,19 +62,91 @@ def cost_accuracy(
     Returns:
         The axes.
     """
-    if ax is None:
-        ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
-    scale, prefix = unit(frame[cost].max())
     names = dict.fromkeys(frame["downsampler"])
-    for name in [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]:
-        points = frame[frame["downsampler"] == name].sort_values(cost)
-        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5}
-        style |= STYLES.get(name, {"label": name, "marker": "."})
-        bars = points[error] if error and error in points else None
-        ax.errorbar(scale * points[cost], points[quality], yerr=bars, zorder=4 if name == "none" else 3, **style)
-    ax.set_xlabel(f"{prefix}FLOPs an image (1 multiply-add = 1 FLOP), clustering included")
-    ax.set_ylabel("top-1 accuracy (%)")
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
+    ordered = [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]
+    styles = [STYLES.get(name, {"label": name, "marker": "."}) for name in ordered]
+    ax = curves(
+        [Series(frame[frame["downsampler"] == name], style) for name, style in zip(ordered, styles, strict=True)],
+        cost,
+        quality,
+        error,
+        ax,
+    )
     ax.legend(frameon=False, fontsize="small", loc="lower right")
     return ax
+
+
+def curves(
+    series: Sequence[Series],
+    cost: str = "gmacs",
+    quality: str = "top1",
+    error: str | None = "top1_error",
+    ax: Axes = None,
+) -> Axes:
+    """Draw quality against cost for any series; the arguments are those of `cost_accuracy`. Draws no legend."""
+    if ax is None:
+        ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
+    scale, prefix = (1.0, "")
+    if cost.endswith("gmacs"):
+        scale, prefix = unit(max(each.rows[cost].max() for each in series))
+    for each in series:
+        points = each.rows.sort_values(cost)
+        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | each.style
+        bars = points[error] if error and error in points else None
+        ax.errorbar(scale * points[cost], points[quality], yerr=bars, **{"zorder": 3} | style)
+    ax.set_xlabel(f"{prefix}{COST_LABEL}" if prefix else cost)
+    ax.set_ylabel(TOP1_LABEL if quality == "top1" else quality)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def clusters(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int], ax: Axes = None) -> Axes:
+    """Draw which patches of an image are one token (Figure 1c): each cluster in its mean colour, with a white border.
+
+    Patches that were dropped are hatched black.
+
+    Args:
+        image: (H, W, 3) with values in 0..1.
+        assignment: for each patch, row by row, the token that it is in, -1 if dropped.
+        grid: rows and columns of patches.
+        ax: axes to draw into; by default a new figure's.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if the grid does not have as many patches as the assignment.
+    """
+    assignment = np.asarray(assignment)
+    if assignment.size != grid[0] * grid[1]:
+        raise ValueError(f"assignment has {assignment.size} patches, but the grid {grid} has {grid[0] * grid[1]}")
+    if ax is None:
+        ax = plt.subplots(figsize=(3, 3), layout="constrained")[1]
+    height, width = image.shape[:2]
+    rows = np.arange(height) * grid[0] // height
+    columns = np.arange(width) * grid[1] // width
+    labels = assignment.reshape(grid)[rows[:, None], columns[None, :]]  # (H, W)
+    painted = np.zeros_like(image)
+    for label in np.unique(labels[labels >= 0]):
+        painted[labels == label] = image[labels == label].mean(0)
+    ax.imshow(painted, interpolation="nearest", extent=(0, grid[1], grid[0], 0), vmin=0, vmax=1)
+    ax.add_collection(_borders(assignment.reshape(grid)))
+    for row, column in np.argwhere(assignment.reshape(grid) < 0):
+        ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="#777777", linewidth=0))
+    ax.set_xticks([])
+    ax.set_yticks([])
+    return ax
+
+
+def faded(style: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A style for the lesser of two curves of the same method: lighter, dotted, hollow; `changes` on top."""
+    colour = tuple(0.45 * channel + 0.55 for channel in to_rgb(style["color"]))
+    return style | {"color": colour, "linestyle": ":", "markerfacecolor": "white"} | changes
+
+
+def _borders(labels: np.ndarray) -> LineCollection:
+    """Lines between neighbouring patches of different tokens."""
+    down = [[(c, r + 1), (c + 1, r + 1)] for r, c in np.argwhere(labels[1:] != labels[:-1])]
+    right = [[(c + 1, r), (c + 1, r + 1)] for r, c in np.argwhere(labels[:, 1:] != labels[:, :-1])]
+    return LineCollection(down + right, colors="white", linewidths=1.2)

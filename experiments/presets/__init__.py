@@ -55,9 +55,12 @@ class Preset:
         extra_seeds: of the full study's runs with other base models, initial centres, several convolutions, or
             without fine-tuning.
         main: the model itself, as one of the paper's family.
+        stands_for: the paper's name of the model that it is or stands for.
         family: the paper's other models or their stand-ins, by the paper's names ("deit_tiny", "deit_e252", ...).
         normalised: the model with normalised queries and keys (Figure 10), by the figure's number.
         grid: tokens along the image's shorter side, which limits convolutions.
+        clustered_level: number of the schedule that Figure 1c shows.
+        redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
         depth: blocks.
         model_options: further arguments of the timm model.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
@@ -69,6 +72,7 @@ class Preset:
     data: str
     model: str
     main: Variant
+    stands_for: str
     depth: int
     grid: int
     pretrained: bool = False
@@ -91,6 +95,8 @@ class Preset:
     extra_seeds: tuple[int, ...] = (0,)
     family: dict[str, Variant] = field(default_factory=dict)
     normalised: dict[str, Variant] = field(default_factory=dict)
+    clustered_level: int = 0
+    redundancy_images: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0

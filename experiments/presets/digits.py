@@ -10,11 +10,12 @@ from experiments.presets import Preset, Variant
 
 PRESET = Preset(
     name="digits",
-    title="handwritten digits",
+    title="Handwritten digits",
     data="digits",
     model="deit_digits_patch2_16",
     depth=6,
     grid=8,
+    clustered_level=1,
     base_epochs=50,
     search_epochs=12,
     finetune_epochs=12,
@@ -31,6 +32,7 @@ PRESET = Preset(
     full_seeds=(0, 1, 2),
     extra_seeds=(0, 1),
     # Widths 24, 32, 40 and 48 are to each other as the paper's 192, 252, 318 and 384.
+    stands_for="deit_small",
     main=Variant("", "width 48 (DeiT-S)"),
     family={
         "deit_tiny": Variant("tiny", "width 24 (DeiT-Ti)", {"embed_dim": 24}),

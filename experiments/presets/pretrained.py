@@ -18,7 +18,10 @@ PRESET = Preset(
     pretrained=True,
     depth=12,
     grid=14,
+    clustered_level=3,
+    redundancy_images=200,
     schedules="deit_e252",
+    stands_for="deit_tiny",
     main=Variant("", "DeiT-Ti"),
     evaluation_seconds=25.0,
 )

@@ -1,0 +1,99 @@
+"""Runs that measure something other than accuracy: throughput, redundancy of tokens, and which patches are pooled."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from sklearn.datasets import load_sample_images
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torchvision.transforms import functional as transforms
+
+import tokenpool
+from experiments import throughput
+from tokenpool import redundancy
+
+PHOTOGRAPHS = ("china", "flower")  # scikit-learn's, which need no download
+CLUSTERED_DIGITS = 8  # images of the test set in Figure 1c
+
+
+def measure_throughput(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
+    """Images a second, against the plain model in turns."""
+    plain = tokenpool.unpatch(copy.deepcopy(model))
+    images = next(_batches(model, data))
+    return throughput.measure(model, plain, images)
+
+
+def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
+    """Redundancy of each block's signals, mean over images, and how far equation (7) is from equation (6).
+
+    The names are those of `tokenpool.redundancy.Signals` and of its measures: `leading_energy_before` and so on, one
+    number a block. `gaussian_difference` is the greatest difference between both sides of equation (7) for the model's
+    own queries and keys, normalised, with alpha = sqrt(d) and in double precision, relative to the largest output.
+    """
+    sums: dict[str, np.ndarray] = {}
+    difference, images = 0.0, 0
+    for batch in _batches(model, data):
+        images += len(batch)
+        blocks = redundancy.signals(model, batch)
+        difference = max(difference, *(_filter_difference(block) for block in blocks))
+        for measure in (redundancy.leading_energy, redundancy.neighbour_distance, redundancy.mean_energy):
+            for signal in ("values", "filtered", "before", "after"):
+                found = [measure(getattr(block, signal)).sum().item() for block in blocks]
+                name = f"{measure.__name__}_{signal}"
+                sums[name] = sums.get(name, 0) + np.array(found)
+    means = {name: (total / images).tolist() for name, total in sums.items()}
+    return means | {"gaussian_difference": difference, "images": images}
+
+
+def trace_clusters(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
+    """In which token each patch of some images is after each block: `assignments` (images, blocks, patches)."""
+    images, names = clustered_images(model, data)
+    trace = tokenpool.trace(model, images.to(_device(model)))
+    blocks = torch.stack([block.assignment for block in trace.blocks], dim=1)  # (B, L, N)
+    return {"assignments": blocks.tolist(), "names": names, "tokens": [block.tokens for block in trace.blocks]}
+
+
+def clustered_images(model: VisionTransformer, data: LightningDataModule) -> tuple[Tensor, list[str]]:
+    """The images of Figure 1c, ready for the model, and their names: digits, or scikit-learn's photographs."""
+    if isinstance(data, tokenpool.data.DigitsDataModule):
+        return data.test_set[:CLUSTERED_DIGITS][0], [f"digit {index}" for index in range(CLUSTERED_DIGITS)]
+    mean, std = data.transforms["mean"], data.transforms["std"]
+    pictures = [transforms.normalize(picture, mean, std) for picture in photographs(model.patch_embed.img_size[0])]
+    return torch.stack(pictures), list(PHOTOGRAPHS)
+
+
+def photographs(size: int) -> list[Tensor]:
+    """scikit-learn's two photographs as squares (3, size, size) with values in 0..1."""
+    pictures = [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+    squares = [transforms.center_crop(picture, min(picture.shape[1:])) for picture in pictures]
+    return [F.interpolate(square[None], (size, size), mode="area")[0] for square in squares]
+
+
+MEASURES: dict[str, Callable[[VisionTransformer, LightningDataModule], dict[str, Any]]] = {
+    "throughput": measure_throughput,
+    "redundancy": measure_redundancy,
+    "clusters": trace_clusters,
+}
+
+
+def _filter_difference(block: redundancy.Signals) -> float:
+    queries, keys = (F.normalize(signal.double(), dim=-1) for signal in (block.queries, block.keys))
+    batch, heads, n, width = queries.shape
+    values = block.values.double().reshape(batch, n, heads, width).transpose(1, 2)
+    expected = redundancy.softmax_attention(queries, keys, values, width**0.5)
+    found = redundancy.gaussian_filter(queries, keys, values, width**0.5)
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def _batches(model: VisionTransformer, data: LightningDataModule) -> Iterator[Tensor]:
+    for images, _ in data.test_dataloader():
+        yield images.to(_device(model))
+
+
+def _device(model: VisionTransformer) -> torch.device:
+    return model.pos_embed.device
