@@ -102,8 +102,8 @@ def figure_1c(study: Study, stacked: bool = False) -> Figure | None:
     block = depth // 2 - 1
     pictures = clustered_pictures(study)
     columns = min(len(pictures), 4 if stacked else 8)
-    side = 1.6 if len(pictures) > 4 else 3.1  # inches
-    size = (side * columns + 0.1, 2 * side + 0.6)
+    inches = 1.6 if len(pictures) > 4 else 3.1
+    size = (inches * columns + 0.1, 2 * inches + 0.6)
     figure, axes = plt.subplots(2, columns, figsize=size, layout="constrained", squeeze=False)
     side = int(len(row["assignments"][0][block]) ** 0.5)
     for index, picture in enumerate(pictures[:columns]):

@@ -321,7 +321,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state written by `save_weights`, timm's safetensors, or a `.pth` checkpoint (tensors only).
 
     Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
@@ -331,6 +331,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it cannot be read or is of another model; the message names it.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:

@@ -225,7 +225,9 @@ class Study:
             if not path.exists():
                 continue
             try:
-                protocol.check_same(run, (outcome := results.read(path))["setting"], path)
+                outcome = results.read(path)
+                run = _with_schedule_of(run, outcome)
+                protocol.check_same(run, outcome["setting"], path)
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
                 continue
@@ -239,7 +241,7 @@ class Study:
     def execute(self, runs: Sequence[Run], jobs: int) -> None:
         """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes."""
         bases, searches = self.prerequisites(runs)
-        rest = [run for run in runs if not is_finished(run, self.folder) and run not in bases]
+        rest = [run for run in runs if not self._check_finished(run) and run not in bases]
         epochs = sum(effort(run) for run in [*bases, *searches, *rest])
         trained = len(bases) + sum(run.stage == "base" for run in rest)
         print(
@@ -287,6 +289,11 @@ class Study:
 
     def _is_finished(self, run: Run) -> bool:
         return not self.points([run]).empty
+
+    def _check_finished(self, run: Run) -> bool:
+        """Like `_is_finished`, but a broken file or another setting is an error: nothing is overwritten."""
+        path = result_path(run, self.folder)
+        return path.exists() and is_finished(_with_schedule_of(run, results.read(path)), self.folder)
 
     @cached_property
     def _typical(self) -> pd.Series:
@@ -380,6 +387,14 @@ def everything(study: Study) -> list[Run]:
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in needed}.values()
     return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
+
+
+def _with_schedule_of(run: Run, outcome: dict[str, Any]) -> Run:
+    """A run that waits for its schedule, with the one that its result was made with: the search may be gone."""
+    if run.level is None or run.keep is not None or run.stage == "search":
+        return run
+    keep = outcome["setting"].get("keep")
+    return replace(run, keep=None if keep is None else tuple(keep))
 
 
 def _label(variant: Variant, label: str) -> str:

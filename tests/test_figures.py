@@ -1,0 +1,169 @@
+import itertools
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.collections import LineCollection
+
+from experiments import figures, illustrations, presets, published, report, throughput
+from experiments.studies import Study, needs, status
+from tokenpool import plotting
+from tokenpool.tracing import reconstruction_error
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.fixture
+def digits() -> Study:
+    return Study(presets.get("digits"), RESULTS / "digits")
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Study:
+    return Study(presets.get("digits"), tmp_path / "none")
+
+
+@pytest.fixture(autouse=True)
+def closed() -> None:
+    yield
+    plt.close("all")
+
+
+def lines(ax: plt.Axes) -> dict[str, np.ndarray]:
+    """The points (n, 2) of each labelled curve."""
+    handles, labels = ax.get_legend_handles_labels()
+    return {label: np.stack(handle[0].get_data(), 1) for handle, label in zip(handles, labels, strict=True)}
+
+
+@pytest.mark.parametrize("preset", presets.NAMES)
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_every_figure_is_drawn_from_the_committed_runs(preset: str, name: str, tmp_path: Path) -> None:
+    study = Study(presets.get(preset), RESULTS / preset)
+    state, _ = status(study, f"figure {name}")
+    assert state in ("done", "none")
+    figure = figures.draw(study, name)
+    if state == "none" and figure is None:
+        return
+    for ax in figure.axes:
+        assert name == "1c" or (ax.get_xlabel() and ax.get_ylabel())
+    files = figures.save(figure, tmp_path / f"figure-{name}")
+    assert [file.suffix for file in files] == [".png", ".pdf"] and all(file.stat().st_size > 5000 for file in files)
+
+
+def test_curves_are_the_data(digits: Study) -> None:
+    paper, own = figures.draw(digits, "5a").axes
+    printed = published.accuracies()
+    expected = printed[(printed["model"] == "deit_small") & (printed["downsampler"] == "wkmedoids")]
+    drawn = lines(paper)["Token Pooling, WK-Medoids"]
+    assert drawn == pytest.approx(expected[["gmacs", "top1"]].sort_values("gmacs").to_numpy())
+    runs = digits.points([run for run in needs(digits, "figure 5a") if run.downsampler == "wkmedoids"])
+    means = runs.groupby("level")[["gmacs", "top1"]].mean().sort_values("gmacs").to_numpy()
+    assert lines(own)["Token Pooling, WK-Medoids"] == pytest.approx(means * [1000, 1])
+    assert "GFLOPs" in paper.get_xlabel() and "MFLOPs" in own.get_xlabel()
+    assert "ImageNet" in paper.get_title() and "450 test images, 3 seeds" in own.get_title()
+
+
+def test_figure_1b_has_the_papers_saving(digits: Study) -> None:
+    """Abstract: "the same ImageNet top-1 accuracy using 42 % fewer computations"."""
+    texts = [text.get_text() for text in figures.draw(digits, "1b").axes[0].texts]
+    assert "\N{MINUS SIGN}42 %" in texts
+
+
+def test_the_paper_is_drawn_without_any_run(empty: Study) -> None:
+    assert len(figures.draw(empty, "3b").axes) == 1
+    assert figures.draw(empty, "9") is None and figures.draw(empty, "1c") is None
+    assert {"DynamicViT", "HVT"} <= lines(figures.draw(empty, "3b").axes[0]).keys()
+
+
+def test_stacked_panels(digits: Study) -> None:
+    wide, narrow = figures.draw(digits, "5a"), figures.draw(digits, "5a", stacked=True)
+    assert wide.get_figwidth() > 1.5 * narrow.get_figwidth() and narrow.get_figheight() > wide.get_figheight()
+
+
+def test_the_same_runs_give_the_same_file(digits: Study, tmp_path: Path) -> None:
+    one, other = (figures.save(figures.draw(digits, "5b"), tmp_path / name) for name in ("a", "b"))
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
+
+
+def test_figure_2_is_what_section_3_2_says(digits: Study) -> None:
+    """The highest scores are all in the left lobe; clustering reaches the right one, with a much lower error."""
+    tokens, scores = illustrations.two_lobes()
+    errors, reaches = {}, {}
+    for method in (illustrations.PowerBert(4), illustrations.KMeans(4)):
+        kept = method(tokens, scores)
+        brute = sum(min((a - b) ** 2 for b in kept.tokens.flatten().tolist()) for a in tokens.flatten().tolist())
+        errors[type(method)] = brute
+        assert reconstruction_error(tokens, kept).item() == pytest.approx(brute, rel=1e-4)
+        reaches[type(method)] = bool((kept.tokens > 0.55).any())
+    assert reaches == {illustrations.PowerBert: False, illustrations.KMeans: True}
+    assert errors[illustrations.KMeans] < errors[illustrations.PowerBert] / 10
+    titles = "".join(ax.get_title() for ax in figures.draw(digits, "2").axes)
+    assert all(f"{error:.3f}" in titles for error in errors.values())
+
+
+def test_rank_correlation_against_scipy() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"level": [0] * 6 + [1] * 6, "downsampler": list("abcdef") * 2})
+    frame["error"], frame["top1"] = rng.random(12), rng.random(12)
+    found = illustrations.rank_correlations(frame)
+    for level, rows in frame.groupby("level"):
+        assert found[level] == pytest.approx(spearmanr(rows["error"], rows["top1"]).statistic)
+
+
+def test_clusters_are_parted_and_dropped_patches_hatched() -> None:
+    image = np.linspace(0, 1, 8 * 8 * 3).reshape(8, 8, 3)
+    ax = plotting.clusters(image, [0, 0, 1, -1], (2, 2))
+    (borders,) = [artist for artist in ax.collections if isinstance(artist, LineCollection)]
+    assert len(borders.get_segments()) == 3  # 0|0 has none; 0/1, 0/-1 and 1|-1 have one each
+    assert [patch.get_xy() for patch in ax.patches] == [(1, 1)]
+    painted = ax.images[0].get_array()
+    assert painted[0, 0] == pytest.approx(image[:4].reshape(-1, 3).mean(0)) and (painted[4:, 4:] == 0).all()
+    with pytest.raises(ValueError, match=r"assignment has 4 patches, but the grid \(2, 3\) has 6"):
+        plotting.clusters(image, [0, 0, 1, -1], (2, 3))
+
+
+def test_an_unknown_figure_lists_the_known_ones(digits: Study) -> None:
+    with pytest.raises(ValueError, match="unknown figure '13'; known are 1b, 1c, 2, 3a"):
+        figures.draw(digits, "13")
+
+
+def test_styles_differ_without_colour() -> None:
+    """Marker or line tells the methods apart in black and white, too."""
+    looks = [(style["marker"], style.get("linestyle")) for style in plotting.STYLES.values()]
+    assert len(set(looks)) == len(looks)
+
+
+def test_throughput_alternates() -> None:
+    order: list[str] = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, images: torch.Tensor) -> None:
+            order.append(self.name)
+
+    found = throughput.measure(Spy("model"), Spy("plain"), torch.zeros(4, 1, 2, 2), repeats=3, warm_up=1)
+    assert order == ["model", "plain"] * 4
+    assert found["measured_batch"] == 4 and found["speed_up"] > 0
+    assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
+
+
+def test_report_is_one_whole_page(tmp_path: Path) -> None:
+    studies = [Study(presets.get(name), RESULTS / name) for name in presets.NAMES]
+    page = report.write(studies, tmp_path / "page.html").read_text()
+    for kind, name in itertools.chain(
+        (("table", name) for name in report.TABLE_TITLES), (("figure", name) for name in figures.NAMES)
+    ):
+        assert page.count(f'id="{kind}-{name}"') == 1 and f'href="#{kind}-{name}"' in page
+    assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)[^"]*"', page)  # nothing from elsewhere
+    assert "<script" not in page and "viewport" in page and "@media print" in page
+    assert page.count('class="status done"') > 25
+    assert "python -m experiments figure 3a --preset digits" in page

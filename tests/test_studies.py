@@ -1,0 +1,215 @@
+import dataclasses
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from experiments import figures, presets, protocol, report, studies, tables
+from experiments.presets import Preset
+from experiments.studies import Study, everything, needs, placements, status
+from tokenpool import results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+NAMES = [f"table {name}" for name in tables.NAMES] + [f"figure {name}" for name in figures.NAMES]
+
+
+def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-W", "ignore", "-m", "experiments", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.fixture
+def one_study(tmp_path: Path) -> Study:
+    """A folder that holds nothing but the fine-tuned runs of PoWER-BERT."""
+    folder = tmp_path / "digits"
+    folder.mkdir()
+    for path in (RESULTS / "digits").glob("finetune-power_bert-level*.json"):
+        shutil.copy(path, folder)
+    return Study(presets.get("digits"), folder)
+
+
+@pytest.mark.parametrize("depth, grid, count", [(12, 14, 12 + 66 + 30), (6, 8, 6 + 15 + 6), (3, 4, 3 + 3)])
+def test_placements_of_appendix_d(depth: int, grid: int, count: int) -> None:
+    found = placements(depth, grid)
+    assert len(found) == len(set(found)) == count
+    expected = [
+        at
+        for number in (1, 2, 3)
+        for at in itertools.product(range(depth), repeat=number)
+        if list(at) == sorted(set(at)) and grid // 2**number > 0 and (number < 3 or at[0] + at[2] == 2 * at[1])
+    ]
+    assert set(found) == set(expected)
+
+
+@pytest.mark.parametrize("preset", presets.NAMES)
+def test_runs_are_shared(preset: str) -> None:
+    """One setting is trained once: runs of the same name are the same, and so is everything's union."""
+    study = Study(presets.get(preset), RESULTS / preset)
+    by_name: dict[str, protocol.Run] = {}
+    for name in NAMES:
+        for run in needs(study, name):
+            assert by_name.setdefault(run.name, run) == run
+    assert {run.name for run in everything(study)} >= by_name.keys()
+    assert len({json.dumps(run.setting | {"label": ""}, sort_keys=True) for run in by_name.values()}) == len(by_name)
+
+
+@pytest.mark.parametrize("preset", presets.NAMES)
+def test_committed_results_are_whole(preset: str) -> None:
+    study = Study(presets.get(preset), RESULTS / preset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert study.missing(everything(study)) == []
+    for path in (RESULTS / preset).glob("*.json"):
+        text = path.read_text()
+        assert "/home" not in text and "/work" not in text and "/tmp" not in text
+        assert "dirty" not in str(results.read(path)["environment"]["commit"])
+
+
+def test_status_of_one_study(one_study: Study) -> None:
+    assert status(one_study, "figure 5a") == ("partial", "partial, 21 of 87 runs")
+    assert status(one_study, "figure 9")[0] == "missing"
+    assert status(one_study, "figure 2")[0] == status(one_study, "table 1")[0] == "done"
+    assert status(Study(presets.get("pretrained"), one_study.folder), "figure 3a")[0] == "none"
+    assert figures.draw(one_study, "5a") is not None and figures.draw(one_study, "9") is None
+
+
+def test_missing_counts_what_runs_need_in_turn(one_study: Study) -> None:
+    missing = one_study.missing(needs(one_study, "figure 11a"))
+    stages = [run.stage for run in missing]
+    assert stages.count("base") == 2 and stages.count("search") == 7 and stages.count("finetune") == 44
+    assert stages == sorted(stages, key=["base", "search", "finetune"].index)
+    assert all(run.variant == "e252" for run in missing)
+    finished = one_study.missing(needs(one_study, "table 3"))
+    assert not any(run.downsampler == "power_bert" for run in finished)
+
+
+def test_estimates_follow_finished_runs(one_study: Study) -> None:
+    run = dataclasses.replace(one_study.finetunes(["power_bert"], [0])[0], epochs=24)
+    taken = results.load(one_study.folder)
+    assert one_study.seconds([run]) == pytest.approx(24 * (taken["seconds"] / taken["epochs"]).median())
+    fresh = Study(one_study.preset, one_study.folder / "none")
+    assert fresh.seconds([run]) == 24 * one_study.preset.epoch_seconds
+
+
+def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> None:
+    broken = one_study.folder / "finetune-power_bert-level2-seed0.json"
+    broken.write_text('{"setting": ')
+    other = one_study.folder / "finetune-power_bert-level3-seed0.json"
+    run = results.read(other)
+    run["setting"]["epochs"] = 3
+    results.save(run, other)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = one_study.points(needs(one_study, "figure 5a"))
+    assert len(found) == 19
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert f"{broken} is no JSON file of a run" in messages and "epochs was 3, now 12" in messages
+    with pytest.warns(UserWarning, match="is no JSON file of a run"):
+        assert figures.draw(one_study, "5a") is not None
+
+
+def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path) -> None:
+    place = ["--results", str(one_study.folder), "--output", str(tmp_path / "out")]
+    partial = command("figure", "5a", *place)
+    assert partial.returncode == 0 and "partial, 21 of 87 runs" in partial.stdout and "--missing" in partial.stdout
+    assert (tmp_path / "out" / "digits" / "figure-5a.png").exists()
+    listed = command("figure", "5a", *place, "--missing")
+    assert "finetune-wkmedoids-level0-seed0: about " in listed.stdout
+    assert "runs are missing, about " in listed.stdout.splitlines()[-1]
+    nothing = command("figure", "9", *place)
+    assert nothing.returncode == 1 and "none of the runs of figure 9" in nothing.stderr and "--run" in nothing.stderr
+    table = command("table", "3", *place)
+    assert table.returncode == 0 and (tmp_path / "out" / "digits" / "table-3-digits.tex").exists()
+    assert "unknown figure '13'; known are 1b, 1c" in command("figure", "13").stderr
+    assert "unknown table 'x'; known are 1, 2" in command("table", "x").stderr
+    assert "no file or folder nowhere" in command("figure", "9", "--data", "nowhere").stderr
+
+
+def test_pretrained_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(protocol.DATA, raising=False)
+    study = Study(presets.get("pretrained"), tmp_path)
+    with pytest.raises(ValueError, match="no images: --data FOLDER or the variable TOKENPOOL_DATA"):
+        protocol.execute(everything(study)[0], tmp_path)
+
+
+def test_pretrained_on_photographs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset's own path, data and weights by variable, on ten photographs; and nothing of the path is recorded."""
+    monkeypatch.setenv(protocol.DATA, str(shared / "data" / "imagenet_sample"))
+    monkeypatch.setenv(protocol.WEIGHTS, str(shared / "data" / "deit_tiny_patch16_224.safetensors"))
+    preset = dataclasses.replace(presets.get("pretrained"), batch_size=10, redundancy_images=10)
+    study = Study(preset, tmp_path)
+    merged = dataclasses.replace(study.evaluations(["kmedoids"], carry=True)[3], limit=10)
+    outcome = protocol.execute(merged, tmp_path)
+    errors = outcome["metrics"]["relative_error"]
+    assert len(errors) == 12 and errors[0] == 0 and errors[-1] is None and 0 < errors[6] < 1
+    assert outcome["metrics"]["images"] == 10 and outcome["metrics"]["top1"] >= 50
+    found = protocol.execute(study.redundancies()[0], tmp_path)["metrics"]
+    assert len(found["leading_energy_before"]) == 12 and found["gaussian_difference"] < 1e-12
+    assert found["images"] == 10 and len(protocol.execute(study.clusters()[0], tmp_path)["metrics"]["assignments"]) == 2
+    assert not any(str(shared) in path.read_text() for path in tmp_path.glob("*.json"))
+
+
+@pytest.fixture
+def tiny() -> Preset:
+    """Every kind of run of the digits' full study, as small as it gets."""
+    preset = presets.get("digits")
+    return dataclasses.replace(
+        preset,
+        base_epochs=1,
+        search_epochs=1,
+        finetune_epochs=1,
+        batch_size=256,
+        warmup_epochs=0,
+        full_penalties=(1e-2,),
+        full_seeds=(0,),
+        extra_seeds=(0,),
+        clustered_level=0,
+        depth=2,
+        grid=4,
+        family={"deit_e252": dataclasses.replace(preset.family["deit_e252"], model_options={"embed_dim": 4})},
+        model_options={"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4},
+    )
+
+
+def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
+    """From nothing to the page: all runs are made, every figure is done, and a lost result is made again, the same."""
+    study = Study(tiny, tmp_path)
+    study.execute(everything(study), jobs=2)
+    study = Study(tiny, tmp_path)
+    assert study.missing(everything(study)) == []
+    for name in NAMES:
+        expected = "none" if name in ("table 4", "figure 11b") else "done"
+        assert status(study, name)[0] == expected, name
+    page = report.write([study], tmp_path / "page.html").read_text()
+    assert page.count("data:image/svg+xml") == 2 * len(figures.NAMES)
+
+    lost = protocol.result_path(study.finetunes(["kmedoids"], [0], init="random")[0], tmp_path)
+    before = results.read(lost)["metrics"]
+    lost.unlink()
+    assert status(study, "figure 6")[0] == "partial"
+    study.execute(needs(study, "figure 6"), jobs=1)
+    assert results.read(lost)["metrics"] == before
+
+
+def test_carried_sizes_change_nothing_where_tokens_are_dropped(tmp_path: Path) -> None:
+    """Why Figure 9 shows selections once only."""
+    base = Study(presets.get("digits"), tmp_path)
+    common = dataclasses.replace(base.base(0), stage="evaluate", epochs=0, downsampler="power_bert", keep=(9, 4, 1))
+    options = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
+    runs = [
+        dataclasses.replace(common, label=str(carry), carry=carry, model_options=options) for carry in (False, True)
+    ]
+    plain, carried = (protocol.execute(run, tmp_path)["metrics"] for run in runs)
+    assert plain == carried
+
+
+def test_unknown_presets_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown preset 'imagenette'; known are digits, pretrained"):
+        presets.get("imagenette")
+    assert studies.WITHOUT_RUNS == ("table 1", "figure 2")
