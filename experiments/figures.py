@@ -286,7 +286,8 @@ def _own_12(study: Study, table: pd.DataFrame) -> list[Panel]:
         for method in ("none", "power_bert", *CLUSTERINGS)
     ]
     first = times.iloc[0]
-    machine = f"batches of {first['measured_batch']:.0f}, {first['threads']:.0f} threads of a CPU"
+    threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["device"] == "CPU" else ""
+    machine = f"batches of {first['measured_batch']}, {first['device']}{threads}"
     return [Panel(f"{study.preset.title}; {machine}", series, "images_per_second")]
 
 

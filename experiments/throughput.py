@@ -20,7 +20,7 @@ def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 9
 
     Returns:
         Images a second of both, by the median time, the ratio of the medians (`speed_up`), the spread of the model's
-        times (`spread`: interquartile range over the median), batch size and threads.
+        times (`spread`: interquartile range over the median), batch size, device and threads.
     """
     times: dict[str, list[float]] = {"model": [], "plain": []}
     with torch.inference_mode():
@@ -37,6 +37,7 @@ def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 9
         "speed_up": other / own,
         "spread": (quartiles[1] - quartiles[0]) / own,
         "measured_batch": len(images),
+        "device": torch.cuda.get_device_name(images.device) if images.is_cuda else "CPU",
         "threads": torch.get_num_threads(),
     }
 
