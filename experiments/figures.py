@@ -123,9 +123,8 @@ def _compose(panels: Sequence[Panel], stacked: bool) -> Figure:
             _annotate_saving(panel, ax)
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             labels.setdefault(label, handle)
-    figure.legend(
-        labels.values(), labels.keys(), loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8
-    )
+    place = {"loc": "outside lower center", "ncols": 2 if columns == 1 else 3}
+    figure.legend(labels.values(), labels.keys(), frameon=False, fontsize=8, **place)
     return figure
 
 
@@ -177,7 +176,7 @@ def _convolutions(table: pd.DataFrame) -> Series:
 
 
 def _panel(study: Study, table: pd.DataFrame, series: list[Series], saving: bool = False) -> Panel:
-    return Panel(f"{study.preset.title}: {how_many(table).replace('±', 'bars')}", series, "gmacs", saving)
+    return Panel(f"{study.preset.title}\n{how_many(table).replace('±', 'bars')}", series, "gmacs", saving)
 
 
 def _own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
@@ -243,7 +242,7 @@ def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
 
     plain, dropping = series("none", False), [series(method, False) for method in SELECTIONS]
     merging = ("convolution", *CLUSTERINGS)
-    data = f"{study.preset.title}: {how_many(table).replace('±', 'bars')}"
+    data = f"{study.preset.title}, {how_many(table).replace('±', 'bars')}"
     return [
         Panel(f"sizes not carried\n{data}", [plain, *dropping, *(series(method, False) for method in merging)]),
         Panel(f"sizes carried\n{data}", [plain, *dropping, *(series(method, True) for method in merging)]),
@@ -288,7 +287,7 @@ def _own_12(study: Study, table: pd.DataFrame) -> list[Panel]:
     first = times.iloc[0]
     threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["device"] == "CPU" else ""
     machine = f"batches of {first['measured_batch']}, {first['device']}{threads}"
-    return [Panel(f"{study.preset.title}; {machine}", series, "images_per_second")]
+    return [Panel(f"{study.preset.title}\n{machine}", series, "images_per_second")]
 
 
 _OWN: dict[str, Callable[[Study, pd.DataFrame], list[Panel]]] = {

@@ -383,7 +383,8 @@ def everything(study: Study) -> list[Run]:
     """The runs of all tables and figures of the full study, or those of the quick one."""
     if not study.full:
         return protocol_runs(study)
-    needed = [run for name in _NEEDS for run in needs(study, name)]
+    needed = [] if study.preset.pretrained else protocol_runs(study)
+    needed += [run for name in _NEEDS for run in needs(study, name)]
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in needed}.values()
     return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
@@ -409,9 +410,15 @@ def _bases(study: Study) -> list[Run]:
     return [study.base(seed) for seed in study.seeds]
 
 
-def _main(study: Study, methods: Sequence[str]) -> list[Run]:
+def _main(study: Study, methods: Sequence[str], seeds: Sequence[int] | None = None) -> list[Run]:
     """Methods on the main model, beside the plain one."""
-    return [*study.plain(study.seeds), *study.finetunes(methods, study.seeds)]
+    seeds = study.seeds if seeds is None else seeds
+    return [*study.plain(seeds), *study.finetunes(methods, seeds)]
+
+
+def _beside_others(study: Study, methods: Sequence[str]) -> list[Run]:
+    """The same, compared with runs that exist for the extra seeds only: each point of a figure has the same seeds."""
+    return _main(study, methods, study.extra_seeds)
 
 
 def _family(study: Study, methods: Sequence[str], names: Sequence[str] | None = None) -> list[Run]:
@@ -424,16 +431,21 @@ def _family(study: Study, methods: Sequence[str], names: Sequence[str] | None = 
     return runs
 
 
+def _whole_family(study: Study, methods: Sequence[str]) -> list[Run]:
+    return [*_beside_others(study, methods), *_family(study, methods)]
+
+
 def _convolutions(study: Study) -> list[Run]:
-    several = [at for at in placements(study.preset.depth, study.preset.grid) if len(at) > 1]
-    single = [(block,) for block in range(study.preset.depth)]
-    return [*study.convolutions(study.seeds, single), *study.convolutions(study.extra_seeds, several)]
+    return study.convolutions(study.extra_seeds, placements(study.preset.depth, study.preset.grid))
 
 
 def _twice_trained(study: Study) -> list[Run]:
-    family = study.preset.family.values()
-    bases = [study.base(seed, variant) for variant in family for seed in study.extra_seeds]
-    return [*_bases(study), *bases, *study.plain(study.seeds), *_family(study, ())]
+    variants = [study.preset.main, *study.preset.family.values()]
+    return [run for variant in variants for run in _once_and_twice(study, variant)]
+
+
+def _once_and_twice(study: Study, variant: Variant) -> list[Run]:
+    return [*(study.base(seed, variant) for seed in study.extra_seeds), *study.plain(study.extra_seeds, variant)]
 
 
 def _normalised(study: Study, figure: str) -> list[Run]:
@@ -441,7 +453,7 @@ def _normalised(study: Study, figure: str) -> list[Run]:
         return []
     variant = study.preset.normalised[figure]
     tuned = study.finetunes(("power_bert", "wkmedoids"), study.extra_seeds, variant)
-    return [*_main(study, ("power_bert", "wkmedoids")), *study.plain(study.extra_seeds, variant), *tuned]
+    return [*_beside_others(study, ("power_bert", "wkmedoids")), *study.plain(study.extra_seeds, variant), *tuned]
 
 
 def _timed(study: Study) -> list[Run]:
@@ -465,34 +477,31 @@ def _off_the_shelf(study: Study) -> list[Run]:
 
 
 _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
-    "table 2": _trained(
-        lambda study: [
-            *_main(study, ("power_bert", "kmedoids", "wkmedoids")),
-            *_family(study, ("power_bert", "kmedoids", "wkmedoids")),
-        ]
-    ),
+    "table 2": _trained(lambda study: _whole_family(study, ("power_bert", "kmedoids", "wkmedoids"))),
     "table 3": _trained(lambda study: _main(study, (*SELECTIONS, *CLUSTERINGS))),
     "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
     "table 5": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
-    "figure 1b": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_family(study, ["wkmedoids"])]),
+    "figure 1b": _trained(lambda study: _whole_family(study, ["wkmedoids"])),
     "figure 1c": lambda study: study.clusters(),
     "figure 3a": _trained(
-        lambda study: [*_main(study, (*SELECTIONS, "wkmedoids")), *_family(study, ()), *_convolutions(study)]
+        lambda study: [
+            *_beside_others(study, (*SELECTIONS, "wkmedoids")),
+            *_family(study, ()),
+            *_convolutions(study),
+        ]
     ),
-    "figure 3b": _trained(
-        lambda study: [*_main(study, ("power_bert", "wkmedoids")), *_family(study, ("power_bert", "wkmedoids"))]
-    ),
-    "figure 4": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_family(study, ["wkmedoids"])]),
+    "figure 3b": _trained(lambda study: _whole_family(study, ("power_bert", "wkmedoids"))),
+    "figure 4": _trained(lambda study: _whole_family(study, ["wkmedoids"])),
     "figure 5a": _trained(lambda study: _main(study, (*SELECTIONS, "wkmedoids"))),
     "figure 5b": _trained(lambda study: _main(study, ("power_bert", *CLUSTERINGS))),
     "figure 6": _trained(
         lambda study: [
-            *_main(study, ("kmedoids", "wkmedoids")),
+            *_beside_others(study, ("kmedoids", "wkmedoids")),
             *study.finetunes(("kmedoids", "wkmedoids"), study.extra_seeds, init="random"),
         ]
     ),
     "figure 7": _trained(_twice_trained),
-    "figure 8": _trained(lambda study: [*_main(study, ["wkmedoids"]), *_convolutions(study)]),
+    "figure 8": _trained(lambda study: [*_beside_others(study, ["wkmedoids"]), *_convolutions(study)]),
     "figure 9": _off_the_shelf,
     "figure 10a": _trained(lambda study: _normalised(study, "10a")),
     "figure 10b": _trained(lambda study: _normalised(study, "10b")),

@@ -277,7 +277,7 @@ def how_many(table: pd.DataFrame) -> str:
     seeds = sorted({int(n) for n in table["seeds"]})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return (
-        f"{int(table['images'].iloc[0])} test images, {counted} seed{'s' if seeds != [1] else ''}; ±: standard error."
+        f"{int(table['images'].iloc[0])} test images, {counted} seed{'s' if seeds != [1] else ''}; ±: standard error"
     )
 
 

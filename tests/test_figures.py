@@ -67,6 +67,15 @@ def test_curves_are_the_data(digits: Study) -> None:
     assert "ImageNet" in paper.get_title() and "450 test images, 3 seeds" in own.get_title()
 
 
+@pytest.mark.parametrize("name", [name for name in figures.NAMES if name not in ("2", "12")])
+def test_all_points_of_a_figure_have_the_same_seeds(name: str, digits: Study) -> None:
+    """Otherwise one curve could be better than another for its seeds alone."""
+    seeds: dict[str, set[int]] = {}
+    for run in needs(digits, f"figure {name}"):
+        seeds.setdefault(f"{run.stage} {run.label}", set()).add(run.seed)
+    assert len({frozenset(found) for found in seeds.values()}) == 1
+
+
 def test_figure_1b_has_the_papers_saving(digits: Study) -> None:
     """Abstract: "the same ImageNet top-1 accuracy using 42 % fewer computations"."""
     texts = [text.get_text() for text in figures.draw(digits, "1b").axes[0].texts]
