@@ -282,7 +282,7 @@ def _own_12(study: Study, table: pd.DataFrame) -> list[Panel]:
     )
     series = [
         Series(merged[merged["downsampler"] == method], STYLES[method])
-        for method in ("none", "power_bert", *CLUSTERINGS)
+        for method in ("none", "power_bert", "wkmeans", "wkmedoids")
     ]
     first = times.iloc[0]
     threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["device"] == "CPU" else ""

@@ -276,9 +276,7 @@ def how_many(table: pd.DataFrame) -> str:
     """Images and seeds behind the table of `cost_accuracy`, and what its errors are."""
     seeds = sorted({int(n) for n in table["seeds"]})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return (
-        f"{int(table['images'].iloc[0])} test images, {counted} seed{'s' if seeds != [1] else ''}; ±: standard error"
-    )
+    return f"{int(table['images'].iloc[0])} test images, {counted} seed{'s' if seeds != [1] else ''}; ±: standard error"
 
 
 def _schedule(row: tuple) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 9, warm_up: int = 3) -> dict[str, Any]:
+def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 5, warm_up: int = 2) -> dict[str, Any]:
     """Time forward passes of two models alternately.
 
     Args:
