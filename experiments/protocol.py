@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,7 @@ def data_module(run: Run) -> LightningDataModule:
         folder,
         image_size=run.model_options.get("img_size", config.input_size[-1]),
         batch_size=run.batch_size,
+        workers=0 if parent_process() else 2,  # a study has processes enough, and starting more costs it seconds a run
         seed=run.seed,
         mean=config.mean,
         std=config.std,
