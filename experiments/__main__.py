@@ -85,6 +85,7 @@ def reproduce(
     chosen = presets.get(preset)
     folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
     study = studies.Study(chosen, folder, full)
+    studies.protocol_runs(study)  # a preset that trains nothing is refused
     with runner.exclusive(folder):
         study.execute(studies.everything(study), jobs or min(_cores(), 8))
         study = studies.Study(chosen, folder, full)
@@ -144,14 +145,18 @@ def figure(
 @app.command()
 def report(
     preset: Annotated[list[str] | None, typer.Option(help=_PRESETS + " Repeatable; default: all.")] = None,
-    results: Annotated[Path, typer.Option(help="Folder with one folder of results a preset.")] = Path("results"),
+    results: Annotated[
+        Path | None, typer.Option(help="Folder with one folder of results a preset. Default: results.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Of the quick study of `make reproduce`, in runs/.")] = False,
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("runs/report.html"),
 ) -> None:
     """Write all tables and figures, and what each was made from, on one page of HTML."""
     from experiments import report as page
     from experiments.studies import Study
 
-    studies = [Study(presets.get(name), results / name) for name in preset or presets.NAMES]
+    folder = results or Path("runs" if quick else "results")
+    studies = [Study(presets.get(name), folder / name, full=not quick) for name in preset or presets.NAMES]
     print(f"page: {page.write(studies, output)}")
 
 
@@ -179,7 +184,10 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
     from experiments import figures, runner, studies, tables
 
     jobs = jobs or min(_cores(), 8)
-    wanted = {run.name: run for name in names for run in studies.needs(study, f"{kind} {name}")}
+    present = [name for name in names if studies.status(study, f"{kind} {name}")[0] != "none"]
+    if len(names) == 1 and not present and (missing or run):
+        raise ValueError(f"{kind} {names[0]} is not part of preset {study.preset.name}")
+    wanted = {run.name: run for name in present for run in studies.needs(study, f"{kind} {name}")}
     if missing:
         print("\n".join(_missing_lines(study, list(wanted.values()), jobs)) or "nothing is missing")
         return
@@ -198,11 +206,10 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
         written += bool(files)
         print(f"{kind} {name} ({text}): {', '.join(map(str, files)) or 'nothing to show'}")
         if state in ("partial", "missing"):
-            command = f"python -m experiments {kind} {name} --preset {study.preset.name}"
-            folders = "" if study.folder == Path("results") / study.preset.name else f" --results {study.folder}"
-            print(f"    for the runs that it lacks: {command}{folders}{'' if study.full else ' --quick'} --missing")
+            print(f"    the runs that it lacks: {studies.command(study, f'{kind} {name}', '--missing')}")
     if not written:
-        raise ValueError(f"none of the runs of {kind} {', '.join(names)} is in {study.folder}; add --run to make them")
+        again = "; add --run to make them" if present else ""
+        raise ValueError(f"none of the runs of {kind} {', '.join(names)} is in {study.folder}{again}")
 
 
 def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:

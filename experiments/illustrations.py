@@ -139,50 +139,68 @@ def figure_reconstruction(study: Study, stacked: bool = False) -> Figure | None:
     runs = runs[runs["level"].notna() & runs["relative_error"].map(lambda value: isinstance(value, list))]
     if runs.empty:
         return None
-    merging = runs["downsampler"].isin(CLUSTERINGS)
-    shown = runs[~merging | runs["carry"].astype(bool)]  # what is dropped cannot be carried
-    shown = shown.assign(error=[_mean_error(errors) for errors in shown["relative_error"]])
-    level = int(sorted(shown["level"].unique())[len(shown["level"].unique()) // 2 - 1])
+    runs = runs.assign(error=[_mean_error(errors) for errors in runs["relative_error"]])
+    dropping, carried = runs["downsampler"].isin(SELECTIONS), runs["carry"].astype(bool)
+    levels = sorted(runs["level"].unique())
+    level = int(levels[(len(levels) - 1) // 2])
 
-    figure, axes = _axes(2, stacked, (5, 4.6))
-    for method in (*SELECTIONS, *CLUSTERINGS):
-        rows = shown[shown["downsampler"] == method]
-        if rows.empty:
-            continue
-        errors = rows.loc[rows["level"] == level, "relative_error"]
-        by_block = np.array([[np.nan if value in (None, 0) else value for value in each] for each in errors], float)
-        style = {"markersize": 5, "linewidth": 1.3} | STYLES[method]
-        if len(by_block):
-            axes[0].plot(np.arange(1, by_block.shape[1] + 1), by_block.mean(0), **style)
-        means = rows.groupby("level")[["error", "top1"]].mean()
-        axes[1].plot(means["error"], means["top1"], **style | {"linestyle": ":", "linewidth": 0.8})
-    axes[0].set_xlabel("block")
-    axes[0].set_ylabel("reconstruction error (8) / variance of the tokens")
-    axes[0].set_title(f"block by block, schedule {level}", fontsize=9)
-    axes[1].set_xlabel("reconstruction error / variance, mean over blocks that downsample")
-    axes[1].set_ylabel(plotting.TOP1_LABEL)
-    axes[1].set_title(f"one point a schedule\n{rank_correlation_text(shown)}", fontsize=9)
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if stacked else 4, frameon=False, fontsize=8)
+    figure, (blocks, *scatters) = _axes(3, stacked, (4.6, 4.4))
+    _draw_errors(blocks, runs[~carried & (runs["level"] == level)])
+    blocks.set_title(f"block by block, schedule {level},\nsizes not carried", fontsize=9)
+    for ax, rows, title in (
+        (scatters[0], runs[~carried], "sizes not carried"),
+        (scatters[1], runs[carried | dropping], "sizes carried (what is dropped has none)"),
+    ):
+        for method in (*SELECTIONS, *CLUSTERINGS):
+            means = rows[rows["downsampler"] == method].groupby("level")[["error", "top1"]].mean()
+            ax.plot(means["error"], means["top1"], **_style(method) | {"linestyle": ":", "linewidth": 0.8})
+        ax.set_title(f"{title}\n{rank_correlation_text(rows)}", fontsize=9)
+        ax.set_xlabel("error / variance, mean over blocks")
+        ax.set_ylabel(plotting.TOP1_LABEL)
+        _plain_axes(ax)
+    handles, labels = scatters[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 if stacked else 4, frameon=False, fontsize=8)
     figure.suptitle(
-        f"{study.preset.title}, not fine-tuned; clusters with carried sizes, {int(shown['images'].iloc[0])} images",
+        f"{study.preset.title}, {int(runs['images'].iloc[0])} images,\nmodel not fine-tuned, one point a schedule",
         fontsize=9,
     )
     return figure
 
 
+def _draw_errors(ax: Axes, runs: pd.DataFrame) -> None:
+    for method in (*SELECTIONS, *CLUSTERINGS):
+        errors = runs.loc[runs["downsampler"] == method, "relative_error"]
+        by_block = np.array([[np.nan if value in (None, 0) else value for value in each] for each in errors], float)
+        if len(by_block):
+            ax.plot(np.arange(1, by_block.shape[1] + 1), by_block.mean(0), **_style(method))
+    ax.set_xlabel("block")
+    ax.set_ylabel("reconstruction error (8) / variance of the tokens")
+    _plain_axes(ax)
+
+
+def _style(method: str) -> dict:
+    return {"markersize": 5, "linewidth": 1.3} | STYLES[method]
+
+
+def _plain_axes(ax: Axes) -> None:
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def rank_correlation_text(runs: pd.DataFrame) -> str:
     """Spearman's rank correlation of error and accuracy over methods, at each schedule."""
     correlations = rank_correlations(runs)
-    return f"rank correlation over methods, by schedule: {correlations.min():+.2f} to {correlations.max():+.2f}"
+    low, high = (f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") for value in (correlations.min(), correlations.max()))
+    return f"rank correlation over methods: {low} to {high}"
 
 
-def rank_correlations(runs: pd.DataFrame) -> pd.Series:
-    """Spearman's rank correlation of the columns `error` and `top1` over methods, for each `level`."""
+def rank_correlations(runs: pd.DataFrame, least: float = 10.0) -> pd.Series:
+    """Spearman's rank correlation of the columns `error` and `top1` over methods, for each `level`.
+
+    Levels at which no method reaches `least` percent are left out: there is no accuracy left to compare.
+    """
     means = runs.groupby(["level", "downsampler"])[["error", "top1"]].mean()
+    means = means[means.groupby(level=0)["top1"].transform("max") >= least]
     return pd.Series({level: rows["error"].rank().corr(rows["top1"].rank()) for level, rows in means.groupby(level=0)})
 
 
@@ -203,14 +221,13 @@ def figure_redundancy(study: Study, stacked: bool = False) -> Figure | None:
             ax.plot(np.arange(1, by_block.shape[1] + 1), by_block.mean(0), **{"markersize": 5} | style)
         ax.set_xlabel("block")
         ax.set_ylabel(label)
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
+        _plain_axes(ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 if stacked else 4, frameon=False, fontsize=8)
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     figure.suptitle(
-        f"{study.preset.model}, {int(runs['images'].iloc[0])} images, {seeds}; equation (7) holds to "
-        f"{runs['gaussian_difference'].max():.0e} on its own queries and keys, normalised",
+        f"{study.preset.model}, {int(runs['images'].iloc[0])} images, {seeds}\nequation (7) holds to "
+        f"{runs['gaussian_difference'].max():.0e} on its queries and keys, normalised",
         fontsize=9,
     )
     return figure

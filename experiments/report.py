@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import tokenpool
 from experiments import figures, protocol, tables
-from experiments.studies import Study, needs, status
+from experiments.studies import Study, command, needs, status
 from tokenpool import results
 
 TABLE_TITLES = {
@@ -91,18 +91,21 @@ def _figure_parts(studies: Sequence[Study], name: str) -> list[dict[str, Any]]:
             continue  # the paper's own part is shown once
         wide = figures.draw(study, name)
         if wide is None:
+            if has_runs and study.finished(needs(study, f"figure {name}")):
+                parts.append({"notes": [f"{study.preset.title}: not enough of its runs are there to draw it."]})
             continue
+        alt = _described(wide)
         parts.append(
             {
                 "heading": study.preset.title if has_runs else None,
                 "picture": _embedded(wide),
                 "narrow_picture": _embedded(figures.draw(study, name, stacked=True)),
-                "alt": study.preset.title,
+                "alt": alt,
                 "notes": [],
             }
         )
     if len(parts) == 1:
-        parts[0]["heading"] = None
+        parts[0].pop("heading", None)
     return parts
 
 
@@ -115,16 +118,21 @@ def _provenance(study: Study, kind: str, name: str) -> str | None:
         return None
     if not runs:
         return f"Needs no runs. Command: python -m experiments {kind} {name}"
-    command = f"python -m experiments {kind} {name} --preset {preset.name}"
-    if state != "done":
-        command += " --run"
-    environments = [
-        results.read(path)["environment"]
-        for path in (protocol.result_path(run, study.folder) for run in study.finished(runs))
-    ]
-    commits = sorted({found["commit"] for found in environments if found.get("commit")})
+    line = command(study, f"{kind} {name}", *([] if state == "done" else ["--run"]))
+    found = [results.read(protocol.result_path(run, study.folder)) for run in study.finished(runs)]
+    commits = sorted({str(each.get("environment", {}).get("commit")) for each in found})
     made = f", made at commit {' and '.join(commits)}" if commits else ""
-    return f"{preset.title}: {text}{made}. Command: {command}"
+    return f"{preset.title}: {text}{made}. Command: {line}"
+
+
+def _described(figure: Figure) -> str:
+    """What is drawn, for those who cannot see it: the axes and the curves of each panel."""
+    panels = []
+    for ax in figure.axes:
+        curves = ", ".join(ax.get_legend_handles_labels()[1])
+        labels = f"{ax.get_ylabel()} against {ax.get_xlabel()}" if ax.get_xlabel() else ""
+        panels.append("; ".join(filter(None, [ax.get_title(), labels, curves])))
+    return " | ".join(filter(None, panels)).replace("\n", ", ")
 
 
 def _embedded(figure: Figure) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import protocol
+from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.protocol import Run, is_finished, result_path, weights_path
 from experiments.runner import Runner, effort
@@ -193,14 +194,12 @@ class Study:
             if run.level is not None and run.keep is None
         }
         searches = [run for variant in searched.values() for run in self.searches(variant)]
-        searches = [run for run in searches if not is_finished(run, self.folder)]
+        searches = [run for run in searches if not self._is_finished(run)]
         needed = dict.fromkeys((run.variant, run.seed) for run in [*waiting, *searches] if run.start is not None)
         bases = [self.base(seed, variants[name]) for name, seed in needed]
         # A result without its weights is no start for others: it is made again.
         return [
-            base
-            for base in bases
-            if not (is_finished(base, self.folder) and weights_path(base.name, self.folder).exists())
+            base for base in bases if not (self._is_finished(base) and weights_path(base.name, self.folder).exists())
         ], searches
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
@@ -228,6 +227,7 @@ class Study:
                 outcome = results.read(path)
                 run = _with_schedule_of(run, outcome)
                 protocol.check_same(run, outcome["setting"], path)
+                _check_complete(outcome, path)
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
                 continue
@@ -241,6 +241,8 @@ class Study:
     def execute(self, runs: Sequence[Run], jobs: int) -> None:
         """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes."""
         bases, searches = self.prerequisites(runs)
+        for run in [*bases, *searches]:
+            self._check_finished(run)
         rest = [run for run in runs if not self._check_finished(run) and run not in bases]
         epochs = sum(effort(run) for run in [*bases, *searches, *rest])
         trained = len(bases) + sum(run.stage == "base" for run in rest)
@@ -273,15 +275,30 @@ class Study:
     @cached_property
     def _learned(self) -> dict[str, list[tuple[int, ...] | None]]:
         """The schedules that finished searches have learned, by the name of the variant."""
-        return {variant.name: [self._learned_by(run) for run in self.searches(variant)] for variant in self._variants}
+        return {
+            variant.name: [
+                self._learned_by(search) or self._used_with(variant, search.level) for search in self.searches(variant)
+            ]
+            for variant in self._variants
+        }
 
     def _learned_by(self, search: Run) -> tuple[int, ...] | None:
-        path = result_path(search, self.folder)
-        try:
-            return tuple(results.read(path)["metrics"]["learned_keep"]) if path.exists() else None
-        except ValueError as error:
-            warnings.warn(str(error), stacklevel=2)
-            return None
+        found = self.points([search])
+        return None if found.empty else tuple(found.iloc[0]["learned_keep"])
+
+    def _used_with(self, variant: Variant, level: int) -> tuple[int, ...] | None:
+        """The schedule of a finished fine-tuning, where the search that it came from is gone."""
+        for seed in self.seeds:
+            for method in (*SELECTIONS, *CLUSTERINGS):
+                label = _label(variant, f"{method}-level{level}")
+                path = self.folder / f"finetune-{label}-seed{seed}.json"
+                try:
+                    keep = results.read(path)["setting"].get("keep") if path.exists() else None
+                except ValueError:
+                    continue  # whoever wants that run is told
+                if keep is not None:
+                    return tuple(keep)
+        return None
 
     def _searched(self, variant: Variant) -> Variant:
         """The variant whose schedules this one uses."""
@@ -300,9 +317,12 @@ class Study:
         """Median seconds of the finished runs by stage and downsampler, for each epoch where they have epochs."""
         if not self.folder.is_dir() or not any(self.folder.glob("*.json")):
             return pd.Series(dtype=float)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            frame = results.load(self.folder, skip_broken=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                frame = results.load(self.folder, skip_broken=True)
+        except ValueError:  # all of them are broken
+            return pd.Series(dtype=float)
         each = frame["seconds"] / frame["epochs"].clip(lower=1)
         return each.groupby([frame["stage"], frame["downsampler"]]).median()
 
@@ -361,6 +381,18 @@ def needs(study: Study, name: str) -> list[Run]:
     return list({run.name: run for run in needed}.values())
 
 
+def command(study: Study, name: str, *options: str) -> str:
+    """The command that makes a table or figure ("figure 3a") of the study."""
+    parts = ["python -m experiments", name, f"--preset {study.preset.name}"]
+    if study.folder != Path("results") / study.preset.name:
+        parts.append(f"--results {study.folder}")
+    if not study.full:
+        parts.append("--quick")
+    if "--run" in options and study.preset.data == "imagenet":
+        parts.append("--data FOLDER")
+    return " ".join([*parts, *options])
+
+
 def status(study: Study, name: str) -> tuple[str, str]:
     """Of a table or figure: "done", "partial", "missing" or "none" (this preset has no runs for it), and in words."""
     runs = needs(study, name)
@@ -372,7 +404,13 @@ def status(study: Study, name: str) -> tuple[str, str]:
 
 
 def protocol_runs(study: Study) -> list[Run]:
-    """The protocol of section 5 on the main model: base models, and all methods fine-tuned."""
+    """The protocol of section 5 on the main model: base models, and all methods fine-tuned.
+
+    Raises:
+        ValueError: for a preset that trains nothing.
+    """
+    if study.preset.pretrained:
+        raise ValueError(f"preset {study.preset.name} trains nothing; {command(study, 'figure 9', '--run')}")
     if not study.full:
         return [*_bases(study), *_main(study, study.preset.methods)]
     single = [(block,) for block in range(study.preset.depth)]
@@ -388,6 +426,15 @@ def everything(study: Study) -> list[Run]:
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in needed}.values()
     return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
+
+
+def _check_complete(outcome: dict[str, Any], path: Path) -> None:
+    metrics = outcome["metrics"]
+    needed = () if outcome["setting"].get("stage") in MEASURES else ("top1", "top1_error", "images")
+    missing = [key for key in needed if key not in metrics]
+    missing += [key for key in ("gmacs", "clustering_gmacs") if key not in outcome["cost"]]
+    if missing:
+        raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}")
 
 
 def _with_schedule_of(run: Run, outcome: dict[str, Any]) -> Run:

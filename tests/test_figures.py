@@ -1,5 +1,6 @@
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -76,6 +77,79 @@ def test_all_points_of_a_figure_have_the_same_seeds(name: str, digits: Study) ->
     assert len({frozenset(found) for found in seeds.values()}) == 1
 
 
+def drawn_means(study: Study, name: str, **conditions: object) -> np.ndarray:
+    """What a curve should show: the runs of the figure that meet the conditions, averaged over seeds, by cost."""
+    runs = study.points(needs(study, f"figure {name}"))
+    for column, value in conditions.items():
+        runs = runs[[found == value for found in runs[column]]]
+    means = runs.groupby("label")[["gmacs", "top1"]].mean().sort_values("gmacs").to_numpy()
+    return means * [1000, 1]
+
+
+def test_curves_of_other_figures_are_their_runs(digits: Study) -> None:
+    """Each of these once showed, or could show, the runs of its neighbour."""
+    own = lines(figures.draw(digits, "6").axes[-1])
+    random = [{"init": "random"}, {}]
+    for label, options in zip(
+        ("Token Pooling, K-Medoids, random centres", "Token Pooling, K-Medoids"), random, strict=True
+    ):
+        assert own[label] == pytest.approx(drawn_means(digits, "6", downsampler="kmedoids", options=options))
+    own = lines(figures.draw(digits, "7").axes[-1])
+    assert own["DeiT, base model"] == pytest.approx(_plain(digits, "base"))
+    assert own["DeiT, fine-tuned as long as the others"] == pytest.approx(_plain(digits, "finetune"))
+    without, carried = (lines(ax) for ax in figures.draw(digits, "9").axes)
+    for drawn, carry in ((without, False), (carried, True)):
+        expected = drawn_means(digits, "9", downsampler="wkmeans", carry=carry)
+        assert drawn["Token Pooling, WK-Means"] == pytest.approx(expected)
+    for name, variant in (("10a", "alpha1"), ("10b", "alpha")):
+        own = lines(figures.draw(digits, name).axes[-1])
+        expected = drawn_means(digits, name, downsampler="power_bert", variant=variant)
+        assert own["PoWER-BERT, normalised"] == pytest.approx(expected)
+        assert own["PoWER-BERT, not normalised"] == pytest.approx(
+            drawn_means(digits, name, downsampler="power_bert", variant="")
+        )
+    own = lines(figures.draw(digits, "8").axes[-1])
+    assert sum(len(own[f"{count} convolution{'s' if count > 1 else ''}"]) for count in (1, 2, 3)) == 27
+    front = own["Convolution, best placements"]
+    assert (np.diff(front, axis=0) > 0).all()
+    own = lines(figures.draw(digits, "12").axes[-1])
+    times = digits.points([run for run in needs(digits, "figure 12") if run.stage == "throughput"])
+    speed = times[times["downsampler"] == "power_bert"].set_index("level")["speed_up"]
+    expected = (speed * times["plain_images_per_second"].median()).to_numpy()
+    assert sorted(own["PoWER-BERT"][:, 0]) == pytest.approx(sorted(expected))
+
+
+def _plain(study: Study, stage: str) -> np.ndarray:
+    runs = study.points(needs(study, "figure 7"))
+    runs = runs[runs["stage"] == stage]
+    return runs.groupby("variant")[["gmacs", "top1"]].mean().sort_values("gmacs").to_numpy() * [1000, 1]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("preset", presets.NAMES)
+@pytest.mark.parametrize("name", figures.NAMES)
+def test_no_text_leaves_its_figure(name: str, preset: str, stacked: bool) -> None:
+    figure = figures.draw(Study(presets.get(preset), RESULTS / preset), name, stacked)
+    figure.canvas.draw()
+    texts = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text.get_visible()]
+    for text in texts:
+        box = text.get_window_extent()
+        inside = box.x0 >= -1 and box.x1 <= figure.bbox.width + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.height + 1
+        assert inside, text.get_text()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["finetune-none-*", "finetune-wkmedoids-level*", "throughput-*", "search-*", "clusters-*"]
+)
+def test_every_figure_copes_with_one_study(pattern: str, tmp_path: Path) -> None:
+    for path in (RESULTS / "digits").glob(f"{pattern}.json"):
+        shutil.copy(path, tmp_path)
+    study = Study(presets.get("digits"), tmp_path)
+    drawn = {name for name in figures.NAMES if figures.draw(study, name) is not None}
+    assert {"1b", "2", "3a", "3b"} <= drawn and "9" not in drawn
+    assert study.missing(needs(study, "figure 5a"))
+
+
 def test_figure_1b_has_the_papers_saving(digits: Study) -> None:
     """Abstract: "the same ImageNet top-1 accuracy using 42 % fewer computations"."""
     texts = [text.get_text() for text in figures.draw(digits, "1b").axes[0].texts]
@@ -119,8 +193,10 @@ def test_rank_correlation_against_scipy() -> None:
 
     rng = np.random.default_rng(0)
     frame = pd.DataFrame({"level": [0] * 6 + [1] * 6, "downsampler": list("abcdef") * 2})
-    frame["error"], frame["top1"] = rng.random(12), rng.random(12)
-    found = illustrations.rank_correlations(frame)
+    frame["error"], frame["top1"] = rng.random(12), 100 * rng.random(12)
+    nothing_left = pd.DataFrame({"level": 2, "downsampler": list("ab"), "error": [1.0, 2.0], "top1": [0.1, 0.2]})
+    found = illustrations.rank_correlations(pd.concat([frame, nothing_left]))
+    assert list(found.index) == [0, 1]
     for level, rows in frame.groupby("level"):
         assert found[level] == pytest.approx(spearmanr(rows["error"], rows["top1"]).statistic)
 

@@ -89,6 +89,48 @@ def test_missing_counts_what_runs_need_in_turn(one_study: Study) -> None:
     assert not any(run.downsampler == "power_bert" for run in finished)
 
 
+def test_schedules_come_from_finished_runs_where_the_search_is_gone(one_study: Study) -> None:
+    for run in one_study.finetunes(["wkmedoids"], [0]):
+        other = protocol.result_path(one_study.finetunes(["power_bert"], [0])[run.level], one_study.folder)
+        assert list(run.keep) == results.read(other)["setting"]["keep"]
+    assert not any(run.stage == "search" for run in one_study.missing(needs(one_study, "figure 5a")))
+
+
+@pytest.mark.parametrize("stage", ["base", "search", "finetune"])
+def test_missing_goes_on_after_a_broken_file(stage: str, tmp_path: Path) -> None:
+    for path in (RESULTS / "digits").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    study = Study(presets.get("digits"), tmp_path)
+    broken = {"base": study.base(0), "search": study.searches(study.preset.main)[2]}
+    broken = broken.get(stage) or study.finetunes(["random"], [1])[3]
+    protocol.result_path(broken, tmp_path).write_text("{")
+    study = Study(presets.get("digits"), tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        missing = study.missing(everything(study))
+    assert any(f"{broken.name}.json is no JSON file" in str(warning.message) for warning in caught)
+    assert (broken.name in {run.name for run in missing}) == (stage != "search")  # finished runs hold its schedule
+
+
+def test_a_search_of_another_setting_teaches_nothing(tmp_path: Path) -> None:
+    study = Study(presets.get("digits"), tmp_path)
+    search = study.searches(study.preset.main)[1]
+    found = results.read(RESULTS / "digits" / f"{search.name}.json")
+    results.save(found, protocol.result_path(search, tmp_path))
+    assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep == tuple(found["metrics"]["learned_keep"])
+    found["setting"]["epochs"] = 1
+    results.save(found, protocol.result_path(search, tmp_path))
+    with pytest.warns(UserWarning, match="epochs was 1, now 12"):
+        assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep is None
+
+
+def test_a_preset_without_training_is_not_reproduced(tmp_path: Path) -> None:
+    refused = command("reproduce", "--preset", "pretrained", "--output", str(tmp_path / "x"))
+    assert "preset pretrained trains nothing" in refused.stderr and "figure 9" in refused.stderr
+    other = command("figure", "3a", "--preset", "pretrained", "--missing")
+    assert other.returncode == 1 and "figure 3a is not part of preset pretrained" in other.stderr
+
+
 def test_estimates_follow_finished_runs(one_study: Study) -> None:
     run = dataclasses.replace(one_study.finetunes(["power_bert"], [0])[0], epochs=24)
     taken = results.load(one_study.folder)

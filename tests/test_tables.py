@@ -23,7 +23,7 @@ def test_table_1_equals_print() -> None:
         for model in counted:
             text = printed.at[part, model]
             digits = len(text.partition(".")[2])
-            assert abs(counted.at[part, model] - float(text)) < 0.6 * 10**-digits, (part, model)
+            assert f"{counted.at[part, model]:.{digits}f}" == text, (part, model)
 
 
 def test_tables_3_to_5_are_counted_to_the_printed_digit() -> None:
@@ -35,6 +35,25 @@ def test_tables_3_to_5_are_counted_to_the_printed_digit() -> None:
             printed = Decimal("4.6")  # misprinted as 4.7
         assert round(Decimal(row.gmacs), -printed.as_tuple().exponent) == printed, row
         assert row.honest_gmacs <= row.gmacs
+
+
+def test_printed_shares_of_clustering() -> None:
+    """Rounded now up, now down: all but these entries come out to the printed digit."""
+    differing = set()
+    for row in published.accuracies().dropna(subset=["clustering_gflops_printed"]).itertuples():
+        digits = len(row.clustering_gflops_printed.partition(".")[2])
+        if f"{row.clustering_gmacs:.{digits}f}" != row.clustering_gflops_printed:
+            differing.add((row.model, row.level, row.downsampler.removeprefix("w")))
+            assert abs(row.clustering_gmacs - float(row.clustering_gflops_printed)) < 0.08
+    assert differing == {
+        ("deit_small", 0, "kmeans"),
+        ("deit_small", 0, "kmedoids"),
+        ("deit_small", 3, "kmeans"),
+        ("deit_e318", 2, "kmedoids"),
+        ("deit_e252", 4, "kmedoids"),
+        ("deit_e252", 5, "kmedoids"),
+        ("deit_e252", 6, "kmedoids"),
+    }
 
 
 def test_the_stored_counts_are_those_of_the_models() -> None:
