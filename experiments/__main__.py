@@ -400,6 +400,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a mistake in the input ends in one line, not in a traceback."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go into files; notebooks choose for themselves
     try:
         app()
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:

@@ -53,7 +53,7 @@ def figure_2(study: Study, stacked: bool = False) -> Figure:
     figure, axes = _axes(2, stacked, (4.5, 3.6), sharey=True)
     for ax, method, title in (
         (axes[0], PowerBert(4), "(a) the four tokens of highest score"),
-        (axes[1], KMeans(4), "(b) four clusters"),
+        (axes[1], KMeans(4, iterations=50), "(b) four clusters"),
     ):
         found = method(tokens, scores)
         _draw_lobes(ax, tokens, scores, found)
@@ -227,7 +227,7 @@ def figure_redundancy(study: Study, stacked: bool = False) -> Figure | None:
     seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
     figure.suptitle(
         f"{study.preset.model}, {int(runs['images'].iloc[0])} images, {seeds}\nequation (7) holds to "
-        f"{runs['gaussian_difference'].max():.0e} on its queries and keys, normalised",
+        f"{runs['gaussian_difference'].max():.0e} on its\nqueries and keys, normalised",
         fontsize=9,
     )
     return figure

@@ -35,3 +35,23 @@ def test_methods_are_all_named() -> None:
 
     for name in METHODS:
         assert f"`{name}`" in README
+
+
+def test_the_table_of_photographs_is_the_runs() -> None:
+    from tokenpool import results
+
+    rows = {
+        "PoWER-BERT": "power_bert",
+        "importance selection": "importance",
+        "random selection": "random",
+        "WK-Medoids": "wkmedoids",
+        "WK-Medoids, carry": "wkmedoids-carry",
+        "K-Medoids, carry": "kmedoids-carry",
+        "WK-Means, carry": "wkmeans-carry",
+    }
+    for title, label in rows.items():
+        cells = []
+        for level in (1, 3):
+            metrics = results.read(ROOT / f"results/pretrained/evaluate-{label}-level{level}-seed0.json")["metrics"]
+            cells.append(f"{metrics['top1']:.1f} ± {metrics['top1_error']:.1f}")
+        assert f"\n| {title} | {' | '.join(cells)} |\n" in README
