@@ -103,7 +103,7 @@ def pareto_picture(table: pd.DataFrame, path: Path) -> list[Path]:
     """Cost against accuracy for every method of the protocol, from `tables.cost_accuracy`; returns the files."""
     points = table[table["stage"] == "finetune"]
     ax = plotting.cost_accuracy(points)
-    ax.set_title(how_many(points).replace("±", "bars"), fontsize=9)
+    ax.set_title(_counted(points), fontsize=9)
     return save(ax.figure, path)
 
 
@@ -176,7 +176,12 @@ def _convolutions(table: pd.DataFrame) -> Series:
 
 
 def _panel(study: Study, table: pd.DataFrame, series: list[Series], saving: bool = False, data: str = "") -> Panel:
-    return Panel(f"{study.preset.title}{data}\n{how_many(table).replace('±', 'bars')}", series, "gmacs", saving)
+    return Panel(f"{study.preset.title}{data}\n{_counted(table)}", series, "gmacs", saving)
+
+
+def _counted(table: pd.DataFrame) -> str:
+    """Images and seeds behind the points, and what their bars are."""
+    return how_many(table).replace("±", "bars")
 
 
 def _own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
@@ -242,7 +247,7 @@ def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
 
     plain, dropping = series("none", False), [series(method, False) for method in SELECTIONS]
     merging = ("convolution", *CLUSTERINGS)
-    data = f"{study.preset.title}\n{how_many(table).replace('±', 'bars')}"
+    data = f"{study.preset.title}\n{_counted(table)}"
     return [
         Panel(f"sizes not carried; {data}", [plain, *dropping, *(series(method, False) for method in merging)]),
         Panel(f"sizes carried; {data}", [plain, *dropping, *(series(method, True) for method in merging)]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments import measurements, protocol
 from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
-from tokenpool import plotting, redundancy, tracing
+from tokenpool import plotting, tracing
 from tokenpool.downsampling import Downsampled, KMeans, PowerBert
 from tokenpool.plotting import STYLES
 
@@ -23,9 +23,9 @@ _SIGNALS = {
     "after": {"label": "tokens after attention", "color": "#0072B2", "marker": "o"},
 }
 _MEASURES = {
-    "leading_energy": (redundancy.leading_energy, "share of variance in the leading tenth\nof the singular vectors"),
-    "neighbour_distance": (redundancy.neighbour_distance, "distance to the nearest token\n/ distance to any token"),
-    "mean_energy": (redundancy.mean_energy, "share of energy in the mean token\n(the lowest frequency)"),
+    "leading_energy": "share of variance in the leading tenth\nof the singular vectors",
+    "neighbour_distance": "distance to the nearest token\n/ distance to any token",
+    "mean_energy": "share of energy in the mean token\n(the lowest frequency)",
 }
 
 
@@ -215,7 +215,7 @@ def figure_redundancy(study: Study, stacked: bool = False) -> Figure | None:
     if runs.empty:
         return None
     figure, axes = _axes(len(_MEASURES), stacked, (4, 4.1))
-    for ax, (name, (_, label)) in zip(axes, _MEASURES.items(), strict=True):
+    for ax, (name, label) in zip(axes, _MEASURES.items(), strict=True):
         for signal, style in _SIGNALS.items():
             by_block = np.array(runs[f"{name}_{signal}"].tolist())  # (seeds, blocks)
             ax.plot(np.arange(1, by_block.shape[1] + 1), by_block.mean(0), **{"markersize": 5} | style)
