@@ -333,6 +333,26 @@ def evaluate(
     _execute(run, output)
 
 
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="A photograph, in any format that Pillow reads.")],
+    model: Model = "deit_tiny_patch16_224",
+    method: Method = "kmedoids",
+    level: Annotated[
+        float, typer.Option(min=0, max=7, help="The paper's schedule for DeiT-S, scaled to the model.")
+    ] = 3,
+    keep: Annotated[str | None, typer.Option(help="Instead of a level: 0.9, -13, or numbers.")] = None,
+    carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
+    weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/explain"),
+) -> None:
+    """Pool a pretrained model on one image: what it sees before and after, what it costs, and which patches merge."""
+    from experiments.explain import explain as explained
+
+    for line in explained(image, model, method, keep or f"deit_small:{level:g}", carry, weights, output):
+        print(line)
+
+
 def _execute(run: Any, folder: Path) -> None:
     """Execute a run that is not finished, and say what came out."""
     from experiments import protocol, runner

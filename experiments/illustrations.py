@@ -110,7 +110,7 @@ def figure_1c(study: Study, stacked: bool = False) -> Figure | None:
         axes[0, index].imshow(picture, interpolation="nearest", vmin=0, vmax=1)
         axes[0, index].set_xticks([])
         axes[0, index].set_yticks([])
-        plotting.clusters(picture, row["assignments"][index][block], (side, side), axes[1, index])
+        plotting.patches(picture, row["assignments"][index][block], (side, side), axes[1, index])
     left = min(row["tokens"][block], side * side)
     figure.suptitle(
         f"{study.preset.model}, WK-Medoids, not fine-tuned:\n{side * side} patches in {left} tokens after block "

@@ -207,7 +207,7 @@ def test_rank_correlation_against_scipy() -> None:
 
 def test_clusters_are_parted_and_dropped_patches_hatched() -> None:
     image = np.linspace(0, 1, 8 * 8 * 3).reshape(8, 8, 3)
-    ax = plotting.clusters(image, [0, 0, 1, -1], (2, 2))
+    ax = plotting.patches(image, [0, 0, 1, -1], (2, 2))
     (borders,) = [artist for artist in ax.collections if isinstance(artist, LineCollection)]
     assert len(borders.get_segments()) == 3  # 0|0 has none; 0/1, 0/-1 and 1|-1 have one each
     assert [patch.get_xy() for patch in ax.patches] == [(1, 1)]
@@ -215,7 +215,7 @@ def test_clusters_are_parted_and_dropped_patches_hatched() -> None:
     assert painted[0, 0] == pytest.approx(image[:4].reshape(-1, 3).mean(0))
     assert (painted[4:, 4:] == 0).all()
     with pytest.raises(ValueError, match=r"assignment has 4 patches, but the grid \(2, 3\) has 6"):
-        plotting.clusters(image, [0, 0, 1, -1], (2, 3))
+        plotting.patches(image, [0, 0, 1, -1], (2, 3))
 
 
 def test_an_unknown_figure_lists_the_known_ones(digits: Study) -> None:

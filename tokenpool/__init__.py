@@ -1,10 +1,11 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
 from tokenpool import clustering, deit, flops, pareto, results, schedules, soft_selection
+from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
 from tokenpool.tracing import trace
 from tokenpool.version import __version__
-from tokenpool.vit import create_model, is_patched, patch, unpatch
+from tokenpool.vit import create_model, is_patched, patch, unpatch, unpool
 
 __all__ = [
     "METHODS",
@@ -16,11 +17,15 @@ __all__ = [
     "deit",
     "flops",
     "is_patched",
+    "load",
+    "load_weights",
     "pareto",
     "patch",
     "results",
+    "save",
     "schedules",
     "soft_selection",
     "trace",
     "unpatch",
+    "unpool",
 ]

@@ -1,9 +1,26 @@
 """Attention that also yields significance scores, weighs keys by size, and can normalise queries and keys."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
+
+
+class Attended(NamedTuple):
+    """What an attention gives.
+
+    Attributes:
+        output: (B, N, D).
+        scores: (B, N) or None, the significance scores, equation (5): the attention that each token receives, summed
+            over heads and queries; float32 or better, without gradient.
+        keys: (B, N, d) or None, the mean over heads, without gradient.
+    """
+
+    output: Tensor
+    scores: Tensor | None
+    keys: Tensor | None
 
 
 class ScoredAttention(nn.Module):
@@ -36,8 +53,8 @@ class ScoredAttention(nn.Module):
             self.alpha = nn.Parameter(alpha) if learn_alpha else float(alpha)
 
     def forward(
-        self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False, with_keys: bool = False
+    ) -> Attended:
         """Attend.
 
         Args:
@@ -45,11 +62,8 @@ class ScoredAttention(nn.Module):
             sizes: (B, N), the number of original tokens that each token stands for. Its log is added to the key's
                 logit: one token of size s then attracts what s equal tokens would (the paper's *carry*, appendix E;
                 *proportional attention* in Bolya et al. 2023). A token of size zero attracts nothing.
-            with_scores: also return the significance scores, equation (5).
-
-        Returns:
-            The output (B, N, D), and the scores (B, N) or None: the attention that each token receives, summed over
-            heads and queries; float32 or better, without gradient.
+            with_scores: also return the significance scores.
+            with_keys: also return the keys.
         """
         batch, n, _ = x.shape
         gate = getattr(self, "gate", None)
@@ -76,7 +90,8 @@ class ScoredAttention(nn.Module):
         out = out.transpose(1, 2).reshape(batch, n, self.num_heads * self.head_dim)
         out = self.norm(out) if hasattr(self, "norm") else out
         out = out if gate is None else out * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out)), scores
+        keys = k.detach().mean(dim=1) if with_keys else None
+        return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output (B, h, N, d) and attention received (B, N) of some heads, from scaled queries."""

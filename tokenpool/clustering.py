@@ -110,6 +110,16 @@ def highest(weights: Tensor, k: int) -> Tensor:
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
+def sums(values: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Sum of the values (B, N) over each cluster of the assignment (B, N): (B, K)."""
+    return _cluster_weights(values, assignment, k)
+
+
+def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Weighted mean (B, K, D) of the tokens (B, N, D) of each cluster; a cluster without weight becomes zero."""
+    return _weighted_means(tokens, weights, assignment, tokens.new_zeros(len(tokens), k, tokens.shape[2]))
+
+
 def _nearest_center(points: Tensor, centers: Tensor) -> Tensor:
     """Index of the nearest center (B, K, D) for each point (B, N, D), the lowest in a tie: (B, N)."""
     offset = points.mean(dim=1, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
@@ -205,13 +205,16 @@ class ImageFolderDataModule(_DataModule):
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image as RGB.
+    """An image as RGB, upright; what is transparent becomes white.
 
     Raises:
         ValueError: if the file is no image or is damaged; the message names it.
     """
     try:
         with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # Pillow raises whatever the decoder does
         raise ValueError(f"cannot read image {path}: {error}") from error

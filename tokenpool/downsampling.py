@@ -39,10 +39,16 @@ class Downsampler(nn.Module):
     """At most `keep` of N tokens go on. With `keep >= N` nothing happens, with `keep = 0` all are dropped.
 
     Attributes:
-        uses_scores: whether `forward` needs significance scores.
+        uses_scores: whether it needs significance scores.
+        uses_sizes: whether it needs `sizes` (B, N), the number of original tokens that each token stands for.
+        uses_keys: whether it needs `keys` (B, N, d), the attention's keys, mean over heads.
+        merges: whether each token goes into one that remains, so that merged tokens can be put back (`unpool`).
     """
 
     uses_scores = True
+    uses_sizes = False
+    uses_keys = False
+    merges = False
 
     def __init__(self, keep: int) -> None:
         super().__init__()
@@ -62,14 +68,14 @@ class Downsampler(nn.Module):
         """Whether anything happens to n tokens."""
         return n > self.keep
 
-    def forward(self, tokens: Tensor, scores: Tensor | None = None) -> Downsampled:
-        """Downsample tokens (B, N, D) by their scores (B, N)."""
+    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor | None) -> Downsampled:
+        """Downsample tokens (B, N, D) by their scores (B, N), and by `sizes` and `keys` where the class uses them."""
         batch, n, _ = tokens.shape
         if not self.acts_on(n):
             return Downsampled(tokens, torch.arange(n, device=tokens.device).expand(batch, n))
         if self.keep == 0:
             return Downsampled(tokens[:, :0], torch.full((batch, n), -1, device=tokens.device))
-        return self.reduce(tokens, scores)
+        return self.reduce(tokens, scores, **hints)
 
     def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
         """Reduce N tokens to 0 < K < N."""
@@ -173,6 +179,7 @@ class TokenPooling(Downsampler):
         generator: for `init="random"`, see `Noise`.
     """
 
+    merges = True
     weighted = False
     algorithm = staticmethod(clustering.kmedoids)
 
@@ -226,6 +233,43 @@ class WKMeans(KMeans):
     """Token Pooling with K-Means weighted by the significance scores, objective (13)."""
 
     weighted = True
+
+
+class BipartiteMatching(Downsampler):
+    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3), an extension: a baseline that is not in the paper.
+
+    Every other token is matched to the one among the rest whose key is most similar (cosine). The pairs of highest
+    similarity are merged, into the mean weighted by size. One round merges at most half of the tokens; where more have
+    to go, which the authors do not provide for, another round follows.
+    """
+
+    uses_scores = False
+    uses_sizes = True
+    uses_keys = True
+    merges = True
+
+    def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:
+        batch, n, _ = tokens.shape
+        assignment = torch.arange(n, device=tokens.device).expand(batch, n)
+        while n > self.keep:
+            step = _matched(keys, min(n - self.keep, n // 2))  # (B, N)
+            n -= min(n - self.keep, n // 2)
+            keys = clustering.means(keys, sizes, step, n)
+            tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
+            assignment = step.gather(1, assignment)
+        return Downsampled(tokens, assignment)
+
+
+def _matched(keys: Tensor, pairs: int) -> Tensor:
+    """The token that each goes to when that many pairs merge, counting those that remain, in their order: (B, N)."""
+    batch, n, _ = keys.shape
+    units = torch.nn.functional.normalize(keys, dim=-1)
+    similarity, partner = (units[:, ::2] @ units[:, 1::2].mT).max(dim=-1)  # (B, N/2), an index into the odd ones
+    merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
+    remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
+    target = torch.arange(n, device=keys.device).expand(batch, n)
+    target = target.scatter(1, merged, 1 + 2 * partner.gather(1, merged // 2))
+    return (remains.cumsum(dim=1) - 1).gather(1, target)
 
 
 class Convolution(Downsampler):
@@ -291,6 +335,7 @@ METHODS: dict[str, type[Downsampler] | None] = {
     "kmedoids": KMedoids,
     "wkmeans": WKMeans,
     "wkmedoids": WKMedoids,
+    "tome": BipartiteMatching,
 }
 
 

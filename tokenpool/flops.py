@@ -10,13 +10,17 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokenpool import schedules
+from tokenpool.downsampling import METHODS, Downsampler
+from tokenpool.vit import unpatch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a loss on import, which newer PyTorch warns of
@@ -147,6 +151,78 @@ def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, wi
     return 0
 
 
+def schedule_for(
+    gmacs: float, model: VisionTransformer, downsampler: str | type[Downsampler] = "kmedoids", **options: Any
+) -> list[int]:
+    """The schedule of constant steps that costs as much as it may: `keep` for `tokenpool.patch`.
+
+    Each block removes the same number of tokens (which need not be whole: the total is rounded), and at least one
+    remains. Clustering is counted in.
+
+    Args:
+        gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
+        model: a timm VisionTransformer; patched or plain, it stays as it is.
+        downsampler: see `tokenpool.patch`.
+        **options: of the downsampler.
+
+    Raises:
+        ValueError: if even the steepest schedule costs more.
+    """
+    plain = unpatch(copy.deepcopy(model))
+    tokens, depth = plain.patch_embed.num_patches, len(plain.blocks)
+    parts = count(plain).parts
+    method = METHODS[downsampler] if isinstance(downsampler, str) else downsampler
+    total = tokens + plain.num_prefix_tokens
+    heads = next(iter(plain.blocks)).attn
+
+    @cache
+    def clustering(n: int, k: int) -> int:
+        layer = method(k, **options)
+        return _downsampler_macs(layer, n, plain.embed_dim, heads.head_dim) if layer.acts_on(n) else 0
+
+    def cost(step: float) -> float:
+        """Every part of a block is linear in the tokens but for attention, which is quadratic."""
+        macs, n = parts["patch_embedding"] + parts["head"] + parts.get("other", 0.0), tokens
+        for k in _by_real_step(step, tokens, depth):
+            entering, leaving = (n + plain.num_prefix_tokens) / total, (k + plain.num_prefix_tokens) / total
+            block = entering**2 * parts["softmax_attention"] + leaving * parts["mlp"]
+            block += entering * (parts["qkv_projections"] + parts["o_projection"])
+            macs += block / depth + clustering(n, k) / 1e9
+            n = k
+        return macs
+
+    low, high = 0.0, float(tokens)
+    if cost(high) > gmacs:
+        raise ValueError(
+            f"{gmacs} GMACs are too few: with one token left after the first block, it costs {cost(high):.3g}"
+        )
+    for _ in range(20):  # to a step of 1/5000 of a token
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > gmacs else (low, middle)
+    return _by_real_step(high if cost(0.0) > gmacs else 0.0, tokens, depth)
+
+
+def _downsampler_macs(layer: Downsampler, n: int, width: int, key_width: int) -> int:
+    hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
+    hints |= {"keys": torch.zeros(1, n, key_width)} if layer.uses_keys else {}
+    return sum(_macs_by_part(_Bare(layer, hints), (torch.zeros(1, n, width), torch.ones(1, n))).values())
+
+
+class _Bare(nn.Module):
+    """A downsampler that is called with tensors only, as tracing wants it."""
+
+    def __init__(self, layer: Downsampler, hints: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.hints = layer.eval(), hints
+
+    def forward(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.layer(tokens, scores, **self.hints).tokens
+
+
+def _by_real_step(step: float, tokens: int, depth: int) -> list[int]:
+    return [max(round(tokens - step * (block + 1)), 1) for block in range(depth)]
+
+
 class FlopsCallback(Callback):
     """Counts the model at the start of a fit and logs `gmacs`, `backbone_gmacs`, `clustering_gmacs` and the parts.
 
@@ -166,7 +242,7 @@ class FlopsCallback(Callback):
             logger.log_metrics(figures, step=0)
 
 
-def _macs_by_part(model: nn.Module, images: torch.Tensor) -> Counter[str]:
+def _macs_by_part(model: nn.Module, images: torch.Tensor | tuple[torch.Tensor, ...]) -> Counter[str]:
     analysis = FlopCountAnalysis(model, images)
     analysis.clear_op_handles()
     analysis.set_op_handle(**COUNTED, **dict.fromkeys(FREE))

@@ -10,6 +10,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from tokenpool.tracing import Trace
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too, for print.
 STYLES: dict[str, dict] = {
@@ -101,8 +104,49 @@ def curves(
     return ax
 
 
-def clusters(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int], ax: Axes = None) -> Axes:
-    """Draw which patches of an image are one token (Figure 1c): each cluster in its mean colour, with a white border.
+def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes = None) -> Axes:
+    """Draw which patches of an image are one token after a block (Figure 1c), as `patches` does.
+
+    Args:
+        image: (H, W, 3) with values in 0..1.
+        trace: from `tokenpool.trace`.
+        block: counting from 0.
+        index: of the image in the traced batch.
+        ax: axes to draw into; by default a new figure's.
+
+    Returns:
+        The axes.
+    """
+    found = trace.blocks[block]
+    ax = patches(image, found.assignment[index].cpu(), trace.grid, ax)
+    ax.set_title(f"block {block + 1}: {found.tokens} token{'s' if found.tokens != 1 else ''}", fontsize=9)
+    return ax
+
+
+def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 6) -> Figure:
+    """Draw the image, and which patches of it are one token after each block.
+
+    Args:
+        image: (H, W, 3) with values in 0..1.
+        trace: from `tokenpool.trace`.
+        index: of the image in the traced batch.
+        columns: pictures in a row.
+    """
+    count = 1 + len(trace.blocks)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.3 * rows), layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    axes.flat[0].imshow(image)
+    axes.flat[0].set_title("image", fontsize=9)
+    for block, ax in enumerate(axes.flat[1:count]):
+        ax.set_axis_on()
+        clusters(image, trace, block, index, ax)
+    return figure
+
+
+def patches(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int], ax: Axes = None) -> Axes:
+    """Draw which patches of an image are one token: each in its mean colour, with a white border.
 
     Patches that were dropped are hatched black.
 

@@ -1,10 +1,12 @@
 """Retention schedules K = (K_1 .. K_L): how many patch tokens remain, at most, after the attention of each block.
 
-The class token is not counted: 0 means that it alone remains.
+The class token is not counted: 0 means that it alone remains. Every function returns a plain list.
 """
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
+
+import numpy as np
 
 # Marin et al. 2021, Tables 3-5, sparsity levels 0 to 7. The printed DeiT-S level 0 has only eleven entries; the
 # twelfth, 173, reproduces its printed GFLOPs.
@@ -57,6 +59,96 @@ def paper(model: str, level: int) -> list[int]:
     if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < len(_PAPER[model]):
         raise ValueError(f"level = {level} must be a whole number in 0..{len(_PAPER[model]) - 1}")
     return list(_PAPER[model][level])
+
+
+def scaled(model: str, level: float, tokens: int, depth: int) -> list[int]:
+    """The paper's schedule (see `paper`) for a model of other depth and number of tokens, and for levels in between.
+
+    K is read as a share of the tokens at a share of the depth, and interpolated linearly. At 196 tokens, 12 blocks and
+    whole levels it is the paper's own.
+
+    Args:
+        model: "deit_small", "deit_e318" or "deit_e252".
+        level: 0..7.
+        tokens: patch tokens of an image.
+        depth: blocks.
+
+    Raises:
+        ValueError: for a model or level that the paper does not have.
+    """
+    if not isinstance(level, Real) or not 0 <= level <= LEVELS - 1:
+        raise ValueError(f"level = {level!r} must be a number in 0..{LEVELS - 1}")
+    low = int(level)
+    mild, strong = (np.array(paper(model, index)) / 196 for index in (low, min(low + 1, LEVELS - 1)))
+    shares = mild + (level - low) * (strong - mild)
+    places = (np.arange(depth) + 1) * 12 / depth
+    at_places = np.interp(places, np.arange(13), [1, *shares])
+    return [round(tokens * share) for share in at_places.tolist()]
+
+
+def by_rate(rate: float, tokens: int, depth: int, at: Sequence[int] | None = None) -> list[int]:
+    """Keep that share of the tokens that are left, at chosen blocks, but never less than one.
+
+    Args:
+        rate: 0 < rate <= 1.
+        tokens: patch tokens of an image.
+        depth: blocks.
+        at: blocks, counting from 0; default: every block.
+
+    Raises:
+        ValueError: for a rate or block out of range.
+    """
+    if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < rate <= 1:
+        raise ValueError(f"the keep rate must lie above 0 and not above 1, got {rate!r}")
+    at = range(depth) if at is None else at
+    wrong = [block for block in at if not isinstance(block, Integral) or not 0 <= block < depth]
+    if wrong:
+        raise ValueError(f"block {wrong[0]!r} must be a whole number in 0..{depth - 1}")
+    keep, left = [], float(tokens)
+    for block in range(depth):
+        left = max(left * rate, 1.0) if block in at else left
+        keep.append(round(left))
+    return keep
+
+
+def by_step(step: int, tokens: int, depth: int) -> list[int]:
+    """Remove so many tokens in each block, but keep at least one (the r of Bolya et al. 2023).
+
+    Raises:
+        ValueError: for a step that is negative or no whole number.
+    """
+    if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
+        raise ValueError(f"the step must be a whole number, not negative, got {step!r}")
+    return [max(tokens - step * (block + 1), 1) for block in range(depth)]
+
+
+def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[int]:
+    """A schedule from any of its spellings.
+
+    Args:
+        keep: a list with one entry a block; a float such as 0.9, the share that each block keeps; "-13", the number
+            that each block removes; "deit_small:3", the paper's schedule of that level, scaled to the model.
+        tokens: patch tokens of an image.
+        depth: blocks.
+
+    Raises:
+        ValueError: for anything else; the message names it.
+    """
+    if isinstance(keep, float):
+        return by_rate(keep, tokens, depth)
+    if not isinstance(keep, str):
+        return checked(keep, depth)
+    model, colon, level = keep.partition(":")
+    try:
+        if colon:
+            return scaled(model, float(level), tokens, depth)
+        if keep.startswith("-"):
+            return by_step(int(keep[1:]), tokens, depth)
+        return by_rate(float(keep), tokens, depth) if "." in keep else checked([int(k) for k in keep.split(",")], depth)
+    except ValueError as error:
+        raise ValueError(
+            f'keep = {keep!r}: {error}; expected a list, 0.9 (a share), "-13" (a step) or "deit_small:3" (the paper\'s)'
+        ) from error
 
 
 def tokens_kept(keep: Sequence[int], tokens: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from tokenpool.downsampling import Downsampled
-from tokenpool.vit import is_patched
+from tokenpool.vit import compose, is_patched, merged_sizes
 
 
 class BlockTrace(NamedTuple):
@@ -20,6 +20,7 @@ class BlockTrace(NamedTuple):
     Attributes:
         tokens: patch tokens that remain after the block's downsampler.
         assignment: (B, N) int64, for each of the image's N patches the token that it is in now, -1 if dropped.
+        sizes: (B, tokens), the number of patches in each token.
         error: (B,), the reconstruction error, equation (8), of this block's downsampling alone: the squared distance of
             each token that came in to the token that it went to, or, if dropped, to the nearest that remains; summed
             over tokens. Zero where nothing happened, NaN where nothing remains.
@@ -27,14 +28,22 @@ class BlockTrace(NamedTuple):
 
     tokens: int
     assignment: Tensor
+    sizes: Tensor
     error: Tensor
 
 
 class Trace(NamedTuple):
-    """Logits (B, classes) of a forward pass, and what each block did."""
+    """What a forward pass did.
+
+    Attributes:
+        logits: (B, classes).
+        blocks: what each block did.
+        grid: rows and columns of patches; their product is N, unless patches were dropped at random in training.
+    """
 
     logits: Tensor
     blocks: list[BlockTrace]
+    grid: tuple[int, int]
 
 
 @torch.no_grad()
@@ -55,7 +64,8 @@ def trace(model: VisionTransformer, images: Tensor) -> Trace:
             handle.remove()
 
     first = next(iter(seen.values()))[0] if seen else None  # patch dropout may have left fewer tokens than patches
-    n = first.shape[1] if seen else math.prod(model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    grid = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    n = first.shape[1] if seen else math.prod(grid)
     assignment = torch.arange(n, device=images.device).expand(len(images), n)  # (B, N)
     error = torch.zeros(len(images), device=images.device)
     blocks = []
@@ -66,15 +76,9 @@ def trace(model: VisionTransformer, images: Tensor) -> Trace:
             n, error = after.tokens.shape[1], reconstruction_error(before, after)
         else:
             error = torch.zeros_like(error)
-        blocks.append(BlockTrace(n, assignment, error))
-    return Trace(logits, blocks)
-
-
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Assignment (B, N) -> (B, K2) from assignments (B, N) -> (B, K1) and (B, K1) -> (B, K2); -1 stays -1."""
-    if second.shape[1] == 0:
-        return torch.full_like(first, -1)
-    return torch.where(first >= 0, second.gather(1, first.clamp(min=0)), -1)
+        ones = torch.ones_like(assignment, dtype=torch.float32)
+        blocks.append(BlockTrace(n, assignment, merged_sizes(ones, assignment, n), error))
+    return Trace(logits, blocks, tuple(grid))
 
 
 def reconstruction_error(tokens: Tensor, downsampled: Downsampled) -> Tensor:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -23,11 +24,13 @@ class Stream(NamedTuple):
 
     Attributes:
         tokens: (B, P + N, D), P prefix tokens (class, register, distillation) and N patch tokens.
-        sizes: (B, P + N), the number of original tokens that each stands for; None where sizes are not carried.
+        sizes: (B, P + N), the number of original tokens that each stands for; None where nothing needs them.
+        assignment: (B, patches), the patch token that each patch is in now; None where nothing needs it.
     """
 
     tokens: Tensor
     sizes: Tensor | None
+    assignment: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -55,39 +58,58 @@ class PooledBlock(nn.Module):
     It adopts the submodules of a timm block under their own names, so that checkpoints stay the same.
     """
 
-    def __init__(self, host: Block, attention: ScoredAttention, downsampler: Downsampler | None, prefix: int) -> None:
+    def __init__(
+        self, host: Block, attention: ScoredAttention, downsampler: Downsampler | None, prefix: int, carry: bool
+    ) -> None:
         super().__init__()
         for name, child in host.named_children():
             self.add_module(name, attention if name == "attn" else child)
         self.downsampler = downsampler
         self.prefix = prefix
+        self.carry = carry
 
     def forward(self, stream: Stream) -> Stream:
         if not isinstance(stream, Stream):
             raise TypeError(f"a pooled block was called on its own; {_NEEDS_PLAIN}")
-        tokens, sizes = stream
-        downsampler = self.downsampler
-        if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - self.prefix):
+        tokens, sizes, patches = stream
+        downsampler, prefix = self.downsampler, self.prefix
+        if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
             downsampler = None
 
         with_scores = downsampler is not None and downsampler.uses_scores
-        attended, scores = self.attn(self.norm1(tokens), sizes, with_scores)
-        tokens = tokens + self.drop_path1(self.ls1(attended))  # (B, P + N, D)
+        with_keys = downsampler is not None and downsampler.uses_keys
+        attended = self.attn(self.norm1(tokens), sizes if self.carry else None, with_scores, with_keys)
+        tokens = tokens + self.drop_path1(self.ls1(attended.output))  # (B, P + N, D)
         if downsampler is not None:
-            kept, assignment = downsampler(tokens[:, self.prefix :], scores[:, self.prefix :] if with_scores else None)
+            hints = {"sizes": sizes[:, prefix:]} if downsampler.uses_sizes else {}
+            hints |= {"keys": attended.keys[:, prefix:]} if with_keys else {}
+            scores = attended.scores[:, prefix:] if with_scores else None
+            kept, assignment = downsampler(tokens[:, prefix:], scores, **hints)
             if sizes is not None:
-                sizes = torch.cat([sizes[:, : self.prefix], merged_sizes(sizes[:, self.prefix :], assignment, kept)], 1)
-            tokens = torch.cat([tokens[:, : self.prefix], kept], dim=1)  # (B, P + K, D)
+                sizes = torch.cat(
+                    [sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1
+                )
+            if patches is not None:
+                patches = compose(patches, assignment)
+            tokens = torch.cat([tokens[:, :prefix], kept], dim=1)  # (B, P + K, D)
         tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
-        return Stream(tokens, sizes)
+        return Stream(tokens, sizes, patches)
 
 
 class PooledBlocks(nn.Sequential):
-    """The blocks of a patched model: timm calls it with tokens (B, P + N, D) and gets tokens (B, P + K, D) back."""
+    """The blocks of a patched model: timm calls it with tokens (B, P + N, D) and gets tokens (B, P + K, D) back.
 
-    def __init__(self, blocks: Sequence[PooledBlock], setting: Setting, hosts: Sequence[Block]) -> None:
+    With `unpools` it gets all P + N back, each patch as the token that it is in (equation (9)): for heads that read
+    patches. Their mean over patches, or their attention over them, then weighs each token by its size, exactly.
+    """
+
+    def __init__(
+        self, blocks: Sequence[PooledBlock], setting: Setting, hosts: Sequence[Block], prefix: int, unpools: bool
+    ) -> None:
         super().__init__(*blocks)
         self.setting = setting
+        self.prefix = prefix
+        self.unpools = unpools
         self.hosts = tuple(hosts)  # a tuple, so that they are no submodules: `unpatch` puts them back
 
     def __getitem__(self, index: int | slice) -> PooledBlock:
@@ -96,24 +118,55 @@ class PooledBlocks(nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        sizes = torch.ones(tokens.shape[:2], device=tokens.device) if self.setting.carry else None
-        stream = Stream(tokens, sizes)
+        batch, n, _ = tokens.shape
+        with_sizes = self.setting.carry or any(block.downsampler and block.downsampler.uses_sizes for block in self)
+        sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
+        patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
+        stream = Stream(tokens, sizes, patches)
         for block in self:
             stream = block(stream)
-        return stream.tokens
+        if not self.unpools:
+            return stream.tokens
+        back = unpool(stream.tokens[:, self.prefix :], stream.assignment)
+        return torch.cat([stream.tokens[:, : self.prefix], back], dim=1)
 
 
-def merged_sizes(sizes: Tensor, assignment: Tensor, kept: Tensor) -> Tensor:
+def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
+    """Put K tokens back where the N patches were, by nearest-neighbour interpolation, equation (9).
+
+    For dense heads, such as segmentation.
+
+    Args:
+        tokens: (B, K, D).
+        assignment: (B, N), the token that each patch is in, as in `BlockTrace.assignment`; patches that were dropped
+            (-1) come back as zeros.
+
+    Returns:
+        (B, N, D).
+    """
+    index = assignment.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2])
+    if tokens.shape[1] == 0:
+        return tokens.new_zeros(*assignment.shape, tokens.shape[2])
+    return tokens.gather(1, index) * (assignment >= 0)[:, :, None]
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """Assignment (B, N) -> (B, K2) from assignments (B, N) -> (B, K1) and (B, K1) -> (B, K2); -1 stays -1."""
+    if second.shape[1] == 0:
+        return torch.full_like(first, -1)
+    return torch.where(first >= 0, second.gather(1, first.clamp(min=0)), -1)
+
+
+def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Sizes (B, K) of the kept tokens from the sizes (B, N) of those assigned to them; dropped ones are not carried."""
-    batch, k = kept.shape[:2]
-    bins = sizes.new_zeros(batch, k + 1)  # the first for the dropped, whose assignment is -1
+    bins = sizes.new_zeros(len(sizes), k + 1)  # the first for the dropped, whose assignment is -1
     return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]
 
 
 def patch(
     model: VisionTransformer,
     downsampler: str | type[Downsampler],
-    keep: Sequence[int] | None = None,
+    keep: Sequence[int] | float | str | None = None,
     *,
     carry: bool = True,
     qk_norm: str | None = None,
@@ -128,7 +181,9 @@ def patch(
     Args:
         model: any `timm.models.vision_transformer.VisionTransformer` of standard blocks.
         downsampler: a name in `tokenpool.downsampling.METHODS`, or a class of your own that keeps its contract.
-        keep: retention schedule: `keep[l]` patch tokens remain, at most, after the attention of block l.
+        keep: retention schedule: `keep[l]` patch tokens remain, at most, after the attention of block l. Or a spelling
+            of one: 0.9, the share that each block keeps; "-13", the number that each removes; "deit_small:3", the
+            paper's schedule of that level (see `schedules.resolve`). For a budget, see `flops.schedule_for`.
         carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
             log added to its key's logits (appendix E; *proportional attention* in Bolya et al. 2023). It makes up for
             most of the loss where a model is not fine-tuned. With methods that drop tokens it changes nothing.
@@ -163,6 +218,8 @@ def patch(
             raise ValueError('downsampler "none" takes no keep and no options')
         layers = [None] * host.depth
     else:
+        if keep is not None:
+            keep = schedules.resolve(keep, math.prod(host.grid), host.depth)
         try:
             layers = method.for_blocks(host, keep, **options)
         except TypeError as error:
@@ -174,12 +231,13 @@ def patch(
     reference = model.patch_embed.proj.weight
     layers = [layer and layer.to(device=reference.device, dtype=reference.dtype) for layer in layers]
     blocks = [
-        PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix)
+        PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix, carry)
         for block, layer in zip(hosts, layers, strict=True)
     ]
-    keep = None if keep is None else tuple(schedules.checked(keep, host.depth))
-    setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, options)
-    model.blocks = PooledBlocks(blocks, setting, hosts).train(model.training)
+    setting = Setting(name, None if keep is None else tuple(keep), carry, qk_norm, alpha, learn_alpha, options)
+    pools_patches = model.global_pool not in ("token", "")
+    unpools = pools_patches and any(layer is not None and layer.merges for layer in layers)
+    model.blocks = PooledBlocks(blocks, setting, hosts, prefix, unpools).train(model.training)
     return model
 
 
@@ -198,7 +256,7 @@ def is_patched(model: nn.Module) -> bool:
 def create_model(
     name: str,
     downsampler: str | type[Downsampler] = "none",
-    keep: Sequence[int] | None = None,
+    keep: Sequence[int] | float | str | None = None,
     *,
     carry: bool = False,
     pretrained: bool = False,

@@ -1,0 +1,123 @@
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import tokenpool
+from tokenpool.downsampling import PowerBert
+
+SETTINGS = [
+    {"downsampler": "wkmedoids", "keep": [20, 9, 4, 1], "carry": True},
+    {"downsampler": "kmeans", "keep": "-5", "init": "random", "iterations": 2, "seed": 3},
+    {"downsampler": "convolution", "at": [0, 2]},
+    {"downsampler": "power_bert", "keep": [9, 9, 9, 0], "qk_norm": "l2", "alpha": 3.0, "learn_alpha": True},
+    {"downsampler": "tome", "keep": 0.8},
+    {"downsampler": "none"},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting["downsampler"])
+@torch.no_grad()
+def test_there_and_back(setting: dict, small: VisionTransformer, photos: Tensor, tmp_path: Path) -> None:
+    tokenpool.patch(small, **setting)
+    for name, parameter in small.named_parameters():
+        if "alpha" in name or "convolution" in name:
+            parameter.mul_(1.5)  # has been trained
+    expected = small(photos)
+    tokenpool.save(small, tmp_path / "model.safetensors")
+    loaded = tokenpool.load(tmp_path / "model.safetensors")
+    assert torch.equal(loaded(photos), expected) and not loaded.training
+    assert tokenpool.is_patched(loaded) == tokenpool.is_patched(small)
+    if tokenpool.is_patched(small):
+        assert loaded.blocks.setting == small.blocks.setting
+    assert list(tmp_path.iterdir()) == [tmp_path / "model.safetensors"]
+
+
+@torch.no_grad()
+def test_a_model_with_attention_pooling(tmp_path: Path) -> None:
+    model = tokenpool.create_model(
+        "vit_base_patch16_siglip_224", "kmedoids", 0.5, embed_dim=48, depth=2, num_heads=3, img_size=64, num_classes=5
+    ).eval()
+    images = torch.randn(2, 3, 64, 64)
+    tokenpool.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(tokenpool.load(tmp_path / "m.safetensors")(images), model(images))
+
+
+def test_the_weights_are_timms_own(small: VisionTransformer, tmp_path: Path) -> None:
+    keys = set(small.state_dict())
+    tokenpool.save(tokenpool.patch(small, "wkmeans", 0.9), tmp_path / "m.safetensors")
+    assert set(safetensors.torch.load_file(tmp_path / "m.safetensors")) == keys
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@torch.no_grad()
+def test_timms_checkpoints_go_in(suffix: str, small: VisionTransformer, photos: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / f"timm{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": small.state_dict(), "epoch": 3}, path)
+    else:
+        safetensors.torch.save_file(small.state_dict(), path)
+    expected = small(photos)
+    other = timm.create_model(
+        "deit_tiny_patch16_224", img_size=96, embed_dim=48, depth=4, num_heads=3, num_classes=7
+    ).eval()
+    tokenpool.patch(other, "kmedoids", [36] * 4)
+    tokenpool.load_weights(other, path)
+    assert torch.allclose(other(photos), expected, atol=1e-5)
+
+
+class Trap:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("pickle-was-executed"),))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_no_pickle_is_executed(
+    suffix: str, small: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"trap{suffix}"
+    path.write_bytes(pickle.dumps(Trap()))
+    torch.save({"state_dict": Trap()}, tmp_path / "zip.pth")
+    for each in (path, tmp_path / "zip.pth"):
+        with pytest.raises(ValueError, match=f"cannot read weights .*{each.name}"):
+            tokenpool.load_weights(small, each)
+    with pytest.raises(ValueError, match="cannot read model"):
+        tokenpool.load(path)
+    assert not (tmp_path / "pickle-was-executed").exists()
+
+
+def test_what_cannot_be_built_again_is_refused(small: VisionTransformer, tmp_path: Path) -> None:
+    class Mine(PowerBert):
+        pass
+
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(ValueError, match="downsampler Mine has no name in METHODS"):
+        tokenpool.save(tokenpool.patch(small, Mine, 0.9), path)
+    with pytest.raises(ValueError, match="setting cannot be saved"):
+        tokenpool.save(tokenpool.patch(small, "random", 0.9, generator=torch.Generator()), path)
+    tokenpool.unpatch(small).head = torch.nn.Linear(48, 7, bias=False)
+    with pytest.raises(ValueError, match=r"timm builds another one by its name and size: 1 missing, .*'head.bias'"):
+        tokenpool.save(small, path)
+    del small.pretrained_cfg
+    with pytest.raises(ValueError, match="that timm.create_model has not made"):
+        tokenpool.save(small, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_named(small: VisionTransformer, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model at .*absent"):
+        tokenpool.load(tmp_path / "absent")
+    plain = tmp_path / "plain.safetensors"
+    safetensors.torch.save_file(small.state_dict(), plain)
+    with pytest.raises(ValueError, match=r"plain.safetensors was not written by tokenpool.save"):
+        tokenpool.load(plain)
+    tokenpool.save(small, plain)
+    plain.write_bytes(plain.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot read model .*plain.safetensors"):
+        tokenpool.load(plain)

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import timm
+import torch
+
+import tokenpool
+from tokenpool import flops, schedules
+from tokenpool.schedules import by_rate, by_step, paper, resolve, scaled
+
+
+@pytest.mark.parametrize("model", ["deit_small", "deit_e318", "deit_e252"])
+@pytest.mark.parametrize("level", range(8))
+def test_scaling_to_the_papers_own_size_changes_nothing(model: str, level: int) -> None:
+    assert scaled(model, level, tokens=196, depth=12) == paper(model, level)
+
+
+def test_scaling() -> None:
+    doubled = scaled("deit_small", 3, tokens=392, depth=12)
+    assert doubled == [2 * limit for limit in paper("deit_small", 3)]
+    deep = scaled("deit_small", 3, tokens=196, depth=24)
+    assert deep[1::2] == paper("deit_small", 3) and sorted(deep, reverse=True) == deep
+    between = scaled("deit_small", 2.5, tokens=196, depth=12)
+    assert all(low <= k <= high for low, k, high in zip(paper("deit_small", 3), between, paper("deit_small", 2), strict=True))
+    assert scaled("deit_e252", 7, tokens=10, depth=2)[1] == 0
+
+
+def test_rates_and_steps() -> None:
+    assert by_rate(0.5, 196, 4) == [98, 49, 24, 12]
+    assert by_rate(0.7, 196, 12, at=[3, 6, 9]) == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
+    assert by_rate(0.01, 196, 3) == [2, 1, 1] and by_rate(1, 196, 2) == [196, 196]
+    assert by_step(13, 196, 12) == [196 - 13 * block for block in range(1, 13)]
+    assert by_step(100, 196, 3) == [96, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "keep, expected",
+    [
+        ([10, 5], [10, 5]),
+        (0.5, [18, 9]),
+        ("0.5", [18, 9]),
+        ("-13", [23, 10]),
+        ("12,7", [12, 7]),
+        ("deit_small:7", [6, 0]),
+        (torch.tensor([3, 2]), [3, 2]),
+    ],
+)
+def test_spellings(keep: object, expected: list[int]) -> None:
+    found = resolve(keep, tokens=36, depth=2)
+    assert found == expected and json.loads(json.dumps(found)) == expected  # a plain list
+
+
+@pytest.mark.parametrize(
+    "keep, message",
+    [
+        (0.0, "must lie above 0 and not above 1, got 0.0"),
+        (1.5, "must lie above 0 and not above 1, got 1.5"),
+        ("-x", "keep = '-x'"),
+        ("deit_small:9", r"level = 9.0 must be a number in 0..7"),
+        ("deit_huge:1", "the paper has no schedule for 'deit_huge'"),
+        ("many", 'expected a list, 0.9 \\(a share\\), "-13" \\(a step\\)'),
+        ([1, 2, 3], "keep has 3 entries, but the model has 2 blocks"),
+        (7, "must be a list of 2 whole numbers"),
+    ],
+)
+def test_bad_spellings_are_named(keep: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(keep, tokens=36, depth=2)
+
+
+def test_rates_at_bad_blocks_are_named() -> None:
+    with pytest.raises(ValueError, match="block 12 must be a whole number in 0..11"):
+        by_rate(0.7, 196, 12, at=[3, 12])
+
+
+@pytest.mark.parametrize("method", ["power_bert", "kmedoids", "wkmeans", "tome"])
+@pytest.mark.parametrize("budget", [0.5, 0.8, 1.0])
+def test_a_budget_is_met_and_used(method: str, budget: float) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", embed_dim=96, depth=4)
+    whole = flops.count(model).gmacs
+    keep = flops.schedule_for(budget * whole, model, method)
+    count = flops.count(tokenpool.patch(model, method, keep)) if budget < 1 else flops.count(model)
+    assert keep == sorted(keep, reverse=True)
+    assert 0.97 * budget * whole <= count.gmacs <= budget * whole * (1 + 1e-9)
+
+
+def test_a_budget_too_small_is_refused() -> None:
+    model = timm.create_model("deit_tiny_patch16_224", depth=3)
+    with pytest.raises(ValueError, match=r"0.01 GMACs are too few: with one token left after the first block it takes 0\."):
+        flops.schedule_for(0.01, model)
+
+
+def test_patch_takes_every_spelling(small: tokenpool.vit.VisionTransformer, photos: torch.Tensor) -> None:
+    for keep in (0.7, "-5", "deit_e252:3", [30, 20, 10, 5]):
+        tokenpool.patch(small, "wkmedoids", keep)
+        assert small.blocks.setting.keep == tuple(schedules.resolve(keep, 36, 4))
+        assert small(photos).isfinite().all()

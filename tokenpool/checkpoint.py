@@ -1,0 +1,157 @@
+"""Patched models as files: safetensors, with all that is needed to build the model again as metadata. No pickle."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tokenpool.downsampling import METHODS
+from tokenpool.version import __version__
+from tokenpool.vit import create_model, is_patched
+
+_KEY = "tokenpool"
+
+
+def save(model: VisionTransformer, path: str | Path) -> None:
+    """Write a model, patched or plain, so that `load` can build it again.
+
+    Any tool that reads safetensors can read the weights; those of a parameter-free method are timm's own.
+
+    Args:
+        model: made by `tokenpool.create_model` or `timm.create_model`.
+        path: of the file to write, atomically.
+
+    Raises:
+        ValueError: if the model could not be built again: one that timm does not know, or a downsampler or option that
+            is no name or plain value.
+    """
+    description = {"version": __version__, "model": _architecture(model), "model_options": _model_options(model)}
+    description["setting"] = _setting(model)
+    try:
+        text = json.dumps(description)
+    except TypeError as error:
+        raise ValueError(f"the model's setting cannot be saved: {error}") from error
+    _check_same_weights(
+        _build(description, empty=True), model.state_dict(), "the model cannot be saved: timm builds it"
+    )
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> VisionTransformer:
+    """The model that `save` has written, patched as it was, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file was not written by `save`, or is damaged; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            description = json.loads((file.metadata() or {})[_KEY])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except KeyError as error:
+        raise ValueError(f"{path} was not written by tokenpool.save; load_weights reads weights alone") from error
+    except Exception as error:
+        raise ValueError(f"cannot read model {path}: {error}") from error
+    model = _build(description, empty=False)
+    _check_same_weights(model, state, f"{path} does not fit its own description")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load weights into a model: safetensors, or a `.pth` checkpoint of tensors only (`weights_only=True`).
+
+    Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
+    left out where the model has none.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or is of another model; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("model", state.get("state_dict", state))
+        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:
+        raise ValueError(f"cannot read weights {path}: {error}") from error
+    own = model.state_dict()
+    state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
+    may_miss = [key for key in own if ".downsampler." in key or key.endswith("attn.alpha")]
+    _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss)
+    model.load_state_dict(state, strict=False)
+
+
+def _architecture(model: VisionTransformer) -> str:
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    if not timm.is_model(name):
+        raise ValueError(f"a {type(model).__name__} that timm.create_model has not made cannot be saved")
+    return name
+
+
+def _model_options(model: VisionTransformer) -> dict[str, Any]:
+    """The arguments that users of timm change, read back from the model."""
+    blocks = model.blocks
+    return {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "in_chans": model.in_chans,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(blocks),
+        "num_heads": next(iter(blocks)).attn.num_heads,
+        "dynamic_img_size": model.dynamic_img_size,
+    }
+
+
+def _setting(model: VisionTransformer) -> dict[str, Any] | None:
+    if not is_patched(model):
+        return None
+    setting = model.blocks.setting
+    if setting.downsampler not in METHODS:
+        raise ValueError(
+            f"downsampler {setting.downsampler} is none of {', '.join(METHODS)}: it cannot be saved by name"
+        )
+    keep = None if setting.keep is None else list(setting.keep)
+    return vars(setting) | {"keep": keep}
+
+
+def _build(description: dict[str, Any], empty: bool) -> VisionTransformer:
+    """The model that a description is of; `empty`, without memory for its weights."""
+    setting = dict(description["setting"] or {"downsampler": "none", "keep": None, "carry": False})
+    options = setting.pop("options", {})
+    with torch.device("meta" if empty else "cpu"):
+        return create_model(description["model"], **setting, **options, **description["model_options"])
+
+
+def _check_same_weights(model: nn.Module, state: dict[str, Any], complaint: str, may_miss: list[str] = ()) -> None:
+    own = model.state_dict()
+    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
+    missing = [key for key in own if key not in state and key not in may_miss]
+    unexpected = [key for key in state if key not in own]
+    if wrong or missing or unexpected:
+        raise ValueError(
+            f"{complaint}: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape, "
+            f"for instance {(wrong + missing + unexpected)[0]!r}"
+        )
