@@ -21,7 +21,9 @@ def test_scaling() -> None:
     deep = scaled("deit_small", 3, tokens=196, depth=24)
     assert deep[1::2] == paper("deit_small", 3) and sorted(deep, reverse=True) == deep
     between = scaled("deit_small", 2.5, tokens=196, depth=12)
-    assert all(low <= k <= high for low, k, high in zip(paper("deit_small", 3), between, paper("deit_small", 2), strict=True))
+    assert all(
+        low <= k <= high for low, k, high in zip(paper("deit_small", 3), between, paper("deit_small", 2), strict=True)
+    )
     assert scaled("deit_e252", 7, tokens=10, depth=2)[1] == 0
 
 
@@ -41,7 +43,7 @@ def test_rates_and_steps() -> None:
         ("0.5", [18, 9]),
         ("-13", [23, 10]),
         ("12,7", [12, 7]),
-        ("deit_small:7", [6, 0]),
+        ("deit_small:7", [1, 0]),
         (torch.tensor([3, 2]), [3, 2]),
     ],
 )
@@ -86,7 +88,9 @@ def test_a_budget_is_met_and_used(method: str, budget: float) -> None:
 
 def test_a_budget_too_small_is_refused() -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=3)
-    with pytest.raises(ValueError, match=r"0.01 GMACs are too few: with one token left after the first block it takes 0\."):
+    with pytest.raises(
+        ValueError, match="0.01 GMACs are too few: with one token left after"
+    ):
         flops.schedule_for(0.01, model)
 
 

@@ -115,8 +115,9 @@ def test_scores_are_the_attention_received(small, photos) -> None:
     q, k, _ = block.attn.qkv(x).reshape(5, 37, 3, 3, 16).permute(2, 0, 3, 1, 4)
     expected = (q @ k.mT / 4).softmax(-1).sum((1, 2))
     tokenpool.patch(small, "power_bert", KEEP)
-    output, scores = small.blocks[0].attn(x, with_scores=True)
+    output, scores, keys = small.blocks[0].attn(x, with_scores=True, with_keys=True)
     torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(keys, k.mean(1))
     torch.testing.assert_close(scores.sum(-1), torch.full((5,), 3 * 37.0))
     torch.testing.assert_close(output, block.attn(x))
     kept = scores[:, 1:].topk(30).indices.sort(-1).values
@@ -130,8 +131,8 @@ def test_size_s_attracts_what_s_equal_tokens_do(small, with_scores: bool) -> Non
     attention = small.blocks[0].attn
     tokens = torch.randn(2, 6, 48)
     repeats = torch.tensor([1, 3, 1, 2, 1, 5])
-    merged, scores = attention(tokens, repeats.expand(2, -1).float(), with_scores)
-    apart, apart_scores = attention(tokens.repeat_interleave(repeats, 1), None, with_scores)
+    merged, scores, _ = attention(tokens, repeats.expand(2, -1).float(), with_scores)
+    apart, apart_scores, _ = attention(tokens.repeat_interleave(repeats, 1), None, with_scores)
     first = repeats.cumsum(0) - repeats
     torch.testing.assert_close(merged, apart[:, first])
     if with_scores:  # queries count too: those of merged tokens stand for one each
@@ -315,7 +316,7 @@ def test_heads_that_read_patches_keep_one(photos, pool: str) -> None:
         ([30, 20, -1, 3], r"keep\[2\] = -1 must not be negative"),
         ([30, 20.0, 10, 3], r"keep\[1\] = 20\.0 must be a whole number"),
         ([30, True, 10, 3], r"keep\[1\] = True"),
-        ("30", "must be a list of 4 whole numbers"),
+        ("30", "keep has 1 entries, but the model has 4 blocks"),
         (30, "must be a list of 4 whole numbers"),
         ({1, 2, 3, 4}, "must be a list of 4 whole numbers"),
         (np.array(3), "must be a list of 4 whole numbers"),

@@ -83,7 +83,8 @@ def scaled(model: str, level: float, tokens: int, depth: int) -> list[int]:
     shares = mild + (level - low) * (strong - mild)
     places = (np.arange(depth) + 1) * 12 / depth
     at_places = np.interp(places, np.arange(13), [1, *shares])
-    return [round(tokens * share) for share in at_places.tolist()]
+    # No token is left only where the paper leaves none.
+    return [max(round(tokens * share), int(share > 0)) for share in at_places.tolist()]
 
 
 def by_rate(rate: float, tokens: int, depth: int, at: Sequence[int] | None = None) -> list[int]:
