@@ -88,9 +88,7 @@ def test_a_budget_is_met_and_used(method: str, budget: float) -> None:
 
 def test_a_budget_too_small_is_refused() -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=3)
-    with pytest.raises(
-        ValueError, match="0.01 GMACs are too few: with one token left after"
-    ):
+    with pytest.raises(ValueError, match="0.01 GMACs are too few: with one token left after"):
         flops.schedule_for(0.01, model)
 
 

@@ -256,7 +256,7 @@ def test_prefix_tokens_of_other_families_pass(name: str) -> None:
     assert trace.logits.isfinite().all() and [block.tokens for block in trace.blocks] == [20, 9, 1]
 
 
-@pytest.mark.parametrize("method", ["power_bert", "random", "wkmedoids", "kmeans"])
+@pytest.mark.parametrize("method", ["power_bert", "random", "wkmedoids", "kmeans", "tome"])
 def test_compiled_model_equals_eager(small, photos, method: str) -> None:
     tokenpool.patch(small, method, KEEP)
     with torch.no_grad():

@@ -96,17 +96,21 @@ def kmedoids(
 
 
 def squared_distances(points: Tensor) -> Tensor:
-    """Squared Euclidean distances between the points (B, N, D) of each image: (B, N, N), zero on the diagonal."""
+    """Squared Euclidean distances between the points (B, N, D) of each image: (B, N, N).
+
+    Symmetric and zero on the diagonal to the last bit, whatever order a matrix product adds in: in a cluster of two
+    both members cost the same, and which becomes the medoid must not be left to rounding.
+    """
     points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
     product = torch.bmm(points, points.mT)  # (B, N, N)
     norm = product.diagonal(dim1=1, dim2=2)  # (B, N)
-    distance = torch.add(norm[:, None, :], product, alpha=-2).add_(norm[:, :, None]).clamp_(min=0)
-    distance.diagonal(dim1=1, dim2=2).zero_()  # so that every token is nearest to itself
-    return distance
+    return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
 
 
 def highest(weights: Tensor, k: int) -> Tensor:
     """Indices (B, K) of the K highest of the weights (B, N), highest first; the earlier token wins a tie."""
+    if torch.compiler.is_exporting():  # ONNX has no name for a stable sort, but its sort is one
+        return weights.sort(dim=-1, descending=True).indices[:, :k]
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
@@ -117,7 +121,7 @@ def sums(values: Tensor, assignment: Tensor, k: int) -> Tensor:
 
 def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Weighted mean (B, K, D) of the tokens (B, N, D) of each cluster; a cluster without weight becomes zero."""
-    return _weighted_means(tokens, weights, assignment, tokens.new_zeros(len(tokens), k, tokens.shape[2]))
+    return _weighted_means(tokens, weights, assignment, tokens.new_zeros(tokens.shape[0], k, tokens.shape[2]))
 
 
 def _nearest_center(points: Tensor, centers: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, size: int) -> Tensor:
     """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
-    return (index + size * torch.arange(len(index), device=index.device)[:, None]).flatten()
+    return (index + size * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
 def _can_branch(tokens: Tensor) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -107,6 +108,8 @@ class Noise:
         """Numbers (B, N) in [0, 1) for the tokens (B, N, D)."""
         batch, n, _ = tokens.shape
         if self.generator is not None:
+            if torch.compiler.is_compiling():
+                raise ValueError("a generator cannot be compiled or exported: select at random by seed instead")
             return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
         if training:
             return torch.rand(batch, n, device=tokens.device)
@@ -341,4 +344,10 @@ METHODS: dict[str, type[Downsampler] | None] = {
 
 @torch.compiler.assume_constant_result
 def _fixed_draw(n: int, seed: int) -> Tensor:
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + n))
+    """What `torch.rand` draws with a generator of its own, but as a constant that can be exported.
+
+    NumPy's twister is PyTorch's: 24 of each 32 random bits become the fraction.
+    """
+    twister = np.random.RandomState((seed * 1_000_003 + n) % 2**32)
+    bits = twister.randint(0, 2**32, size=n, dtype=np.uint32) & (2**24 - 1)
+    return torch.from_numpy(bits.astype(np.float32) / 2**24)

@@ -5,12 +5,13 @@ GELU, softmax, sums, sorting and copying do not.
 """
 
 import copy
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokenpool import schedules
-from tokenpool.downsampling import METHODS, Downsampler
+from tokenpool.downsampling import METHODS, Convolution, Downsampler
 from tokenpool.vit import unpatch
 
 with warnings.catch_warnings():
@@ -121,8 +122,7 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     """
     copied = copy.deepcopy(model).cpu().float().eval()
     height, width = image_size or copied.patch_embed.img_size
-    channels = copied.patch_embed.proj.in_channels
-    macs = _macs_by_part(copied, torch.zeros(1, channels, height, width))
+    macs = _macs_by_part(copied, torch.zeros(1, copied.in_chans, height, width))
     if idle_clustering and hasattr(copied.blocks, "setting") and copied.blocks.setting.keep is not None:
         setting = copied.blocks.setting
         tokens = (height // copied.patch_embed.patch_size[0]) * (width // copied.patch_embed.patch_size[1])
@@ -154,10 +154,9 @@ def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, wi
 def schedule_for(
     gmacs: float, model: VisionTransformer, downsampler: str | type[Downsampler] = "kmedoids", **options: Any
 ) -> list[int]:
-    """The schedule of constant steps that costs as much as it may: `keep` for `tokenpool.patch`.
+    """The schedule of the family `schedules.by_decay` that costs as much as it may: `keep` for `tokenpool.patch`.
 
-    Each block removes the same number of tokens (which need not be whole: the total is rounded), and at least one
-    remains. Clustering is counted in.
+    Clustering is counted in.
 
     Args:
         gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
@@ -166,46 +165,65 @@ def schedule_for(
         **options: of the downsampler.
 
     Raises:
-        ValueError: if even the steepest schedule costs more.
+        ValueError: if even one token after the first block costs more, or for a method that has no schedule.
     """
+    if isinstance(downsampler, str) and METHODS.get(downsampler) in (None, Convolution):
+        raise ValueError(f"downsampler {downsampler!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
+    if not isinstance(gmacs, Real) or not gmacs > 0:
+        raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
     plain = unpatch(copy.deepcopy(model))
-    tokens, depth = plain.patch_embed.num_patches, len(plain.blocks)
+    tokens, depth, prefix = plain.patch_embed.num_patches, len(plain.blocks), plain.num_prefix_tokens
     parts = count(plain).parts
     method = METHODS[downsampler] if isinstance(downsampler, str) else downsampler
-    total = tokens + plain.num_prefix_tokens
-    heads = next(iter(plain.blocks)).attn
 
-    @cache
-    def clustering(n: int, k: int) -> int:
-        layer = method(k, **options)
-        return _downsampler_macs(layer, n, plain.embed_dim, heads.head_dim) if layer.acts_on(n) else 0
-
-    def cost(step: float) -> float:
+    def backbone(keep: Sequence[int]) -> float:
         """Every part of a block is linear in the tokens but for attention, which is quadratic."""
-        macs, n = parts["patch_embedding"] + parts["head"] + parts.get("other", 0.0), tokens
-        for k in _by_real_step(step, tokens, depth):
-            entering, leaving = (n + plain.num_prefix_tokens) / total, (k + plain.num_prefix_tokens) / total
+        cost, n = parts["patch_embedding"] + parts["head"] + parts.get("other", 0.0), tokens
+        for k in keep:
+            entering, leaving = (n + prefix) / (tokens + prefix), (k + prefix) / (tokens + prefix)
             block = entering**2 * parts["softmax_attention"] + leaving * parts["mlp"]
-            block += entering * (parts["qkv_projections"] + parts["o_projection"])
-            macs += block / depth + clustering(n, k) / 1e9
+            cost += (block + entering * (parts["qkv_projections"] + parts["o_projection"])) / depth
             n = k
-        return macs
+        return cost
 
-    low, high = 0.0, float(tokens)
-    if cost(high) > gmacs:
-        raise ValueError(
-            f"{gmacs} GMACs are too few: with one token left after the first block, it costs {cost(high):.3g}"
-        )
-    for _ in range(20):  # to a step of 1/5000 of a token
+    def clustering(keep: Sequence[int]) -> float:
+        layers = zip([tokens, *keep], [method(k, **options) for k in keep], strict=False)
+        return sum(_downsampler_macs(layer, n, plain) for n, layer in layers if layer.acts_on(n)) / 1e9
+
+    cheapest = schedules.by_decay(depth**2 * math.log(2 * tokens), tokens, depth)
+    if backbone(cheapest) + clustering(cheapest) > gmacs:
+        least = backbone(cheapest) + clustering(cheapest)
+        raise ValueError(f"{gmacs} GMACs are too few: with one token left after the first block, it costs {least:.3g}")
+    # Counting clusterings is slow, so look for their cost, not for the schedule: what it is when all is spent on the
+    # backbone is too much, and what that leaves room for is too little.
+    best, reserved = cheapest, 0.0
+    for attempt in range(6):
+        keep = _dearest(gmacs - reserved, backbone, tokens, depth)
+        spent = clustering(keep)
+        if backbone(best) < backbone(keep) <= gmacs - spent:
+            best = keep
+        if spent == reserved:
+            break
+        reserved = (reserved + spent) / 2 if attempt else spent
+    return best
+
+
+def _dearest(gmacs: float, cost: Callable[[Sequence[int]], float], tokens: int, depth: int) -> list[int]:
+    """The schedule of the family `schedules.by_decay` of highest cost within a budget, or its cheapest."""
+    low, high = 0.0, depth**2 * math.log(2 * tokens)
+    if cost([tokens] * depth) <= gmacs:
+        return [tokens] * depth
+    for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) > gmacs else (low, middle)
-    return _by_real_step(high if cost(0.0) > gmacs else 0.0, tokens, depth)
+        low, high = (middle, high) if cost(schedules.by_decay(middle, tokens, depth)) > gmacs else (low, middle)
+    return schedules.by_decay(high, tokens, depth)
 
 
-def _downsampler_macs(layer: Downsampler, n: int, width: int, key_width: int) -> int:
+def _downsampler_macs(layer: Downsampler, n: int, model: VisionTransformer) -> int:
     hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
-    hints |= {"keys": torch.zeros(1, n, key_width)} if layer.uses_keys else {}
-    return sum(_macs_by_part(_Bare(layer, hints), (torch.zeros(1, n, width), torch.ones(1, n))).values())
+    hints |= {"keys": torch.rand(1, n, model.blocks[0].attn.head_dim)} if layer.uses_keys else {}
+    inputs = torch.rand(1, n, model.embed_dim), torch.rand(1, n)  # of no meaning: no course depends on values
+    return sum(_macs_by_part(_Bare(layer, hints), inputs).values())
 
 
 class _Bare(nn.Module):
@@ -217,10 +235,6 @@ class _Bare(nn.Module):
 
     def forward(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.layer(tokens, scores, **self.hints).tokens
-
-
-def _by_real_step(step: float, tokens: int, depth: int) -> list[int]:
-    return [max(round(tokens - step * (block + 1)), 1) for block in range(depth)]
 
 
 class FlopsCallback(Callback):

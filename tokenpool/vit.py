@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -68,8 +69,8 @@ class PooledBlock(nn.Module):
         self.prefix = prefix
         self.carry = carry
 
-    def forward(self, stream: Stream) -> Stream:
-        if not isinstance(stream, Stream):
+    def forward(self, stream: Stream, **unsupported: Any) -> Stream:
+        if not isinstance(stream, Stream) or unsupported:
             raise TypeError(f"a pooled block was called on its own; {_NEEDS_PLAIN}")
         tokens, sizes, patches = stream
         downsampler, prefix = self.downsampler, self.prefix
@@ -159,7 +160,7 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
 
 def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Sizes (B, K) of the kept tokens from the sizes (B, N) of those assigned to them; dropped ones are not carried."""
-    bins = sizes.new_zeros(len(sizes), k + 1)  # the first for the dropped, whose assignment is -1
+    bins = sizes.new_zeros(sizes.shape[0], k + 1)  # the first for the dropped, whose assignment is -1
     return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]
 
 
@@ -168,6 +169,7 @@ def patch(
     downsampler: str | type[Downsampler],
     keep: Sequence[int] | float | str | None = None,
     *,
+    gmacs: float | None = None,
     carry: bool = True,
     qk_norm: str | None = None,
     alpha: float = 1.0,
@@ -183,7 +185,9 @@ def patch(
         downsampler: a name in `tokenpool.downsampling.METHODS`, or a class of your own that keeps its contract.
         keep: retention schedule: `keep[l]` patch tokens remain, at most, after the attention of block l. Or a spelling
             of one: 0.9, the share that each block keeps; "-13", the number that each removes; "deit_small:3", the
-            paper's schedule of that level (see `schedules.resolve`). For a budget, see `flops.schedule_for`.
+            paper's schedule of that level (see `schedules.resolve`).
+        gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included (see
+            `flops.schedule_for`).
         carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
             log added to its key's logits (appendix E; *proportional attention* in Bolya et al. 2023). It makes up for
             most of the loss where a model is not fine-tuned. With methods that drop tokens it changes nothing.
@@ -202,6 +206,12 @@ def patch(
     """
     name, method = _method(downsampler)
     _check_model(model)
+    if gmacs is not None:
+        from tokenpool.flops import schedule_for  # not on top: counting needs this module in turn
+
+        if keep is not None:
+            raise ValueError(f"keep = {keep!r} and gmacs = {gmacs!r} are two schedules: give one of them")
+        keep = schedule_for(gmacs, model, downsampler, **options)
     if qk_norm not in (None, "l2"):
         raise ValueError(f'qk_norm = {qk_norm!r} must be None or "l2"')
     if qk_norm is None and (learn_alpha or alpha != 1.0):
@@ -258,6 +268,7 @@ def create_model(
     downsampler: str | type[Downsampler] = "none",
     keep: Sequence[int] | float | str | None = None,
     *,
+    gmacs: float | None = None,
     carry: bool = False,
     pretrained: bool = False,
     qk_norm: str | None = None,
@@ -271,6 +282,7 @@ def create_model(
         name: any VisionTransformer that timm knows, or `deit_e252_patch16_224` and `deit_e318_patch16_224`.
         downsampler: see `patch`.
         keep: see `patch`.
+        gmacs: see `patch`.
         carry: see `patch`. Off by default here, as in the paper: "when the models are trained with Token Pooling
             layers, the carry operation is not important" (appendix E).
         pretrained: load timm's weights.
@@ -296,9 +308,8 @@ def create_model(
         model = timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
-    return patch(
-        model, downsampler, keep, carry=carry, qk_norm=qk_norm, alpha=alpha, learn_alpha=learn_alpha, **pooling
-    )
+    settings = {"gmacs": gmacs, "carry": carry, "qk_norm": qk_norm, "alpha": alpha, "learn_alpha": learn_alpha}
+    return patch(model, downsampler, keep, **settings, **pooling)
 
 
 def _method(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
@@ -317,12 +328,32 @@ def _option_names(method: type[Downsampler] | None) -> set[str]:
     return names - {"self", "host", "keep", "options"}
 
 
+_SUPPORTED = (
+    "supported are timm's VisionTransformer models of standard blocks (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, ...)"
+)
+# What the names of modules and parameters tell of a model, and why merged tokens do not fit in.
+_OBSTACLES = (
+    ("featuregetter", "features_only hands out the whole grid of patches after each block"),
+    ("window|swin", "its attention runs in windows, which need the whole grid of patches"),
+    ("stages|downsample|pool_block", "it is hierarchical: its stages need the whole grid of patches"),
+    ("rope|rotary", "its rotary positions tie each token to one place of the grid, and a merged token has several"),
+    ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
+    ("parallel", "its attention and MLP run side by side, so that there is no place between them"),
+)
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, VisionTransformer):
-        raise TypeError(f"{type(model).__name__} is no timm VisionTransformer; ViT, DeiT, DINOv2, CLIP and SigLIP are")
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"{name} cannot be pooled: {_obstacle(model)}; {_SUPPORTED}")
     for index, block in enumerate(() if is_patched(model) else model.blocks):
         if type(block) is not Block or type(block.attn) is not Attention:
             kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
-            raise TypeError(
-                f"block {index} of the model is a {kind}; only timm's standard Block and Attention can pool"
-            )
+            raise TypeError(f"block {index} is a {kind}, which cannot be pooled: {_obstacle(block)}; {_SUPPORTED}")
+
+
+def _obstacle(model: nn.Module) -> str:
+    classes = (type(module).__name__ for module in model.modules())
+    names = " ".join([*classes, *(name for name, _ in model.named_modules()), *model.state_dict()]).lower()
+    reasons = (reason for pattern, reason in _OBSTACLES if re.search(pattern, names))
+    return next(reasons, "its blocks are not timm's Block, that is normalisation, attention, normalisation and MLP")
