@@ -25,7 +25,14 @@ Model = Annotated[str, typer.Option(help=_MODELS)]
 Method = Annotated[str, typer.Option(help=f"Downsampling method: {', '.join(METHODS)}.")]
 Keep = Annotated[
     str | None,
-    typer.Option(help="Retention schedule, one number a block (40,30,20,10,5,0), or the paper's, as deit_small:3."),
+    typer.Option(
+        help="Retention schedule: one number a block (40,30,20,10,5,0); the paper's, scaled (deit_small:3); a share "
+        "that each block keeps (0.9), or some blocks (0.7@3,6,9); a number that each removes (-13)."
+    ),
+]
+Gmacs = Annotated[
+    float | None,
+    typer.Option("--gmacs", help="Instead of --keep: what an image may cost, in 10^9 multiply-adds, with clustering."),
 ]
 Carry = Annotated[bool, typer.Option("--carry", help="Carry token sizes into the attention (appendix E).")]
 QkNorm = Annotated[str | None, typer.Option(help='"l2": normalise queries and keys (appendix F).')]
@@ -230,6 +237,7 @@ def train(
     data: Annotated[str | None, typer.Option(help=_DIGITS_OR_FOLDER)] = None,
     downsampler: Method = "none",
     keep: Keep = None,
+    gmacs: Gmacs = None,
     carry: Carry = False,
     qk_norm: QkNorm = None,
     alpha: Alpha = 1.0,
@@ -255,13 +263,15 @@ def train(
 
     chosen = presets.get(preset)
     model = model or chosen.model
+    options = _options(option)
+    model_options = (chosen.model_options if model == chosen.model else {}) | _options(model_option)
     run = Run(
         stage="train",
-        label=name or "-".join(filter(None, [downsampler, _file_name(keep)])),
+        label=name or "-".join(filter(None, [downsampler, _file_name(keep, gmacs)])),
         data=data or chosen.data,
         model=model,
         downsampler=downsampler,
-        keep=_schedule(keep),
+        keep=_schedule(keep, gmacs, downsampler, model, options, model_options),
         carry=carry,
         qk_norm=qk_norm,
         alpha=alpha,
@@ -276,8 +286,8 @@ def train(
         label_smoothing=_given(label_smoothing, chosen.label_smoothing),
         seed=seed,
         split=split,
-        options=_options(option),
-        model_options=(chosen.model_options if model == chosen.model else {}) | _options(model_option),
+        options=options,
+        model_options=model_options,
         trainer_options=_options(trainer),
     )
     _execute(run, output)
@@ -292,6 +302,7 @@ def evaluate(
     pretrained: Pretrained = False,
     downsampler: Method = "none",
     keep: Keep = None,
+    gmacs: Gmacs = None,
     carry: Carry = False,
     qk_norm: QkNorm = None,
     alpha: Alpha = 1.0,
@@ -310,13 +321,14 @@ def evaluate(
 
     if not weights and not pretrained:
         raise ValueError("evaluate needs --weights FILE or --pretrained")
+    options, model_options = _options(option), _options(model_option)
     run = Run(
         stage="evaluate",
-        label=name or "-".join(filter(None, [model, downsampler, _file_name(keep), "carry" if carry else ""])),
+        label=name or "-".join(filter(None, [model, downsampler, _file_name(keep, gmacs), "carry" if carry else ""])),
         data=data,
         model=model,
         downsampler=downsampler,
-        keep=_schedule(keep),
+        keep=_schedule(keep, gmacs, downsampler, model, options, model_options),
         carry=carry,
         qk_norm=qk_norm,
         alpha=alpha,
@@ -326,8 +338,8 @@ def evaluate(
         batch_size=batch_size,
         split=split,
         limit=limit,
-        options=_options(option),
-        model_options=_options(model_option),
+        options=options,
+        model_options=model_options,
         trainer_options=_options(trainer),
     )
     _execute(run, output)
@@ -337,11 +349,13 @@ def evaluate(
 def explain(
     image: Annotated[Path, typer.Argument(help="A photograph, in any format that Pillow reads.")],
     model: Model = "deit_tiny_patch16_224",
-    method: Method = "kmedoids",
+    method: Method = "key_medoids",
     level: Annotated[
-        float, typer.Option(min=0, max=7, help="The paper's schedule for DeiT-S, scaled to the model.")
-    ] = 3,
-    keep: Annotated[str | None, typer.Option(help="Instead of a level: 0.9, -13, or numbers.")] = None,
+        float | None,
+        typer.Option(min=0, max=7, help="The paper's schedule for DeiT-S, scaled to the model. Default: 3."),
+    ] = None,
+    keep: Keep = None,
+    gmacs: Gmacs = None,
     carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
     weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/explain"),
@@ -349,7 +363,13 @@ def explain(
     """Pool a pretrained model on one image: what it sees before and after, what it costs, and which patches merge."""
     from experiments.explain import explain as explained
 
-    for line in explained(image, model, method, keep or f"deit_small:{level:g}", carry, weights, output):
+    given = [option for option in (level, keep, gmacs) if option is not None]
+    if len(given) > 1:
+        raise ValueError("--level, --keep and --gmacs are three ways to say one thing: give one of them")
+    schedule = (
+        {"gmacs": gmacs} if gmacs is not None else {"keep": keep or f"deit_small:{3 if level is None else level:g}"}
+    )
+    for line in explained(image, model, method, schedule, carry, weights, output):
         print(line)
 
 
@@ -389,20 +409,26 @@ def _path(path: Path | None) -> str | None:
     return str(path) if os.sep in str(path) else f".{os.sep}{path}"
 
 
-def _schedule(text: str | None) -> tuple[int, ...] | None:
+def _schedule(
+    keep: str | None, gmacs: float | None, downsampler: str, model: str, options: Any, model_options: Any
+) -> tuple[int, ...] | None:
+    """The schedule that --keep or --gmacs means for this model."""
+    import tokenpool
     from tokenpool import schedules
 
-    if text is None:
+    if keep is None and gmacs is None:
         return None
-    model, colon, level = text.partition(":")
-    try:
-        return tuple(schedules.paper(model, int(level)) if colon else [int(part) for part in text.split(",")])
-    except ValueError as error:
-        raise ValueError(f"--keep {text}: {error}; expected numbers as 40,30,20,10,5,0 or deit_small:3") from error
+    built = tokenpool.create_model(model, **model_options)  # without weights, for its size
+    if gmacs is None:
+        return tuple(schedules.resolve(keep, built.patch_embed.num_patches, len(built.blocks)))
+    return tokenpool.patch(built, downsampler, keep, gmacs=gmacs, **options).blocks.setting.keep
 
 
-def _file_name(keep: str | None) -> str:
-    return (keep or "").replace(":", "-level").replace(",", "_")
+def _file_name(keep: str | None, gmacs: float | None) -> str:
+    if gmacs is not None:
+        return f"{gmacs:g}gmacs"
+    text = (keep or "").replace(":", "-level").replace(",", "_").replace("@", "at")
+    return f"step{text[1:]}" if text.startswith("-") else text
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:

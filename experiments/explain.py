@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -17,9 +16,11 @@ import tokenpool
 from tokenpool import plotting
 from tokenpool.data import load_image
 
+LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
+
 
 def explain(
-    image: Path, name: str, method: str, keep: str, carry: bool, weights: Path | None, output: Path
+    image: Path, name: str, method: str, schedule: dict[str, Any], carry: bool, weights: Path | None, output: Path
 ) -> Iterator[str]:
     """Lines to print; the picture is written to `output`.
 
@@ -27,26 +28,29 @@ def explain(
         image: file of the photograph.
         name: of the timm model.
         method: name of the downsampler.
-        keep: schedule, see `tokenpool.schedules.resolve`.
+        schedule: arguments of `tokenpool.patch`: `keep` or `gmacs`.
         carry: see `tokenpool.patch`.
         weights: to use instead of timm's download.
         output: folder for the picture.
 
     Raises:
-        ValueError: if the image cannot be read; the message names it.
+        ValueError: if the image cannot be read, or for an unusable setting; the message names it.
     """
-    photograph = load_image(image)  # before the model is fetched
+    photograph = _not_too_long(load_image(image))  # before the model is fetched
+    tokenpool.create_model(name, method, **schedule)  # a mistake in the setting, too
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
     if weights is not None:
         tokenpool.load_weights(model, weights)
     config = resolve_model_data_config(model)
     pixels = create_transform(**config)(photograph)[None]  # (1, 3, H, W)
     with torch.inference_mode():
-        yield f"plain:  {_costs(model)}; {_likely(model(pixels))}"
-        tokenpool.patch(model, method, keep, carry=carry)
+        before = model(pixels)
+        yield f"plain: {_costs(model)}{_likely(before, model)}"
+        tokenpool.patch(model, method, carry=carry, **schedule)
         trace = tokenpool.trace(model, pixels)
-    yield f"{method}: {_costs(model)}; {_likely(trace.logits)}"
-    yield f"keep: {list(model.blocks.setting.keep)}"
+    yield f"{method}: {_costs(model)}{_likely(trace.logits, model)}"
+    yield f"cosine of the two outputs: {F.cosine_similarity(before, trace.logits).item():.3f}"
+    yield f"tokens after each block: {', '.join(str(block.tokens) for block in trace.blocks)}"
 
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     shown = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
@@ -58,16 +62,27 @@ def explain(
     yield f"picture: {path}"
 
 
+def _not_too_long(photograph: Image.Image) -> Image.Image:
+    """The centre of a very long image: scaled to the model's height, the whole of it could fill the memory."""
+    width, height = photograph.size
+    most = LONGEST * min(width, height)
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    return photograph.crop((left, top, left + min(width, most), top + min(height, most)))
+
+
 def _costs(model: VisionTransformer) -> str:
     count = tokenpool.flops.count(model)
-    return f"{count.gmacs:.3g} GMACs, of which clustering {count.clustering_gmacs:.3g}"
+    clustering = f", of which clustering {count.clustering_gmacs:.3g}" if count.clustering_gmacs else ""
+    return f"{count.gmacs:.3g} GMACs{clustering}"
 
 
-def _likely(logits: Tensor, count: int = 5) -> str:
-    """The most likely classes by name, if the model has ImageNet's 1000, else by number."""
-    shares, classes = logits[0].softmax(-1).topk(min(count, logits.shape[1]))
-    names = ImageNetInfo() if logits.shape[1] == 1000 else None
+def _likely(logits: Tensor, model: VisionTransformer, count: int = 5) -> str:
+    """The most likely classes by name, if the model has ImageNet's 1000, else by number; nothing without classes."""
+    if not model.num_classes:
+        return ""
+    shares, classes = logits[0].softmax(-1).topk(min(count, model.num_classes))
+    names = ImageNetInfo() if model.num_classes == 1000 else None
     labels = [
         names.index_to_description(index).split(",")[0] if names else f"class {index}" for index in classes.tolist()
     ]
-    return ", ".join(f"{label} {share:.0%}" for label, share in zip(labels, shares.tolist(), strict=True))
+    return "; " + ", ".join(f"{label} {share:.0%}" for label, share in zip(labels, shares.tolist(), strict=True))

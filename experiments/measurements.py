@@ -1,4 +1,4 @@
-"""Runs that measure something other than accuracy: throughput, redundancy of tokens, and which patches are pooled."""
+"""Runs that measure more than accuracy: agreement, throughput, redundancy of tokens, and which patches are pooled."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -27,6 +27,31 @@ def measure_throughput(model: VisionTransformer, data: LightningDataModule) -> d
     plain = tokenpool.unpatch(copy.deepcopy(model))
     images = next(_batches(model, data))[:TIMED_BATCH]
     return throughput.measure(model, plain, images)
+
+
+def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
+    """Top-1, and how far the predictions are from the plain model's, with what is needed to pair runs by image.
+
+    `correct`: for each image whether it is classified right, 1 or 0. `divergences`: for each image the Kullback-Leibler
+    divergence of the predicted distribution from the plain model's, in nats, which varies less than `correct` does.
+    """
+    plain = tokenpool.unpatch(copy.deepcopy(model))
+    correct, divergences = [], []
+    with torch.inference_mode():
+        for images, labels in data.test_dataloader():
+            images = images.to(_device(model))
+            found, expected = (network(images).log_softmax(-1) for network in (model, plain))
+            correct += (found.argmax(-1).cpu() == labels).int().tolist()
+            divergences += F.kl_div(found, expected, log_target=True, reduction="none").sum(-1).tolist()
+    top1, images = float(np.mean(correct)), len(correct)
+    return {
+        "top1": 100 * top1,
+        "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
+        "divergence": float(np.mean(divergences)),
+        "images": images,
+        "correct": correct,
+        "divergences": [round(divergence, 5) for divergence in divergences],
+    }
 
 
 def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
@@ -79,6 +104,7 @@ def photographs(size: int) -> list[Tensor]:
 
 
 MEASURES: dict[str, Callable[[VisionTransformer, LightningDataModule], dict[str, Any]]] = {
+    "agreement": measure_agreement,
     "throughput": measure_throughput,
     "redundancy": measure_redundancy,
     "clusters": trace_clusters,

@@ -48,6 +48,8 @@ class Run:
         variant: name of the base model in its study, empty for the main one.
         downsampler: name of the method; "soft_selection" in a search.
         keep: retention schedule.
+        budget: instead of `keep`: in 10^9 multiply-adds, see `tokenpool.flops.schedule_for`.
+        family: of the schedules that may meet it.
         level: number of the schedule, 0 the mildest; None where there is none.
         start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
         epochs: of training; 0 to evaluate only.
@@ -55,6 +57,7 @@ class Run:
         model_options: of the timm model.
         trainer_options: of Lightning's Trainer.
         split: of the data into train and test.
+        part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
     """
 
@@ -65,6 +68,8 @@ class Run:
     variant: str = ""
     downsampler: str = "none"
     keep: tuple[int, ...] | None = None
+    budget: float | None = None
+    family: str = "decay"
     level: int | None = None
     carry: bool = False
     qk_norm: str | None = None
@@ -83,6 +88,7 @@ class Run:
     seed: int = 0
     split: int = 0
     limit: int = 0
+    part: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
@@ -273,10 +279,14 @@ def build_model(run: Run, folder: Path) -> nn.Module:
     """The run's model with the weights that it starts from."""
     downsampler = soft_selection.SoftSelection if run.downsampler == "soft_selection" else run.downsampler
     weights = os.environ.get(WEIGHTS) if run.pretrained else None
+    keep = run.keep
+    if run.budget is not None:
+        plain = tokenpool.create_model(run.model, **run.model_options)
+        keep = flops.schedule_for(run.budget, plain, run.downsampler, run.family, **run.options)
     model = tokenpool.create_model(
         run.model,
         downsampler,
-        run.keep,
+        keep,
         carry=run.carry,
         pretrained=run.pretrained and weights is None,
         qk_norm=run.qk_norm,
@@ -286,17 +296,17 @@ def build_model(run: Run, folder: Path) -> nn.Module:
         **run.model_options,
     )
     if weights is not None:
-        load_weights(model, Path(weights))
+        tokenpool.load_weights(model, Path(weights))
     if run.start is not None:
-        load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
+        tokenpool.load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
     return model
 
 
 def data_module(run: Run) -> LightningDataModule:
     """The run's data."""
     if run.data == "digits":
-        if run.limit:
-            raise ValueError("the digits are few; only image folders can be limited")
+        if run.limit or run.part:
+            raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(batch_size=run.batch_size, split=run.split, seed=run.seed)
     folder = os.environ.get(DATA) if run.data == "imagenet" else run.data
     if not folder:
@@ -312,6 +322,7 @@ def data_module(run: Run) -> LightningDataModule:
         std=config.std,
         crop_pct=config.crop_pct or 0.9,
         limit=run.limit,
+        part=run.part,
     )
 
 
@@ -321,41 +332,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
     temporary = path.with_suffix(".partial")
     safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     os.replace(temporary, path)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a state written by `save_weights`, timm's safetensors, or a `.pth` checkpoint (tensors only).
-
-    Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
-    left out where the model has none.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or is of another model; the message names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("model", state.get("state_dict", state))
-        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    except Exception as error:
-        raise ValueError(f"cannot read weights {path}: {error}") from error
-    own = model.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    missing = [key for key in own if key not in state and ".downsampler." not in key and not key.endswith("attn.alpha")]
-    unexpected = [key for key in state if key not in own]
-    if wrong or missing or unexpected:
-        raise ValueError(
-            f"{path} holds the weights of another model: {len(missing)} missing, {len(unexpected)} unexpected, "
-            f"{len(wrong)} of another shape, for instance {(wrong + missing + unexpected)[0]!r}"
-        )
-    model.load_state_dict(state, strict=False)
 
 
 def environment() -> dict[str, Any]:

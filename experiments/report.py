@@ -24,6 +24,7 @@ TABLE_TITLES = {
     "3": "Methods and schedules on DeiT-S",
     "4": "Methods and schedules on DeiT-e318",
     "5": "Methods and schedules on DeiT-e252",
+    "off_the_shelf": "Best without fine-tuning",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import protocol
+from experiments import off_the_shelf, protocol
 from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.protocol import Run, is_finished, result_path, weights_path
@@ -127,7 +127,7 @@ class Study:
         suffix = "-carry" if carry else ""
         runs = []
         for seed in self.extra_seeds:
-            common = self._common(seed, self.preset.main) | self._start(seed, self.preset.main)
+            common = self.on_base(seed)
             for method in methods:
                 common |= {"downsampler": method, "carry": carry}
                 if method == "none":
@@ -152,8 +152,7 @@ class Study:
 
     def timings(self, methods: Sequence[str]) -> list[Run]:
         """Throughput of each method with every schedule."""
-        seed, main = self.seeds[0], self.preset.main
-        common = self._common(seed, main) | self._start(seed, main)
+        main, common = self.preset.main, self.on_base(self.seeds[0])
         runs = []
         for method in methods:
             for level in self.levels if method != "none" else [None]:
@@ -166,17 +165,17 @@ class Study:
     def redundancies(self) -> list[Run]:
         """Redundancy of tokens in the plain base model (section 3.3)."""
         limit = {"limit": self.preset.redundancy_images}
-        return [
-            Run("redundancy", "", **self._common(seed, self.preset.main) | self._start(seed, self.preset.main) | limit)
-            for seed in self.extra_seeds
-        ]
+        return [Run("redundancy", "", **self.on_base(seed) | limit) for seed in self.extra_seeds]
 
     def clusters(self) -> list[Run]:
         """Which patches are pooled in some images, by WK-Medoids in the base model (Figure 1c)."""
-        seed, main, level = self.seeds[0], self.preset.main, self.preset.clustered_level
-        common = self._common(seed, main) | self._start(seed, main)
-        keep = self.schedule(main, level)
+        level, common = self.preset.clustered_level, self.on_base(self.seeds[0])
+        keep = self.schedule(self.preset.main, level)
         return [Run("clusters", "", **common, downsampler="wkmedoids", keep=keep, level=level, carry=True)]
+
+    def on_base(self, seed: int) -> dict[str, Any]:
+        """Arguments of a run on the base model as it is."""
+        return self._common(seed, self.preset.main) | self._start(seed, self.preset.main)
 
     def schedule(self, variant: Variant, level: int) -> tuple[int, ...] | None:
         """The schedule of that level: the paper's, or as learned; None if its search is not finished."""
@@ -516,7 +515,7 @@ def _timed(study: Study) -> list[Run]:
     return [*accurate, *study.timings(("none", "power_bert", *clusterings))]
 
 
-def _off_the_shelf(study: Study) -> list[Run]:
+def _not_fine_tuned(study: Study) -> list[Run]:
     return [
         *study.evaluations(("none", "convolution", *SELECTIONS, *CLUSTERINGS), carry=False),
         *study.evaluations(("convolution", *CLUSTERINGS), carry=True),
@@ -528,6 +527,7 @@ _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     "table 3": _trained(lambda study: _main(study, (*SELECTIONS, *CLUSTERINGS))),
     "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
     "table 5": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
+    "table off_the_shelf": off_the_shelf.runs,
     "figure 1b": _trained(lambda study: _whole_family(study, ["wkmedoids"])),
     "figure 1c": lambda study: study.clusters(),
     "figure 3a": _trained(
@@ -549,12 +549,12 @@ _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     ),
     "figure 7": _trained(_twice_trained),
     "figure 8": _trained(lambda study: [*_beside_others(study, ["wkmedoids"]), *_convolutions(study)]),
-    "figure 9": _off_the_shelf,
+    "figure 9": _not_fine_tuned,
     "figure 10a": _trained(lambda study: _normalised(study, "10a")),
     "figure 10b": _trained(lambda study: _normalised(study, "10b")),
     "figure 11a": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
     "figure 11b": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
     "figure 12": _timed,
-    "figure reconstruction": _off_the_shelf,
+    "figure reconstruction": _not_fine_tuned,
     "figure redundancy": lambda study: study.redundancies(),
 }

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from tokenpool.clustering import highest, kmeans, kmedoids, squared_distances
+from tokenpool.clustering import dearest_to_merge, highest, kmeans, kmedoids, means, squared_distances
 
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
 
@@ -297,3 +297,65 @@ def test_empty_batch_and_numpy_numbers(cluster) -> None:
         cluster(np.ones((1, 5, 2)), 3)
     with pytest.raises(TypeError, match="weights must be a tensor, got list"):
         cluster(torch.randn(1, 5, 2), 3, [1, 1, 1, 1, 1])
+
+
+def test_distances_may_be_between_other_points() -> None:
+    tokens, weights = images()
+    by = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(8))
+    found = kmedoids(tokens, 7, weights, by=by)
+    assert torch.equal(found.assignment, kmedoids(by, 7, weights).assignment)
+    assert torch.allclose(found.centers, means(tokens, weights, found.assignment, 7), atol=1e-6)
+
+
+def test_distances_are_symmetric_to_the_last_bit() -> None:
+    """In a cluster of two both cost the same: which becomes the medoid is for the order to say, not for rounding."""
+    points = torch.randn(4, 61, 33, generator=torch.Generator().manual_seed(1))
+    distance = squared_distances(points)
+    assert torch.equal(distance, distance.mT) and (distance.diagonal(dim1=1, dim2=2) == 0).all()
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_dearest_to_merge_equals_a_loop(equal: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    points = torch.randn(3, 20, 4, generator=generator)
+    weights = torch.ones(3, 20) if equal else torch.rand(3, 20, generator=generator)
+    distance = squared_distances(points)
+    found = dearest_to_merge(distance, weights, 6)
+    for image in range(3):
+        w = weights[image].tolist()
+        cheapest = []
+        for i in range(20):
+            higher = [j for j in range(20) if w[j] > w[i] or (w[j] == w[i] and j < i)]
+            costs = [
+                w[i] * w[j] / (w[i] + w[j]) * (points[image, i] - points[image, j]).square().sum().item()
+                for j in higher
+            ]
+            cheapest.append(min(costs, default=float("inf")))
+        assert sorted(found[image].tolist()) == sorted(sorted(range(20), key=lambda i: -cheapest[i])[:6])
+
+
+def test_merging_raises_the_objective_by_wards_cost() -> None:
+    generator = torch.Generator().manual_seed(3)
+    points, weights = torch.randn(1, 2, 5, generator=generator), torch.rand(1, 2, generator=generator)
+    mean = means(points, weights, torch.zeros(1, 2, dtype=torch.int64), 1)
+    objective = (weights * (points - mean).square().sum(-1)).sum()
+    pair = weights.prod() / weights.sum() * (points[0, 0] - points[0, 1]).square().sum()
+    torch.testing.assert_close(objective, pair)
+
+
+def test_wards_centres_keep_one_of_each_group() -> None:
+    """Tight groups of different sizes: every group gets one centre, and the objective is at its lowest at once."""
+    generator = torch.Generator().manual_seed(4)
+    groups = 10 * torch.randn(5, 6, generator=generator)
+    label = torch.tensor([0] * 9 + [1] * 5 + [2] * 3 + [3] * 2 + [4])[torch.randperm(20, generator=generator)]
+    tokens = (groups[label] + 0.01 * torch.randn(20, 6, generator=generator))[None]
+    found = kmedoids(tokens, 5, torch.rand(1, 20, generator=generator), init="ward", iterations=1)
+    assert len({(a, b) for a, b in zip(found.assignment[0].tolist(), label.tolist(), strict=True)}) == 5
+
+
+def test_bad_options_of_kmedoids_are_named() -> None:
+    tokens, weights = images()
+    with pytest.raises(ValueError, match="init = 'random' must be a tensor, None or \"ward\""):
+        kmedoids(tokens, 3, weights, init="random")
+    with pytest.raises(ValueError, match=r"by must have shape \(B, N, E\)"):
+        kmedoids(tokens, 3, weights, by=tokens[:, :-1])

@@ -1,12 +1,15 @@
 import json
+import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 import tokenpool
 from tokenpool import flops, schedules
-from tokenpool.schedules import by_rate, by_step, paper, resolve, scaled
+from tokenpool.schedules import by_decay, by_rate, by_step, paper, resolve, scaled
 
 
 @pytest.mark.parametrize("model", ["deit_small", "deit_e318", "deit_e252"])
@@ -32,7 +35,22 @@ def test_rates_and_steps() -> None:
     assert by_rate(0.7, 196, 12, at=[3, 6, 9]) == [196] * 3 + [137] * 3 + [96] * 3 + [67] * 3
     assert by_rate(0.01, 196, 3) == [2, 1, 1] and by_rate(1, 196, 2) == [196, 196]
     assert by_step(13, 196, 12) == [196 - 13 * block for block in range(1, 13)]
-    assert by_step(100, 196, 3) == [96, 1, 1]
+    assert by_step(100, 196, 3) == [96, 1, 1] and by_step(0.5, 10, 4) == [10, 9, 8, 8]
+
+
+def test_decay() -> None:
+    assert by_decay(0, 196, 3) == [196] * 3
+    assert by_decay(math.log(4), 100, 2) == [round(100 * 4**-0.25), 25]
+    assert by_decay(1e6, 196, 3) == [1, 1, 1]
+    falls = -np.diff([196, *by_decay(2.0, 196, 12)])
+    assert falls[0] < falls[3] < falls[6]
+
+
+@pytest.mark.parametrize("schedule", [by_step, by_decay])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "2"])
+def test_a_bad_steepness_is_named(schedule: Callable, value: object) -> None:
+    with pytest.raises(ValueError, match=f"must be a number, not negative, got {value!r}"):
+        schedule(value, 196, 3)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +59,7 @@ def test_rates_and_steps() -> None:
         ([10, 5], [10, 5]),
         (0.5, [18, 9]),
         ("0.5", [18, 9]),
+        ("0.5@1", [36, 18]),
         ("-13", [23, 10]),
         ("12,7", [12, 7]),
         ("deit_small:7", [1, 0]),
@@ -60,7 +79,8 @@ def test_spellings(keep: object, expected: list[int]) -> None:
         ("-x", "keep = '-x'"),
         ("deit_small:9", r"level = 9.0 must be a number in 0..7"),
         ("deit_huge:1", "the paper has no schedule for 'deit_huge'"),
-        ("many", 'expected a list, 0.9 \\(a share\\), "-13" \\(a step\\)'),
+        ("many", 'expected a list, 0.9 or "0.7@3,6,9" \\(a share\\), "-13" \\(a step\\)'),
+        ("0.7@2", "block 2 must be a whole number in 0..1"),
         ([1, 2, 3], "keep has 3 entries, but the model has 2 blocks"),
         (7, "must be a list of 2 whole numbers"),
     ],
@@ -75,21 +95,44 @@ def test_rates_at_bad_blocks_are_named() -> None:
         by_rate(0.7, 196, 12, at=[3, 12])
 
 
-@pytest.mark.parametrize("method", ["power_bert", "kmedoids", "wkmeans", "tome"])
+@pytest.mark.parametrize("method", ["power_bert", "kmedoids", "wkmeans", "key_medoids", "tome"])
+@pytest.mark.parametrize("family", ["decay", "step"])
 @pytest.mark.parametrize("budget", [0.5, 0.8, 1.0])
-def test_a_budget_is_met_and_used(method: str, budget: float) -> None:
+def test_a_budget_is_met_and_used(method: str, family: str, budget: float) -> None:
     model = timm.create_model("deit_tiny_patch16_224", embed_dim=96, depth=4)
     whole = flops.count(model).gmacs
-    keep = flops.schedule_for(budget * whole, model, method)
-    count = flops.count(tokenpool.patch(model, method, keep)) if budget < 1 else flops.count(model)
+    keep = flops.schedule_for(budget * whole, model, method, family)
+    count = flops.count(tokenpool.patch(model, method, keep))
     assert keep == sorted(keep, reverse=True)
     assert 0.97 * budget * whole <= count.gmacs <= budget * whole * (1 + 1e-9)
 
 
-def test_a_budget_too_small_is_refused() -> None:
+def test_patch_takes_a_budget() -> None:
+    model = tokenpool.create_model("vit_base_patch16_siglip_224", "kmedoids", gmacs=0.2, embed_dim=96, depth=3)
+    assert 0.18 < flops.count(model).gmacs <= 0.2 and isinstance(model.blocks.setting.keep, tuple)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"downsampler": "kmedoids", "gmacs": 0.01}, "0.01 GMACs are too few: with one token left after"),
+        ({"downsampler": "kmedoids", "gmacs": 0}, "gmacs = 0 must be a positive number"),
+        ({"downsampler": "kmedoids", "gmacs": "2"}, "gmacs = '2' must be a positive number"),
+        ({"downsampler": "kmedoids", "gmacs": 1.0, "keep": 0.9}, "keep = 0.9 and gmacs = 1.0 are two schedules"),
+        ({"downsampler": "convolution", "gmacs": 1.0}, "'convolution' has no schedule that could meet a budget"),
+        ({"downsampler": "none", "gmacs": 1.0}, "'none' has no schedule"),
+    ],
+)
+def test_bad_budgets_are_named(arguments: dict, message: str) -> None:
     model = timm.create_model("deit_tiny_patch16_224", depth=3)
-    with pytest.raises(ValueError, match="0.01 GMACs are too few: with one token left after"):
-        flops.schedule_for(0.01, model)
+    with pytest.raises(ValueError, match=message):
+        tokenpool.patch(model, **arguments)
+    assert not tokenpool.is_patched(model)
+
+
+def test_an_unknown_family_is_named() -> None:
+    with pytest.raises(ValueError, match="family = 'cosine' must be"):
+        flops.schedule_for(1.0, timm.create_model("deit_tiny_patch16_224", depth=3), "kmedoids", "cosine")
 
 
 def test_patch_takes_every_spelling(small: tokenpool.vit.VisionTransformer, photos: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ the same time as the others, without a Python loop over images, clusters or toke
 """
 
 from numbers import Integral
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,9 +68,10 @@ def kmedoids(
     tokens: Tensor,
     k: int,
     weights: Tensor | None = None,
-    init: Tensor | None = None,
+    init: Tensor | Literal["ward"] | None = None,
     iterations: int = 5,
     check_values: bool = True,
+    by: Tensor | None = None,
 ) -> Clusters:
     """Weighted K-Medoids: alternate equations (16)-(18), which are (10) and (12) where all weights are 1.
 
@@ -78,14 +79,27 @@ def kmedoids(
     its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distance matrix is
     computed once. The output is the weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
 
-    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`. Where `init`
-    holds points, the tokens nearest to them are the first medoids.
+    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, but for these:
+
+    Args:
+        init: where it holds points, the tokens nearest to them are the first medoids. "ward", an extension, takes the K
+            tokens that cost most to merge into another (see `dearest_to_merge`).
+        by: (B, N, E), what distances are measured between, instead of the tokens. An extension.
     """
+    init, chosen = (None, init) if isinstance(init, str) else (init, None)
+    if chosen not in (None, "ward"):
+        raise ValueError(f'init = {chosen!r} must be a tensor, None or "ward"')
     weights, init = _checked(tokens, k, weights, init, iterations, check_values)
+    by = tokens if by is None else by
+    if by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
+        raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points, scale = _scaled(tokens)
+        points, scale = _scaled(by)
         distance = squared_distances(points)  # (B, N, N)
-        medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
+        if chosen == "ward":
+            medoids = dearest_to_merge(distance, weights, k)
+        else:
+            medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
         for _ in range(iterations):
             previous = medoids
             assignment = _nearest_medoid(distance, medoids)
@@ -93,6 +107,26 @@ def kmedoids(
             if _can_branch(tokens) and torch.equal(medoids, previous):
                 break
     return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
+
+
+def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Indices (B, K) of the tokens that cost most to merge into another of higher weight.
+
+    Merging i and j raises objective (13) by w_i w_j / (w_i + w_j) |i - j|^2 (Ward 1963). Looking at higher weights only
+    (of equal ones, at the earlier) keeps one of two close tokens. The initial centres then are weighty and lie apart,
+    at one pass over the distance matrix. An extension.
+
+    Args:
+        distance: (B, N, N), squared distances.
+        weights: (B, N).
+        k: how many.
+    """
+    own, other = weights[:, :, None], weights[:, None, :]
+    index = torch.arange(distance.shape[1], device=distance.device)
+    ranks_higher = (other > own) | ((other == own) & (index[None, :] < index[:, None]))  # (B, N, N)
+    total = own + other
+    cost = own * other / torch.where(total > 0, total, 1) * distance
+    return highest(torch.where(ranks_higher, cost, torch.inf).amin(dim=2), k)
 
 
 def squared_distances(points: Tensor) -> Tensor:

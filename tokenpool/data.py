@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from tokenpool.seeding import step_seed
@@ -149,6 +149,7 @@ class ImageFolderDataModule(_DataModule):
         std: of each channel.
         crop_pct: share of the resized image that evaluation crops.
         limit: evaluate on so many images only, evenly spaced over the folder's sorted list; 0 for all.
+        part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
@@ -168,12 +169,14 @@ class ImageFolderDataModule(_DataModule):
         std: tuple[float, ...] = (0.229, 0.224, 0.225),
         crop_pct: float = 0.9,
         limit: int = 0,
+        part: str = "",
     ) -> None:
         super().__init__(batch_size, workers, seed)
         self.root = Path(root)
         self.transforms = {"input_size": (3, image_size, image_size), "mean": mean, "std": std}
         self.crop_pct = crop_pct
         self.limit = limit
+        self.part = _part(part)
 
     def setup(self, stage: str | None = None) -> None:
         evaluate = create_transform(**self.transforms, interpolation="bicubic", crop_pct=self.crop_pct)
@@ -193,9 +196,10 @@ class ImageFolderDataModule(_DataModule):
             if folder.classes != self.test_set.classes:
                 raise ValueError(f"the classes (sub-folders) of {self.root}/train and {self.root}/val differ")
             self.train_set = SeededDataset(folder, self.seed)
-        if 0 < self.limit < len(self.test_set):
-            order = torch.linspace(0, len(self.test_set) - 1, self.limit).long().tolist()
-            self.test_set = torch.utils.data.Subset(self.test_set, order)
+        order = list(range(len(self.test_set)))
+        if 0 < self.limit < len(order):
+            order = torch.linspace(0, len(order) - 1, self.limit).long().tolist()
+        self.test_set = Subset(self.test_set, order[self.part])
 
     def _folder(self, name: str, transform: Any) -> ImageFolder:
         folder = self.root / name
@@ -204,15 +208,29 @@ class ImageFolderDataModule(_DataModule):
         return ImageFolder(str(folder), transform=transform, loader=load_image)
 
 
+def _part(text: str) -> slice:
+    """Every how manieth image: "2/3" is slice(1, None, 3)."""
+    if not text:
+        return slice(None)
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise ValueError(f'part = {text!r} must be like "1/2", the first of two')
+    return slice(int(index) - 1, None, int(count))
+
+
 def load_image(path: str | Path) -> Image.Image:
-    """An image as RGB, upright; what is transparent becomes white.
+    """An image as RGB, upright, 8 bits a channel; what is transparent becomes white.
 
     Raises:
-        ValueError: if the file is no image or is damaged; the message names it.
+        ValueError: if the file is no image, is damaged, or holds floating-point values; the message names it.
     """
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")

@@ -36,6 +36,7 @@ with warnings.catch_warnings():
         matmul_flop_jit,
     )
 
+PAPERS_CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
 PARTS = ("softmax_attention", "qkv_projections", "o_projection", "mlp", "patch_embedding", "head", "clustering")
 
 
@@ -63,8 +64,8 @@ COUNTED = {
 FREE = {
     f"aten::{name}"
     for name in """
-    abs add add_ all amax amin aminmax any arange argmax argmin argsort bernoulli_ bitwise_and bitwise_not
-    broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
+    __and__ __or__ abs add add_ all amax amin aminmax any arange argmax argmin argsort bernoulli_ bitwise_and
+    bitwise_not bitwise_or broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
     detach diagonal div div_ dropout empty empty_like eq exp exp2 expand expand_as eye fill_ flatten floor
     floor_divide full full_like gather ge gelu gt index index_add index_copy index_put index_put_ index_select
     layer_norm le linalg_vector_norm linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max maximum
@@ -123,8 +124,8 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     copied = copy.deepcopy(model).cpu().float().eval()
     height, width = image_size or copied.patch_embed.img_size
     macs = _macs_by_part(copied, torch.zeros(1, copied.in_chans, height, width))
-    if idle_clustering and hasattr(copied.blocks, "setting") and copied.blocks.setting.keep is not None:
-        setting = copied.blocks.setting
+    setting = getattr(copied.blocks, "setting", None)
+    if idle_clustering and setting is not None and setting.downsampler in PAPERS_CLUSTERINGS:
         tokens = (height // copied.patch_embed.patch_size[0]) * (width // copied.patch_embed.patch_size[1])
         macs["clustering"] = paper_clustering_macs(setting.downsampler, setting.keep, tokens, copied.embed_dim)
     return Count({part: total / 1e9 for part, total in macs.items()})
@@ -152,20 +153,24 @@ def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, wi
 
 
 def schedule_for(
-    gmacs: float, model: VisionTransformer, downsampler: str | type[Downsampler] = "kmedoids", **options: Any
+    gmacs: float,
+    model: VisionTransformer,
+    downsampler: str | type[Downsampler] = "key_medoids",
+    family: str = "decay",
+    **options: Any,
 ) -> list[int]:
-    """The schedule of the family `schedules.by_decay` that costs as much as it may: `keep` for `tokenpool.patch`.
-
-    Clustering is counted in.
+    """The schedule of a family that costs as much as it may, clustering included: `keep` for `tokenpool.patch`.
 
     Args:
         gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
         model: a timm VisionTransformer; patched or plain, it stays as it is.
         downsampler: see `tokenpool.patch`.
+        family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
         **options: of the downsampler.
 
     Raises:
-        ValueError: if even one token after the first block costs more, or for a method that has no schedule.
+        ValueError: if even one token after the first block costs more, for an unknown family, or for a method that has
+            no schedule.
     """
     if isinstance(downsampler, str) and METHODS.get(downsampler) in (None, Convolution):
         raise ValueError(f"downsampler {downsampler!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
@@ -173,6 +178,7 @@ def schedule_for(
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
     plain = unpatch(copy.deepcopy(model))
     tokens, depth, prefix = plain.patch_embed.num_patches, len(plain.blocks), plain.num_prefix_tokens
+    schedule = _schedules(family, tokens, depth)
     parts = count(plain).parts
     method = METHODS[downsampler] if isinstance(downsampler, str) else downsampler
 
@@ -190,15 +196,24 @@ def schedule_for(
         layers = zip([tokens, *keep], [method(k, **options) for k in keep], strict=False)
         return sum(_downsampler_macs(layer, n, plain) for n, layer in layers if layer.acts_on(n)) / 1e9
 
-    cheapest = schedules.by_decay(depth**2 * math.log(2 * tokens), tokens, depth)
-    if backbone(cheapest) + clustering(cheapest) > gmacs:
-        least = backbone(cheapest) + clustering(cheapest)
+    def within(budget: float) -> list[int]:
+        """The dearest schedule whose backbone costs no more, or the cheapest one."""
+        if backbone(schedule(0.0)) <= budget:
+            return schedule(0.0)
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if backbone(schedule(middle)) > budget else (low, middle)
+        return schedule(high)
+
+    best, reserved = schedule(1.0), 0.0
+    least = backbone(best) + clustering(best)
+    if least > gmacs:
         raise ValueError(f"{gmacs} GMACs are too few: with one token left after the first block, it costs {least:.3g}")
-    # Counting clusterings is slow, so look for their cost, not for the schedule: what it is when all is spent on the
-    # backbone is too much, and what that leaves room for is too little.
-    best, reserved = cheapest, 0.0
+    # Counting clusterings is slow, so look for what they cost, not for the schedule: what it is where all is spent on
+    # the backbone is too much, and what that leaves room for is too little.
     for attempt in range(6):
-        keep = _dearest(gmacs - reserved, backbone, tokens, depth)
+        keep = within(gmacs - reserved)
         spent = clustering(keep)
         if backbone(best) < backbone(keep) <= gmacs - spent:
             best = keep
@@ -208,15 +223,13 @@ def schedule_for(
     return best
 
 
-def _dearest(gmacs: float, cost: Callable[[Sequence[int]], float], tokens: int, depth: int) -> list[int]:
-    """The schedule of the family `schedules.by_decay` of highest cost within a budget, or its cheapest."""
-    low, high = 0.0, depth**2 * math.log(2 * tokens)
-    if cost([tokens] * depth) <= gmacs:
-        return [tokens] * depth
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(schedules.by_decay(middle, tokens, depth)) > gmacs else (low, middle)
-    return schedules.by_decay(high, tokens, depth)
+def _schedules(family: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
+    """The schedules of a family by their steepness, from 0, all tokens, to 1, one token after the first block."""
+    if family == "decay":
+        return lambda steepness: schedules.by_decay(steepness * depth**2 * math.log(2 * tokens), tokens, depth)
+    if family == "step":
+        return lambda steepness: schedules.by_step(steepness * tokens, tokens, depth)
+    raise ValueError(f'family = {family!r} must be "decay" or "step"')
 
 
 def _downsampler_macs(layer: Downsampler, n: int, model: VisionTransformer) -> int:

@@ -25,6 +25,8 @@ STYLES: dict[str, dict] = {
     "kmedoids": {"label": "Token Pooling, K-Medoids", "color": "#009E73", "marker": "D", "linestyle": "--"},
     "wkmeans": {"label": "Token Pooling, WK-Means", "color": "#CC79A7", "marker": "h"},
     "wkmedoids": {"label": "Token Pooling, WK-Medoids", "color": "#0072B2", "marker": "o"},
+    "key_medoids": {"label": "KeyMedoids (extension)", "color": "#4B3B8F", "marker": "X"},
+    "tome": {"label": "ToMe's matching (extension)", "color": "#8C6D1F", "marker": "<", "linestyle": "-."},
 }
 COST_LABEL = "FLOPs an image"
 TOP1_LABEL = "top-1 accuracy (%)"
@@ -119,11 +121,12 @@ def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Ax
     """
     found = trace.blocks[block]
     ax = patches(image, found.assignment[index].cpu(), trace.grid, ax)
-    ax.set_title(f"block {block + 1}: {found.tokens} token{'s' if found.tokens != 1 else ''}", fontsize=9)
+    dropped = ", rest dropped" if (found.assignment[index] < 0).any() else ""
+    ax.set_title(f"block {block + 1}: {found.tokens} token{'s' * (found.tokens != 1)}{dropped}", fontsize=9)
     return ax
 
 
-def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 6) -> Figure:
+def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 7) -> Figure:
     """Draw the image, and which patches of it are one token after each block.
 
     Args:

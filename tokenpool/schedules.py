@@ -113,15 +113,19 @@ def by_rate(rate: float, tokens: int, depth: int, at: Sequence[int] | None = Non
     return keep
 
 
-def by_step(step: int, tokens: int, depth: int) -> list[int]:
+def by_step(step: float, tokens: int, depth: int) -> list[int]:
     """Remove so many tokens in each block, but keep at least one (the r of Bolya et al. 2023).
 
+    Args:
+        step: not negative; where it is no whole number, the tokens that remain are rounded.
+        tokens: patch tokens of an image.
+        depth: blocks.
+
     Raises:
-        ValueError: for a step that is negative or no whole number.
+        ValueError: for a negative step.
     """
-    if isinstance(step, bool) or not isinstance(step, Integral) or step < 0:
-        raise ValueError(f"the step must be a whole number, not negative, got {step!r}")
-    return [max(tokens - step * (block + 1), 1) for block in range(depth)]
+    _check_not_negative("step", step)
+    return [max(round(tokens - step * (block + 1)), 1) for block in range(depth)]
 
 
 def by_decay(rate: float, tokens: int, depth: int) -> list[int]:
@@ -138,8 +142,7 @@ def by_decay(rate: float, tokens: int, depth: int) -> list[int]:
     Raises:
         ValueError: for a rate below 0.
     """
-    if not isinstance(rate, Real) or isinstance(rate, bool) or not rate >= 0:
-        raise ValueError(f"the rate must be a number, not negative, got {rate!r}")
+    _check_not_negative("rate", rate)
     return [max(round(tokens * math.exp(-rate * ((block + 1) / depth) ** 2)), 1) for block in range(depth)]
 
 
@@ -208,3 +211,8 @@ def checked(keep: Sequence[int], depth: int) -> list[int]:
         if limit < 0:
             raise ValueError(f"keep[{block}] = {limit} must not be negative")
     return [int(limit) for limit in keep]
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise ValueError(f"the {name} must be a number, not negative, got {value!r}")

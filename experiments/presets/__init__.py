@@ -61,6 +61,7 @@ class Preset:
         grid: tokens along the image's shorter side, which limits convolutions.
         clustered_level: number of the schedule that Figure 1c shows.
         redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
+        budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
         depth: blocks.
         model_options: further arguments of the timm model.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
@@ -97,6 +98,7 @@ class Preset:
     normalised: dict[str, Variant] = field(default_factory=dict)
     clustered_level: int = 0
     redundancy_images: int = 0
+    budgets: tuple[float, ...] = ()
     model_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0

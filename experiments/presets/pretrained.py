@@ -20,6 +20,7 @@ PRESET = Preset(
     grid=14,
     clustered_level=3,
     redundancy_images=200,
+    budgets=(0.85, 0.75, 0.65),
     schedules="deit_e252",
     stands_for="deit_tiny",
     main=Variant("", "DeiT-Ti"),
