@@ -65,7 +65,8 @@ FREE = {
     f"aten::{name}"
     for name in """
     __and__ __or__ abs add add_ all amax amin aminmax any arange argmax argmin argsort bernoulli_ bitwise_and
-    bitwise_not bitwise_or broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
+    bitwise_not bitwise_or
+    broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
     detach diagonal div div_ dropout empty empty_like eq exp exp2 expand expand_as eye fill_ flatten floor
     floor_divide full full_like gather ge gelu gt index index_add index_copy index_put index_put_ index_select
     layer_norm le linalg_vector_norm linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max maximum
