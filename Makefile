@@ -1,5 +1,5 @@
 # make reproduce   set everything up and run the protocol on the embedded digits
-# make test        set everything up and run the tests
+# make test        set everything up and run the tests, in a process of one thread on each core
 # make lint        formatting and lint
 
 VENV ?= .venv
@@ -19,7 +19,7 @@ reproduce: install
 	$(RUN) -W ignore -m experiments reproduce --preset digits
 
 test: install
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 lint: install
 	$(RUN) -m ruff check .

@@ -48,6 +48,53 @@ def test_a_model_with_attention_pooling(tmp_path: Path) -> None:
     assert torch.equal(tokenpool.load(tmp_path / "m.safetensors")(images), model(images))
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"reg_tokens": 3, "drop_path_rate": 0.2, "drop_rate": 0.1}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True, "patch_size": 8, "in_chans": 1}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+        ("vit_base_patch32_clip_224", {}),
+    ],
+)
+@torch.no_grad()
+def test_families_there_and_back(name: str, options: dict, tmp_path: Path) -> None:
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64, "num_classes": 5}
+    model = timm.create_model(name, **size | options).eval()
+    tokenpool.patch(model, "kmedoids", [3, 1])
+    images = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
+    tokenpool.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(tokenpool.load(tmp_path / "m.safetensors")(images), model(images))
+
+
+@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"norm_layer": "rmsnorm"}, {"qk_norm": True}])
+def test_what_timm_would_build_otherwise_is_refused(options: dict, tmp_path: Path) -> None:
+    """The same names and shapes of weights are not enough."""
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=48, depth=2, num_heads=3, **options)
+    with pytest.raises(ValueError, match="cannot be saved: timm builds another one by its name and size"):
+        tokenpool.save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_old_file(
+    small: VisionTransformer, photos: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    tokenpool.save(small, path)
+    before = path.read_bytes()
+
+    def fail(state: dict, file: Path, metadata: dict) -> None:
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        tokenpool.save(small, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
 def test_the_weights_are_timms_own(small: VisionTransformer, tmp_path: Path) -> None:
     keys = set(small.state_dict())
     tokenpool.save(tokenpool.patch(small, "wkmeans", 0.9), tmp_path / "m.safetensors")

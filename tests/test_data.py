@@ -77,6 +77,22 @@ def test_limit_is_spread_over_the_classes(folder: Path) -> None:
     assert [label for _, label in data.test_set] == [0, 0, 1, 1]
 
 
+def test_parts_are_interleaved_and_whole(folder: Path) -> None:
+    seen = []
+    for part in ("1/3", "2/3", "3/3"):
+        data = ImageFolderDataModule(folder, image_size=32, part=part, workers=0)
+        data.setup("test")
+        seen.append([tuple(image.flatten()[:20].tolist()) for image, _ in data.test_set])
+    data = ImageFolderDataModule(folder, image_size=32, workers=0)
+    data.setup("test")
+    assert [image for images in zip(*seen, strict=True) for image in images] == [
+        tuple(image.flatten()[:20].tolist()) for image, _ in data.test_set
+    ]
+    for wrong in ("half", "0/2", "3/2", "1/", "-1/2"):
+        with pytest.raises(ValueError, match=f"part = '{wrong}' must be like"):
+            ImageFolderDataModule(folder, part=wrong)
+
+
 def test_missing_and_empty_folders_are_named(folder: Path, tmp_path_factory) -> None:
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere/val: expected ImageNet's layout"):
         ImageFolderDataModule(folder / "nowhere").setup("test")
@@ -108,3 +124,12 @@ def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
     for mode in ("L", "RGBA", "P", "1"):
         Image.new(mode, (9, 7)).save(tmp_path / f"{mode}.png")
         assert load_image(tmp_path / f"{mode}.png").mode == "RGB"
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.abs(np.asarray(load_image(tmp_path / "deep.png"))[..., 0] - values / 257).max() <= 1
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float.tiff: its values are floating-point"):
+        load_image(tmp_path / "float.tiff")

@@ -25,6 +25,12 @@ FAMILIES = {
     "vit_little_patch16_reg4_gap_256": {"img_size": 96},
     "beit3_base_patch16_224": {"img_size": 96},
     "vit_base_patch16_224_miil": {"img_size": 96},
+    "aimv2_large_patch14_224": {"img_size": 84},
+    "eva_large_patch14_196": {"img_size": 84},
+    "vit_giant_patch14_reg4_dinov2": {"img_size": 84},
+    "vit_so150m_patch16_reg4_map_256": {"img_size": 96},
+    "test_vit4": {"img_size": 96},
+    "vit_base_patch16_radio_v3": {"img_size": 96},
     "vit_tiny_patch16_224 avgmax": {"img_size": 96, "global_pool": "avgmax"},
     "vit_tiny_patch16_224 qk_norm": {"img_size": 96, "qk_norm": True},
     "vit_tiny_patch16_224 prefix": {"img_size": 96, "global_pool": "avg", "pool_include_prefix": True},
@@ -54,7 +60,7 @@ def test_keeping_all_changes_nothing(family: str) -> None:
     model = create(family)
     images = pictures(model)
     plain, keys = model(images), list(model.state_dict())
-    for method in ("power_bert", "wkmedoids", "tome"):
+    for method in ("power_bert", "wkmedoids", "key_medoids", "tome"):
         tokenpool.patch(model, method, [PATCHES] * 3)
         assert torch.allclose(model(images), plain, atol=1e-5)
         assert list(model.state_dict()) == keys
@@ -66,13 +72,14 @@ def test_keeping_all_changes_nothing(family: str) -> None:
 def test_patching_again_is_exact(family: str) -> None:
     model = create(family)
     images = pictures(model)
-    pooled = tokenpool.patch(model, "wkmedoids", [20, 9, 3])(images)
-    tokenpool.unpatch(model)
-    assert torch.equal(tokenpool.patch(model, "wkmedoids", [20, 9, 3])(images), pooled)
+    for method in ("wkmedoids", "tome"):
+        pooled = tokenpool.patch(model, method, [20, 9, 3])(images)
+        tokenpool.unpatch(model)
+        assert torch.equal(tokenpool.patch(model, method, [20, 9, 3])(images), pooled)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
-@pytest.mark.parametrize("method, keep", [("tome", [18, 18, 18]), ("kmedoids", "-1"), ("wkmeans", "-1")])
+@pytest.mark.parametrize("method, keep", [("tome", [18, 18, 18]), ("kmedoids", "-1"), ("key_medoids", "-1")])
 @torch.no_grad()
 def test_duplicated_tokens_merge_without_a_trace(family: str, method: str, keep: list[int] | str) -> None:
     """Each patch twice, side by side: merged, with carried sizes, the logits stay as they are. Also in the head."""
@@ -110,15 +117,31 @@ def test_logits_are_finite(family: str, method: str) -> None:
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("eva02_tiny_patch14_224", "Eva"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
-        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
-        ("beit_base_patch16_224", "Beit"),
-        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
-        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
-        ("resnet18", "ResNet"),
+        ("eva02_tiny_patch14_224", "Eva cannot be pooled: its rotary positions"),
+        ("vit_small_patch16_rope_224", "rotary positions"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer cannot be pooled: its attention runs in windows"),
+        ("vit_relpos_small_patch16_224", "its relative positions"),
+        ("beit_base_patch16_224", "its relative positions"),
+        ("mvitv2_tiny", "it is hierarchical"),
+        ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock, which cannot be pooled: .*side by side"),
+        ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock, which cannot be pooled: its blocks are not timm's"),
+        ("vit_dlittle_patch16_reg1_gap_256", "block 0 is a DiffAttention"),
+        ("resnet18", "ResNet cannot be pooled"),
     ],
 )
 def test_others_are_refused_with_a_reason(name: str, reason: str) -> None:
-    with pytest.raises(TypeError, match=reason):
-        tokenpool.patch(timm.create_model(name), "kmedoids", 0.9)
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match=f"{reason}.*; supported are timm's VisionTransformer models"):
+        tokenpool.patch(model, "kmedoids", 0.9)
+
+
+@torch.no_grad()
+def test_a_hybrid_with_convolutions_before_the_patches() -> None:
+    model = timm.create_model("vit_small_resnet26d_224", img_size=160, **SMALL).eval()
+    images = pictures(model)
+    plain = model(images)
+    tokenpool.patch(model, "kmedoids", [model.patch_embed.num_patches] * 3)
+    assert torch.allclose(model(images), plain, atol=1e-5)
+    whole = tokenpool.flops.count(model).gmacs
+    assert tokenpool.flops.count(tokenpool.patch(model, "kmedoids", 0.6)).gmacs < whole

@@ -349,6 +349,12 @@ def test_keep_may_hold_numpy_integers(small) -> None:
         ({"downsampler": "none", "qk_norm": "l1"}, "qk_norm = 'l1'"),
         ({"downsampler": "none", "alpha": 2.0}, 'need qk_norm="l2"'),
         ({"downsampler": "none", "qk_norm": "l2", "alpha": -1.0}, "alpha = -1.0 must be a positive number"),
+        ({"downsampler": "key_medoids", "keep": KEEP, "by": "values"}, "by = 'values' must be one of 'keys', 'tokens'"),
+        ({"downsampler": "key_medoids", "keep": KEEP, "iterations": 0}, "iterations = 0"),
+        ({"downsampler": "power_bert", "keep": KEEP, "dense": True}, "'power_bert' does not"),
+        ({"downsampler": "convolution", "at": [1], "dense": True}, "'convolution' does not"),
+        ({"downsampler": "none", "dense": True}, "'none' does not"),
+        ({"downsampler": "kmedoids", "keep": [9, 9, 9, 0], "dense": True}, r"keep\[3\] = 0 would leave nothing"),
     ],
 )
 def test_bad_settings_are_named(small, arguments: dict, message: str) -> None:
@@ -359,9 +365,11 @@ def test_bad_settings_are_named(small, arguments: dict, message: str) -> None:
 def test_bad_models_are_named(small, photos) -> None:
     with pytest.raises(ValueError, match="no model 'deit_smal_patch16_224'; close names: deit_small_patch16_224"):
         tokenpool.create_model("deit_smal_patch16_224")
-    with pytest.raises(TypeError, match="ResNet is no timm VisionTransformer"):
+    with pytest.raises(
+        TypeError, match="ResNet cannot be pooled: it is hierarchical.*; supported are timm's VisionTransformer"
+    ):
         tokenpool.create_model("resnet18", "wkmedoids", [1])
-    with pytest.raises(TypeError, match="block 0 of the model is a ParallelScalingBlock"):
+    with pytest.raises(TypeError, match="block 0 is a ParallelScalingBlock.*side by side"):
         tokenpool.patch(
             timm.create_model(
                 "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelScalingBlock
@@ -379,8 +387,18 @@ def test_bad_models_are_named(small, photos) -> None:
     tokenpool.patch(small, "wkmedoids", KEEP).set_grad_checkpointing()
     with pytest.raises(TypeError, match="gradient checkpointing"):
         small(photos)
-    with pytest.raises(TypeError, match="cannot be sliced"):
-        small.prune_intermediate_layers(2)
+    small.set_grad_checkpointing(False)
+    for call in (
+        lambda: small.prune_intermediate_layers(2),
+        lambda: small.forward_intermediates(photos),
+        lambda: small.get_intermediate_layers(photos),
+        lambda: small(photos, attn_mask=torch.ones(37, 37)),
+        lambda: small(photos, is_causal=True),
+    ):
+        with pytest.raises(TypeError, match="need a plain model: call tokenpool.unpatch first"):
+            call()
+    with pytest.raises(TypeError, match="features_only hands out the whole grid"):
+        tokenpool.create_model("vit_tiny_patch16_224", "kmedoids", 0.9, features_only=True)
     with pytest.raises(ValueError, match="name = None must be"):
         tokenpool.create_model(None)
 
@@ -389,3 +407,52 @@ def test_tokens_that_are_not_finite_are_named(small, photos) -> None:
     photos[3] = torch.nan
     with pytest.raises(ValueError, match="those of image 3 of the batch"):
         tokenpool.patch(small, "wkmedoids", KEEP)(photos)
+
+
+@pytest.mark.parametrize("method", ["wkmeans", "kmedoids", "key_medoids", "tome"])
+@torch.no_grad()
+def test_dense_features_are_the_tokens_put_back(small, photos, method: str) -> None:
+    sparse = tokenpool.patch(small, method, KEEP).forward_features(photos)  # (B, 1 + K, D)
+    assignment = tokenpool.trace(small, photos).blocks[-1].assignment
+    logits = small(photos)
+    dense = tokenpool.patch(small, method, KEEP, dense=True).forward_features(photos)  # (B, 1 + N, D)
+    assert dense.shape == (5, 37, 48)
+    torch.testing.assert_close(dense[:, 1:], tokenpool.unpool(sparse[:, 1:], assignment))
+    torch.testing.assert_close(dense[:, 0], sparse[:, 0])
+    torch.testing.assert_close(small(photos), logits)
+
+
+def test_unpool_by_hand() -> None:
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    back = tokenpool.unpool(tokens, torch.tensor([[1, 0, -1, 1]]))
+    assert back.tolist() == [[[3.0, 4.0], [1.0, 2.0], [0.0, 0.0], [3.0, 4.0]]]
+    assert tokenpool.unpool(tokens[:, :0], torch.full((1, 3), -1)).tolist() == [[[0.0, 0.0]] * 3]
+
+
+@pytest.mark.parametrize("weights", ["scores", "sizes", "both"])
+@torch.no_grad()
+def test_key_medoids_equals_its_parts(weights: str) -> None:
+    """By loops: unit keys, Ward's centres, the nearest of them, weighted means. One iteration."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, keys = torch.randn(2, 12, 5, generator=generator), torch.randn(2, 12, 4, generator=generator)
+    scores, sizes = torch.rand(2, 12, generator=generator), torch.randint(1, 4, (2, 12), generator=generator).float()
+    layer = METHODS["key_medoids"](4, iterations=1, weights=weights)
+    found = layer(tokens, scores, sizes=sizes, keys=keys)
+    for image in range(2):
+        w = {"scores": scores, "sizes": sizes, "both": scores * sizes}[weights][image].tolist()
+        unit = [key / key.norm() for key in keys[image]]
+        distance = [[(a - b).square().sum().item() for b in unit] for a in unit]
+        cost = [
+            min(
+                (w[i] * w[j] / (w[i] + w[j]) * distance[i][j] for j in range(12) if (w[j], -j) > (w[i], -i)),
+                default=float("inf"),
+            )
+            for i in range(12)
+        ]
+        centres = sorted(range(12), key=lambda i: -cost[i])[:4]
+        for i in range(12):
+            assert found.assignment[image, i] == min(range(4), key=lambda c: distance[i][centres[c]])
+        for c in range(4):
+            members = [i for i in range(12) if found.assignment[image, i] == c]
+            mean = sum(w[i] * tokens[image, i] for i in members) / sum(w[i] for i in members)
+            torch.testing.assert_close(found.tokens[image, c], mean)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,21 @@ def save(model: VisionTransformer, path: str | Path) -> None:
         text = json.dumps(description)
     except TypeError as error:
         raise ValueError(f"the model's setting cannot be saved: {error}") from error
-    _check_same_weights(
-        _build(description, empty=True), model.state_dict(), "the model cannot be saved: timm builds it"
-    )
+    rebuilt, complaint = _build(description, empty=True), "the model cannot be saved: timm builds another one"
+    _check_same_weights(rebuilt, model.state_dict(), f"{complaint} by its name and size")
+    differing = [pair for pair in zip_longest(_structure(model), _structure(rebuilt)) if pair[0] != pair[1]]
+    if differing:
+        raise ValueError(f"{complaint} by its name and size: {differing[0][1]!r} in place of {differing[0][0]!r}")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
-    os.replace(temporary, path)
+    try:
+        safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
+        os.replace(temporary, path)
+    except BaseException:  # a full disk, or an impatient user
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | Path) -> VisionTransformer:
@@ -122,7 +129,17 @@ def _model_options(model: VisionTransformer) -> dict[str, Any]:
         "depth": len(blocks),
         "num_heads": next(iter(blocks)).attn.num_heads,
         "dynamic_img_size": model.dynamic_img_size,
+        "class_token": model.cls_token is not None,
+        "reg_tokens": model.num_reg_tokens,
+        "pool_include_prefix": model.pool_include_prefix,
     }
+
+
+def _structure(model: VisionTransformer) -> list[str]:
+    """What decides the logits beside the weights, as text; dropout does not."""
+    names = ("num_prefix_tokens", "pool_include_prefix", "no_embed_class", "has_class_token")
+    attributes = [f"{name} = {getattr(model, name, None)}" for name in names]
+    return attributes + [line.strip() for line in str(model).splitlines() if "drop" not in line.split(":")[0]]
 
 
 def _setting(model: VisionTransformer) -> dict[str, Any] | None:

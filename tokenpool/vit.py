@@ -44,6 +44,7 @@ class Setting:
     qk_norm: str | None = None
     alpha: float = 1.0
     learn_alpha: bool = False
+    dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -135,7 +136,7 @@ class PooledBlocks(nn.Sequential):
 def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
     """Put K tokens back where the N patches were, by nearest-neighbour interpolation, equation (9).
 
-    For dense heads, such as segmentation.
+    For dense heads, such as segmentation: `patch(..., dense=True)` does it at the end of the network.
 
     Args:
         tokens: (B, K, D).
@@ -174,6 +175,7 @@ def patch(
     qk_norm: str | None = None,
     alpha: float = 1.0,
     learn_alpha: bool = False,
+    dense: bool = False,
     **options: Any,
 ) -> VisionTransformer:
     """Put downsamplers into a timm VisionTransformer, in place. A model that is patched already is patched anew.
@@ -194,6 +196,8 @@ def patch(
         qk_norm: "l2" normalises queries and keys and uses `alpha` in place of 1 / sqrt(d) (appendix F).
         alpha: see `qk_norm`.
         learn_alpha: make alpha a parameter of each block; adds the key `blocks.*.attn.alpha`.
+        dense: have `forward_features` return all N patches, each as the token that it is in (see `unpool`), for dense
+            heads such as segmentation. Needs a method that merges. Models whose own head reads patches do so anyway.
         **options: arguments of the downsampler's class, such as `init="random"` for Token Pooling, `at=[3, 6]` for
             convolution, `seed` or `generator` for random selection.
 
@@ -222,7 +226,10 @@ def patch(
     hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
     prefix = model.num_prefix_tokens
     reads_prefix = model.global_pool in ("token", "") or getattr(model, "pool_include_prefix", False)
-    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches=not (prefix and reads_prefix))
+    reads_patches = dense or not (prefix and reads_prefix)
+    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches)
+    if dense and not (method and method.merges):
+        raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     if method is None:
         if keep is not None or options:
             raise ValueError('downsampler "none" takes no keep and no options')
@@ -244,9 +251,10 @@ def patch(
         PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix, carry)
         for block, layer in zip(hosts, layers, strict=True)
     ]
-    setting = Setting(name, None if keep is None else tuple(keep), carry, qk_norm, alpha, learn_alpha, options)
+    keep = None if keep is None else tuple(keep)
+    setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, dense, options)
     pools_patches = model.global_pool not in ("token", "")
-    unpools = pools_patches and any(layer is not None and layer.merges for layer in layers)
+    unpools = (dense or pools_patches) and any(layer is not None and layer.merges for layer in layers)
     model.blocks = PooledBlocks(blocks, setting, hosts, prefix, unpools).train(model.training)
     return model
 
@@ -274,6 +282,7 @@ def create_model(
     qk_norm: str | None = None,
     alpha: float = 1.0,
     learn_alpha: bool = False,
+    dense: bool = False,
     **options: Any,
 ) -> VisionTransformer:
     """Create a timm VisionTransformer with downsamplers.
@@ -289,6 +298,7 @@ def create_model(
         qk_norm: see `patch`.
         alpha: see `patch`.
         learn_alpha: see `patch`.
+        dense: see `patch`.
         **options: those that the downsampler's class knows go there (see `patch`), all others to `timm.create_model`:
             `num_classes`, `img_size`, `drop_path_rate` and so on.
 
@@ -309,7 +319,7 @@ def create_model(
     except TypeError as error:
         raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
     settings = {"gmacs": gmacs, "carry": carry, "qk_norm": qk_norm, "alpha": alpha, "learn_alpha": learn_alpha}
-    return patch(model, downsampler, keep, **settings, **pooling)
+    return patch(model, downsampler, keep, dense=dense, **settings, **pooling)
 
 
 def _method(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:

@@ -1,0 +1,98 @@
+"""`python -m experiments explain` on whatever a user may hand it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+from experiments.explain import _likely, explain
+
+ROOT = Path(__file__).parents[1]
+MODEL = "test_vit"  # timm's smallest
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
+    safetensors.torch.save_file(timm.create_model(MODEL).state_dict(), path)
+    return path
+
+
+def picture(mode: str, size: tuple[int, int]) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+def run(image: Path, weights: Path, output: Path, method: str = "key_medoids", **schedule: object) -> list[str]:
+    return list(explain(image, MODEL, method, schedule or {"keep": 0.8}, True, weights, output))
+
+
+@pytest.mark.parametrize(
+    "mode, size, suffix",
+    [
+        ("RGB", (320, 240), "jpg"),
+        ("L", (200, 300), "png"),
+        ("RGBA", (180, 180), "png"),
+        ("P", (50, 60), "gif"),
+        ("CMYK", (99, 98), "jpg"),
+        ("1", (64, 64), "bmp"),
+        ("RGB", (1, 1), "png"),
+        ("RGB", (4000, 3000), "webp"),
+        ("RGB", (20000, 2), "png"),
+    ],
+)
+def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"photo.{suffix}"
+    picture(mode, size).save(path)
+    lines = run(path, weights, tmp_path / "out")
+    assert lines[0].startswith("plain: ") and lines[1].startswith("key_medoids: ") and "clustering" in lines[1]
+    written = tmp_path / "out" / "photo-key_medoids.png"
+    assert lines[-1] == f"picture: {written}"
+    assert np.asarray(Image.open(written)).std() > 10  # something is drawn
+
+
+def test_files_that_are_no_images_are_named(weights: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole.png"
+    picture("RGB", (300, 300)).save(whole)
+    for name, content in (("cut.png", whole.read_bytes()[:5000]), ("notes.txt", b"hello"), ("empty.jpg", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read image .*{name}"):
+            run(tmp_path / name, weights, tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot read image .*absent.png"):
+        run(tmp_path / "absent.png", weights, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_named_before_weights_are_read(tmp_path: Path) -> None:
+    picture("RGB", (30, 30)).save(tmp_path / "photo.png")
+    for method, schedule, message in (
+        ("kmediods", {"keep": 0.8}, "unknown downsampler 'kmediods'"),
+        ("kmedoids", {"keep": "fast"}, "keep = 'fast'"),
+        ("kmedoids", {"gmacs": 1e-6}, "too few"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "photo.png", tmp_path / "absent.safetensors", tmp_path / "out", method, **schedule)
+
+
+def test_a_model_without_classes_names_none() -> None:
+    assert _likely(torch.randn(1, 384), SimpleNamespace(num_classes=0)) == ""
+    assert _likely(torch.tensor([[0.0, 9.0]]), SimpleNamespace(num_classes=2)) == "; class 1 100%, class 0 0%"
+
+
+def test_the_command(weights: Path, tmp_path: Path) -> None:
+    picture("RGB", (300, 200)).save(tmp_path / "photo.png")
+    command = [sys.executable, "-W", "ignore", "-m", "experiments", "explain", str(tmp_path / "photo.png")]
+    command += ["--model", MODEL, "--weights", str(weights), "--output", str(tmp_path)]
+    done = subprocess.run([*command, "--level", "2"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
+    done = subprocess.run([*command, "--level", "2", "--keep", "0.9"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --level, --keep and --gmacs are three ways")
