@@ -413,15 +413,12 @@ def _schedule(
     keep: str | None, gmacs: float | None, downsampler: str, model: str, options: Any, model_options: Any
 ) -> tuple[int, ...] | None:
     """The schedule that --keep or --gmacs means for this model."""
-    import tokenpool
-    from tokenpool import schedules
+    from tokenpool import create_model
 
     if keep is None and gmacs is None:
         return None
-    built = tokenpool.create_model(model, **model_options)  # without weights, for its size
-    if gmacs is None:
-        return tuple(schedules.resolve(keep, built.patch_embed.num_patches, len(built.blocks)))
-    return tokenpool.patch(built, downsampler, keep, gmacs=gmacs, **options).blocks.setting.keep
+    built = create_model(model, downsampler, keep, gmacs=gmacs, **options, **model_options)  # for its size, no weights
+    return built.blocks.setting.keep
 
 
 def _file_name(keep: str | None, gmacs: float | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import tokenpool
 from tokenpool import plotting
 from tokenpool.data import load_image
+from tokenpool.downsampling import METHODS, Convolution, Downsampler
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
 
@@ -36,8 +37,12 @@ def explain(
     Raises:
         ValueError: if the image cannot be read, or for an unusable setting; the message names it.
     """
-    photograph = _not_too_long(load_image(image))  # before the model is fetched
-    tokenpool.create_model(name, method, **schedule)  # a mistake in the setting, too
+    if METHODS.get(method, Downsampler) in (None, Convolution):
+        raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
+    photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
+    if tokenpool.create_model(name, method, **schedule).in_chans != 3:
+        raise ValueError(f"model {name} does not take photographs: they have three channels")
+    output.mkdir(parents=True, exist_ok=True)
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
     if weights is not None:
         tokenpool.load_weights(model, weights)
@@ -55,7 +60,6 @@ def explain(
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     shown = (pixels[0] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     figure = plotting.strip(shown, trace)
-    output.mkdir(parents=True, exist_ok=True)
     path = output / f"{image.stem}-{method}.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -277,9 +277,9 @@ def _table_off_the_shelf(study: Study) -> list[Section]:
         for budget, at_budget in half.groupby("gmacs", sort=False):
             by_setting = at_budget.set_index("candidate").reindex(text["setting"])
             text[f"{budget:g} GMACs: {_PER_CENT}"] = [_number(value, 1) for value in by_setting["top1"]]
-            text[f"{budget:g}: minus ToMe's"] = _with_error(by_setting, "top1", 1)
+            text[f"{budget:g}: top-1 minus ToMe's"] = _with_error(by_setting, "top1", 1)
             text[f"{budget:g}: divergence"] = [_number(value, 4) for value in by_setting["divergence"]]
-            text[f"{budget:g}: minus ToMe's "] = _with_error(by_setting, "divergence", 4)
+            text[f"{budget:g}: divergence minus ToMe's"] = _with_error(by_setting, "divergence", 4)
         images = int(found[found["part"] == part]["images"].iloc[0])
         title = f"Without fine-tuning, {study.preset.main.title}: the half of the images that the choice is {purpose}"
         parts.append(Section(f"{study.preset.name}-half{part[0]}", title, text, half, (_OFF_THE_SHELF.format(images),)))

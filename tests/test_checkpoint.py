@@ -1,3 +1,5 @@
+import argparse
+import json
 import pickle
 from pathlib import Path
 
@@ -168,3 +170,51 @@ def test_files_of_others_are_named(small: VisionTransformer, tmp_path: Path) -> 
     plain.write_bytes(plain.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot read model .*plain.safetensors"):
         tokenpool.load(plain)
+
+
+@torch.no_grad()
+def test_tag_and_precision_are_kept(tmp_path: Path) -> None:
+    size = {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64, "num_classes": 5}
+    model = timm.create_model("vit_base_patch16_224.dino", dynamic_img_size=True, dynamic_img_pad=True, **size)
+    tokenpool.patch(model.eval().bfloat16(), "tome", 0.8)
+    tokenpool.save(model, tmp_path / "m.safetensors")
+    loaded = tokenpool.load(tmp_path / "m.safetensors")
+    images = torch.randn(2, 3, 70, 90).bfloat16()  # padded to whole patches
+    assert torch.equal(loaded(images), model(images)) and loaded(images).dtype == torch.bfloat16
+    expected = timm.data.resolve_model_data_config(model)
+    assert timm.data.resolve_model_data_config(loaded) == expected and expected["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_options": {"checkpoint_path": "evil.pth"}},
+        {"model_options": {"pretrained_cfg_overlay": {"file": "evil.pth"}}},
+        {"setting": {"pretrained": True}},
+        {"model": "hf-hub:someone/something"},
+        {"model": "no_such_model"},
+        {"model": 3},
+        {"dtype": "load"},
+        {"setting": {"downsampler": "kmedoids", "keep": [1], "carry": True}},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_forged_description_opens_nothing(
+    change: dict, small: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.safetensors"
+    tokenpool.save(small, path)
+    with safetensors.safe_open(path, "pt") as file:
+        description = json.loads(file.metadata()["tokenpool"]) | change
+    safetensors.torch.save_file(small.state_dict(), path, metadata={"tokenpool": json.dumps(description)})
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a file was opened"))
+    with pytest.raises(ValueError, match=r"cannot build the model that .*m.safetensors describes"):
+        tokenpool.load(path)
+
+
+def test_checkpoints_of_timms_training_script_go_in(small: VisionTransformer, tmp_path: Path) -> None:
+    torch.save({"state_dict": small.state_dict(), "args": argparse.Namespace(lr=1e-3)}, tmp_path / "last.pth.tar")
+    tokenpool.load_weights(small, tmp_path / "last.pth.tar")
+    safetensors.torch.save_file(small.state_dict(), tmp_path / "weights.bin")
+    tokenpool.load_weights(small, tmp_path / "weights.bin")

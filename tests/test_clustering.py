@@ -359,3 +359,5 @@ def test_bad_options_of_kmedoids_are_named() -> None:
         kmedoids(tokens, 3, weights, init="random")
     with pytest.raises(ValueError, match=r"by must have shape \(B, N, E\)"):
         kmedoids(tokens, 3, weights, by=tokens[:, :-1])
+    with pytest.raises(ValueError, match="by must be finite"):
+        kmedoids(tokens, 3, weights, by=tokens / 0)

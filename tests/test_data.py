@@ -133,3 +133,15 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match=r"float.tiff: its values are floating-point"):
         load_image(tmp_path / "float.tiff")
+    Image.fromarray((values // 257).astype(np.int32)).save(tmp_path / "wide.tiff")  # 8 bits in 32
+    assert np.asarray(load_image(tmp_path / "wide.tiff"))[-1, -1].tolist() == [255] * 3
+    Image.fromarray(values.astype(np.int32) * 9).save(tmp_path / "wider.tiff")
+    with pytest.raises(ValueError, match=r"its values lie in 0..589815; expected 8 or 16 bits"):
+        load_image(tmp_path / "wider.tiff")
+
+
+def test_images_that_fill_the_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (2000, 2000)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    with pytest.raises(ValueError, match=r"huge.png has more than 2 million pixels: scale it down first"):
+        load_image(tmp_path / "huge.png")

@@ -77,9 +77,18 @@ def test_mistakes_are_named_before_weights_are_read(tmp_path: Path) -> None:
         ("kmediods", {"keep": 0.8}, "unknown downsampler 'kmediods'"),
         ("kmedoids", {"keep": "fast"}, "keep = 'fast'"),
         ("kmedoids", {"gmacs": 1e-6}, "too few"),
+        ("none", {"keep": 0.9}, "method 'none' has no schedule"),
+        ("convolution", {"keep": 0.9}, "method 'convolution' has no schedule"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path / "photo.png", tmp_path / "absent.safetensors", tmp_path / "out", method, **schedule)
+
+
+def test_models_of_other_images_are_refused(weights: Path, tmp_path: Path) -> None:
+    picture("RGB", (30, 30)).save(tmp_path / "photo.png")
+    lines = explain(tmp_path / "photo.png", "deit_digits_patch2_16", "tome", {"keep": 0.9}, True, weights, tmp_path)
+    with pytest.raises(ValueError, match="deit_digits_patch2_16 does not take photographs"):
+        list(lines)
 
 
 def test_a_model_without_classes_names_none() -> None:

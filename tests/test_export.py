@@ -17,7 +17,7 @@ from tokenpool.downsampling import METHODS, _fixed_draw
 KEEP = [20, 4]
 SETTINGS = [{"downsampler": name, "keep": KEEP} for name in METHODS if name not in ("none", "convolution")]
 SETTINGS += [{"downsampler": "convolution", "at": [0, 1]}, {"downsampler": "kmeans", "keep": KEEP, "init": "random"}]
-IN_ONNX = ("power_bert", "random", "wkmeans", "kmedoids", "tome", "convolution")
+IN_ONNX = ("power_bert", "random", "wkmeans", "kmedoids", "key_medoids", "tome", "convolution")
 BATCH = {"x": {0: torch.export.Dim("batch")}}
 
 

@@ -101,5 +101,10 @@ def test_the_tables_of_the_readme_are_the_runs() -> None:
             cells = []
             for budget in study.preset.budgets:
                 row = rows.loc[candidate.title, budget]
-                cells += [f"{row['top1']:.1f}", f"{row['divergence']:.3f}"]
+                for name, digits in (("top1", 1), ("divergence", 3)):
+                    found, difference, error = (
+                        row[f"{name}{each}"] for each in ("", "_difference", "_difference_error")
+                    )
+                    paired = f" ({difference:+.{digits}f} ± {error:.{digits}f})" if error else ""
+                    cells.append(f"{found:.{digits}f}{paired}")
             assert f"\n| {candidate.title} | {' | '.join(cells)} |\n" in readme, candidate.title

@@ -11,16 +11,21 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
-def test_snippets_run(snippet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.chdir(ROOT)
+def test_snippets_run(
+    snippet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "results")
     exec(compile(snippet, "README.md", "exec"), {})
     shown = capsys.readouterr().out
     if "GMACs, of which" in snippet:
         assert shown.strip() == "2.33 GMACs, of which clustering 0.06"
+    elif "tokenpool.save" in snippet:
+        assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
     else:
         assert "finetune-wkmedoids" in shown
 

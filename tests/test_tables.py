@@ -16,6 +16,11 @@ def digits() -> Study:
     return Study(presets.get("digits"), RESULTS / "digits")
 
 
+@pytest.fixture
+def pretrained() -> Study:
+    return Study(presets.get("pretrained"), RESULTS / "pretrained")
+
+
 def test_table_1_equals_print() -> None:
     counted, printed = published.counted_breakdown(), published.breakdown()
     assert list(counted.columns) == list(published.BREAKDOWN_MODELS) and counted.size == 20
@@ -97,9 +102,10 @@ def test_best_keeps_what_nothing_cheaper_beats() -> None:
 
 
 @pytest.mark.parametrize("name", tables.NAMES)
-def test_tables_are_written(name: str, digits: Study, tmp_path: Path) -> None:
-    parts = tables.sections(digits, name)
-    assert [part.name for part in parts] == (["paper"] if name == "1" else ["paper", "digits"])
+def test_tables_are_written(name: str, digits: Study, pretrained: Study, tmp_path: Path) -> None:
+    parts = tables.sections(pretrained if name == "off_the_shelf" else digits, name)
+    expected = {"1": ["paper"], "off_the_shelf": ["pretrained-half1", "pretrained-half2"]}
+    assert [part.name for part in parts] == expected.get(name, ["paper", "digits"])
     files = tables.write(parts, name, tmp_path)
     assert {file.suffix for file in files} == {".md", ".tex", ".csv"}
     for part in parts:
@@ -119,7 +125,7 @@ def test_ours_stand_beside_print(digits: Study) -> None:
 
 
 def test_an_unknown_table_lists_the_known_ones(digits: Study) -> None:
-    with pytest.raises(ValueError, match=r"unknown table '9'; known are 1, 2, 3, 4, 5, all"):
+    with pytest.raises(ValueError, match=r"unknown table '9'; known are 1, 2, 3, 4, 5, off_the_shelf, all"):
         tables.sections(digits, "9")
 
 

@@ -354,6 +354,8 @@ def test_keep_may_hold_numpy_integers(small) -> None:
         ({"downsampler": "power_bert", "keep": KEEP, "dense": True}, "'power_bert' does not"),
         ({"downsampler": "convolution", "at": [1], "dense": True}, "'convolution' does not"),
         ({"downsampler": "none", "dense": True}, "'none' does not"),
+        ({"downsampler": "kmedoids", "gmacs": 1.0, "bogus": 3}, "downsampler 'kmedoids': .*bogus"),
+        ({"downsampler": "kmediods", "gmacs": 1.0}, "unknown downsampler 'kmediods'"),
         ({"downsampler": "kmedoids", "keep": [9, 9, 9, 0], "dense": True}, r"keep\[3\] = 0 would leave nothing"),
     ],
 )
@@ -456,3 +458,21 @@ def test_key_medoids_equals_its_parts(weights: str) -> None:
             members = [i for i in range(12) if found.assignment[image, i] == c]
             mean = sum(w[i] * tokens[image, i] for i in members) / sum(w[i] for i in members)
             torch.testing.assert_close(found.tokens[image, c], mean)
+
+
+def test_convolution_needs_one_grid() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    with pytest.raises(ValueError, match="dynamic_img_size=True"):
+        tokenpool.patch(model, "convolution", at=[0])
+
+
+@pytest.mark.parametrize("method", ["wkmedoids", "wkmeans", "key_medoids"])
+def test_without_any_attention_all_tokens_count_the_same(method: str) -> None:
+    """Where the class token takes all attention, patches get none."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, keys = torch.randn(2, 10, 4, generator=generator), torch.randn(2, 10, 3, generator=generator)
+    hints = {"sizes": torch.ones(2, 10), "keys": keys} if method == "key_medoids" else {}
+    layer = METHODS[method](3)
+    found, expected = (layer(tokens, scores, **hints) for scores in (torch.zeros(2, 10), torch.ones(2, 10)))
+    assert torch.equal(found.assignment, expected.assignment)
+    torch.testing.assert_close(found.tokens, expected.tokens)

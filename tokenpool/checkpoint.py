@@ -1,7 +1,10 @@
 """Patched models as files: safetensors, with all that is needed to build the model again as metadata. No pickle."""
 
+import argparse
 import json
 import os
+import pickle
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,33 @@ from torch import nn
 
 from tokenpool.downsampling import METHODS
 from tokenpool.version import __version__
-from tokenpool.vit import create_model, is_patched
+from tokenpool.vit import Setting, create_model, is_patched
 
 _KEY = "tokenpool"
+# timm's arguments that users change, read back from the model.
+_OPTIONS: dict[str, Callable[[VisionTransformer], Any]] = {
+    "img_size": lambda model: list(model.patch_embed.img_size),
+    "patch_size": lambda model: list(model.patch_embed.patch_size),
+    "in_chans": lambda model: model.in_chans,
+    "num_classes": lambda model: model.num_classes,
+    "global_pool": lambda model: model.global_pool,
+    "embed_dim": lambda model: model.embed_dim,
+    "depth": lambda model: len(model.blocks),
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    "dynamic_img_size": lambda model: model.dynamic_img_size,
+    "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
+    "class_token": lambda model: model.cls_token is not None,
+    "reg_tokens": lambda model: model.num_reg_tokens,
+    "pool_include_prefix": lambda model: model.pool_include_prefix,
+}
 
 
 def save(model: VisionTransformer, path: str | Path) -> None:
     """Write a model, patched or plain, so that `load` can build it again.
 
-    Any tool that reads safetensors can read the weights; those of a parameter-free method are timm's own.
+    Any tool that reads safetensors can read the weights; those of a parameter-free method are timm's own. Of timm's
+    arguments those in `model_options` of the metadata are kept; rates of dropout are not, and a model that differs
+    otherwise from what its name stands for is refused.
 
     Args:
         model: made by `tokenpool.create_model` or `timm.create_model`.
@@ -33,8 +54,13 @@ def save(model: VisionTransformer, path: str | Path) -> None:
         ValueError: if the model could not be built again: one that timm does not know, or a downsampler or option that
             is no name or plain value.
     """
-    description = {"version": __version__, "model": _architecture(model), "model_options": _model_options(model)}
-    description["setting"] = _setting(model)
+    description = {
+        "version": __version__,
+        "model": _architecture(model),
+        "model_options": {name: read(model) for name, read in _OPTIONS.items()},
+        "setting": _setting(model),
+        "dtype": str(model.blocks[0].attn.qkv.weight.dtype).removeprefix("torch."),
+    }
     try:
         text = json.dumps(description)
     except TypeError as error:
@@ -74,7 +100,12 @@ def load(path: str | Path) -> VisionTransformer:
         raise ValueError(f"{path} was not written by tokenpool.save; load_weights reads weights alone") from error
     except Exception as error:
         raise ValueError(f"cannot read model {path}: {error}") from error
-    model = _build(description, empty=False)
+    try:
+        _check_description(description)
+        model = _build(description, empty=False)
+        model = model.to(getattr(torch, description["dtype"]))
+    except Exception as error:
+        raise ValueError(f"cannot build the model that {path} describes: {error}") from error
     _check_same_weights(model, state, f"{path} does not fit its own description")
     model.load_state_dict(state)
     return model.eval()
@@ -94,12 +125,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             state = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # timm's training scripts store their arguments
+                state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("model", state.get("state_dict", state))
         state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"cannot read weights {path}: damaged, or more than tensors, which could run code") from error
     except Exception as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
     own = model.state_dict()
@@ -109,30 +145,31 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether the file begins as safetensors do: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
 def _architecture(model: VisionTransformer) -> str:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if not timm.is_model(name):
         raise ValueError(f"a {type(model).__name__} that timm.create_model has not made cannot be saved")
-    return name
+    tag = model.pretrained_cfg.get("tag")
+    return f"{name}.{tag}" if tag and timm.is_model_pretrained(f"{name}.{tag}") else name
 
 
-def _model_options(model: VisionTransformer) -> dict[str, Any]:
-    """The arguments that users of timm change, read back from the model."""
-    blocks = model.blocks
-    return {
-        "img_size": list(model.patch_embed.img_size),
-        "patch_size": list(model.patch_embed.patch_size),
-        "in_chans": model.in_chans,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "depth": len(blocks),
-        "num_heads": next(iter(blocks)).attn.num_heads,
-        "dynamic_img_size": model.dynamic_img_size,
-        "class_token": model.cls_token is not None,
-        "reg_tokens": model.num_reg_tokens,
-        "pool_include_prefix": model.pool_include_prefix,
-    }
+def _check_description(description: Any) -> None:
+    """A file may say which model to build, and no more: timm would open any other file that an argument names."""
+    keys = {"version", "model", "model_options", "setting", "dtype"}
+    if not isinstance(description, dict) or set(description) != keys:
+        raise ValueError(f"expected {', '.join(sorted(keys))} in its metadata")
+    unknown = set(description["model_options"]) - set(_OPTIONS)
+    unknown |= set(description["setting"] or ()) - set(Setting.__dataclass_fields__)
+    if unknown or not timm.is_model(str(description["model"]).split(".")[0]) or ":" in description["model"]:
+        raise ValueError(f"unknown model {description['model']!r} or options {', '.join(sorted(unknown))}")
+    if description["dtype"] not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"unknown dtype {description['dtype']!r}")
 
 
 def _structure(model: VisionTransformer) -> list[str]:

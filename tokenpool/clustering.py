@@ -93,6 +93,8 @@ def kmedoids(
     by = tokens if by is None else by
     if by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
+    if check_values and _can_branch(tokens) and not by.isfinite().all():
+        raise ValueError("by must be finite")
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         points, scale = _scaled(by)
         distance = squared_distances(points)  # (B, N, N)

@@ -229,13 +229,24 @@ def load_image(path: str | Path) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to white
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip to white
+                image = Image.fromarray(_eight_bits(np.asarray(image)))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"image {path} has more than {most} million pixels: scale it down first") from error
     except Exception as error:  # Pillow raises whatever the decoder does
         raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values of 16 bits, or of 8 in a wider type, as 8 bits."""
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(f"its values lie in {values.min()}..{values.max()}; expected 8 or 16 bits")
+    wide = values.dtype.itemsize == 2 or values.max(initial=0) > 255
+    return (values // 257 if wide else values).astype(np.uint8)
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Host(NamedTuple):
     width: int
     grid: tuple[int, int]
     reads_patches: bool  # whether its head needs a patch token to be left
+    is_dynamic: bool = False  # whether the grid may differ from image to image
 
 
 class Downsampler(nn.Module):
@@ -60,7 +61,10 @@ class Downsampler(nn.Module):
     def for_blocks(cls, host: Host, keep: Sequence[int] | None, **options: Any) -> list["Downsampler | None"]:
         """One downsampler for each block of the host, None for a block that has none."""
         if keep is None:
-            raise ValueError(f"{cls.__name__} needs keep, a list of {host.depth} whole numbers, one a block")
+            raise ValueError(
+                f"{cls.__name__} needs keep, a list of {host.depth} whole numbers, one a block, or a spelling of one "
+                "such as 0.9 (see tokenpool.schedules.resolve), or gmacs"
+            )
         keep = schedules.checked(keep, host.depth)
         if host.reads_patches and 0 in keep:
             raise ValueError(f"keep[{keep.index(0)}] = 0 would leave nothing to this model's head: it reads patches")
@@ -207,7 +211,7 @@ class TokenPooling(Downsampler):
         clusters = self.algorithm(
             tokens,
             self.keep,
-            weights=scores if self.weighted else None,
+            weights=_positive(scores) if self.weighted else None,
             init=clustering.highest(priority, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # no synchronisation in every block
@@ -278,7 +282,7 @@ class KeyMedoids(Downsampler):
         clusters = clustering.kmedoids(
             tokens,
             self.keep,
-            weights={"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights],
+            weights=_positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
             init="ward" if self.init == "ward" else clustering.highest(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,
@@ -347,6 +351,8 @@ class Convolution(Downsampler):
         """Convolutions at the blocks `at`, which count from 0."""
         if keep is not None:
             raise ValueError("convolution takes no keep: it quarters the tokens at the blocks at=[...]")
+        if host.is_dynamic:
+            raise ValueError("convolution needs a grid of one shape, but the model has dynamic_img_size=True")
         usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
         if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
             raise ValueError(f"at = {at!r} must list different blocks in ascending order, each in 0..{host.depth - 1}")
@@ -390,6 +396,25 @@ METHODS: dict[str, type[Downsampler] | None] = {
     "key_medoids": KeyMedoids,
     "tome": BipartiteMatching,
 }
+
+
+def find(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
+    """Name and class of a method that is given by either.
+
+    Raises:
+        ValueError: for an unknown name; the message lists the known ones.
+    """
+    if isinstance(downsampler, type) and issubclass(downsampler, Downsampler):
+        names = [name for name, method in METHODS.items() if method is downsampler]
+        return (names or [downsampler.__name__])[0], downsampler
+    if not isinstance(downsampler, str) or downsampler not in METHODS:
+        raise ValueError(f"unknown downsampler {downsampler!r}; known are {', '.join(METHODS)}")
+    return downsampler, METHODS[downsampler]
+
+
+def _positive(weights: Tensor) -> Tensor:
+    """Weights that are not all zero, should no patch get any attention: then all count the same."""
+    return weights.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _checked_iterations(iterations: int) -> int:

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokenpool import schedules
-from tokenpool.downsampling import METHODS, Convolution, Downsampler
+from tokenpool.downsampling import Convolution, Downsampler, find
 from tokenpool.vit import unpatch
 
 with warnings.catch_warnings():
@@ -64,16 +64,16 @@ COUNTED = {
 FREE = {
     f"aten::{name}"
     for name in """
-    __and__ __or__ abs add add_ all amax amin aminmax any arange argmax argmin argsort bernoulli_ bitwise_and
-    bitwise_not bitwise_or
-    broadcast_tensors cat ceil chunk clamp clamp_ clamp_min clamp_min_ clone constant_pad_nd contiguous copy_ cumsum
-    detach diagonal div div_ dropout empty empty_like eq exp exp2 expand expand_as eye fill_ flatten floor
-    floor_divide full full_like gather ge gelu gt index index_add index_copy index_put index_put_ index_select
-    layer_norm le linalg_vector_norm linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max maximum
-    mean min minimum movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones
-    ones_like pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape rms_norm
-    round rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu slice softmax sort split split_with_sizes
-    sqrt square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze
+    abs adaptive_avg_pool2d add add_ all amax amin aminmax __and__ any arange argmax argmin argsort avg_pool2d
+    batch_norm bernoulli_ bitwise_and bitwise_not bitwise_or broadcast_tensors cat ceil chunk clamp clamp_ clamp_min
+    clamp_min_ clone constant_pad_nd contiguous copy_ cumsum detach diagonal div div_ dropout empty empty_like eq
+    exp exp2 expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu group_norm gt index
+    index_add index_copy index_put index_put_ index_select instance_norm layer_norm le lift_fresh linalg_vector_norm
+    linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max max_pool2d maximum mean min minimum
+    movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones ones_like __or__ pad
+    permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape reshape_as rms_norm round
+    rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu slice softmax sort split split_with_sizes sqrt
+    square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze
     upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros zeros_like
     """.split()
 }
@@ -170,18 +170,22 @@ def schedule_for(
         **options: of the downsampler.
 
     Raises:
-        ValueError: if even one token after the first block costs more, for an unknown family, or for a method that has
-            no schedule.
+        ValueError: if even one token after the first block costs more, for an unknown family, method or option, or for
+            a method that has no schedule.
     """
-    if isinstance(downsampler, str) and METHODS.get(downsampler) in (None, Convolution):
-        raise ValueError(f"downsampler {downsampler!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
+    name, method = find(downsampler)
+    if method in (None, Convolution):
+        raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
+    try:
+        method(1, **options)
+    except TypeError as error:
+        raise ValueError(f"downsampler {name!r}: {error}") from error
     if not isinstance(gmacs, Real) or not gmacs > 0:
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
     plain = unpatch(copy.deepcopy(model))
     tokens, depth, prefix = plain.patch_embed.num_patches, len(plain.blocks), plain.num_prefix_tokens
     schedule = _schedules(family, tokens, depth)
     parts = count(plain).parts
-    method = METHODS[downsampler] if isinstance(downsampler, str) else downsampler
 
     def backbone(keep: Sequence[int]) -> float:
         """Every part of a block is linear in the tokens but for attention, which is quadratic."""

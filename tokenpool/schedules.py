@@ -159,8 +159,8 @@ def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[
     Raises:
         ValueError: for anything else; the message names it.
     """
-    if isinstance(keep, float):
-        return by_rate(keep, tokens, depth)
+    if isinstance(keep, Real) and not isinstance(keep, Integral):
+        return by_rate(float(keep), tokens, depth)
     if not isinstance(keep, str):
         return checked(keep, depth)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenpool import schedules
 from tokenpool.attention import ScoredAttention
-from tokenpool.downsampling import METHODS, Downsampler, Host
+from tokenpool.downsampling import Downsampler, Host, find
 
 
 class Stream(NamedTuple):
@@ -180,14 +180,16 @@ def patch(
 ) -> VisionTransformer:
     """Put downsamplers into a timm VisionTransformer, in place. A model that is patched already is patched anew.
 
-    Parameter-free methods leave `state_dict()` as it is, key for key.
+    Patch again after timm's `reset_classifier` or `set_input_size`: what the head reads, and the grid, are looked up
+    here. Parameter-free methods leave `state_dict()` as it is, key for key.
 
     Args:
         model: any `timm.models.vision_transformer.VisionTransformer` of standard blocks.
         downsampler: a name in `tokenpool.downsampling.METHODS`, or a class of your own that keeps its contract.
         keep: retention schedule: `keep[l]` patch tokens remain, at most, after the attention of block l. Or a spelling
             of one: 0.9, the share that each block keeps; "-13", the number that each removes; "deit_small:3", the
-            paper's schedule of that level (see `schedules.resolve`).
+            paper's schedule of that level, but for one token where the head reads patches (see `schedules.resolve`).
+            Spellings and budgets are resolved at the size that the model is built for.
         gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included (see
             `flops.schedule_for`).
         carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
@@ -208,7 +210,7 @@ def patch(
         TypeError: if the model is no timm VisionTransformer of standard blocks.
         ValueError: for an unknown method or option, or an unusable `keep`.
     """
-    name, method = _method(downsampler)
+    name, method = find(downsampler)
     _check_model(model)
     if gmacs is not None:
         from tokenpool.flops import schedule_for  # not on top: counting needs this module in turn
@@ -225,9 +227,9 @@ def patch(
 
     hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
     prefix = model.num_prefix_tokens
-    reads_prefix = model.global_pool in ("token", "") or getattr(model, "pool_include_prefix", False)
-    reads_patches = dense or not (prefix and reads_prefix)
-    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches)
+    pools_patches = model.global_pool not in ("token", "")
+    reads_patches = dense or pools_patches or not prefix
+    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches, model.dynamic_img_size)
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     if method is None:
@@ -236,7 +238,10 @@ def patch(
         layers = [None] * host.depth
     else:
         if keep is not None:
+            spelled = isinstance(keep, str)
             keep = schedules.resolve(keep, math.prod(host.grid), host.depth)
+            if spelled and reads_patches:  # the paper's schedules, made for heads that do not, end with no patch
+                keep = [max(limit, 1) for limit in keep]
         try:
             layers = method.for_blocks(host, keep, **options)
         except TypeError as error:
@@ -245,7 +250,7 @@ def patch(
     unpatch(model)
     if method is None and qk_norm is None:
         return model
-    reference = model.patch_embed.proj.weight
+    reference = hosts[0].attn.qkv.weight
     layers = [layer and layer.to(device=reference.device, dtype=reference.dtype) for layer in layers]
     blocks = [
         PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix, carry)
@@ -253,7 +258,6 @@ def patch(
     ]
     keep = None if keep is None else tuple(keep)
     setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, dense, options)
-    pools_patches = model.global_pool not in ("token", "")
     unpools = (dense or pools_patches) and any(layer is not None and layer.merges for layer in layers)
     model.blocks = PooledBlocks(blocks, setting, hosts, prefix, unpools).train(model.training)
     return model
@@ -306,7 +310,7 @@ def create_model(
         TypeError: for a timm model that is no VisionTransformer of standard blocks.
         ValueError: for an unknown model or method, or an unusable `keep`.
     """
-    _, method = _method(downsampler)
+    _, method = find(downsampler)
     if not isinstance(name, str):
         raise ValueError(f"name = {name!r} must be the name of a timm model")
     if not timm.is_model(name.split(".")[0]) and ":" not in name:
@@ -320,15 +324,6 @@ def create_model(
         raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
     settings = {"gmacs": gmacs, "carry": carry, "qk_norm": qk_norm, "alpha": alpha, "learn_alpha": learn_alpha}
     return patch(model, downsampler, keep, dense=dense, **settings, **pooling)
-
-
-def _method(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
-    if isinstance(downsampler, type) and issubclass(downsampler, Downsampler):
-        names = [name for name, method in METHODS.items() if method is downsampler]
-        return (names or [downsampler.__name__])[0], downsampler
-    if not isinstance(downsampler, str) or downsampler not in METHODS:
-        raise ValueError(f"unknown downsampler {downsampler!r}; known are {', '.join(METHODS)}")
-    return downsampler, METHODS[downsampler]
 
 
 def _option_names(method: type[Downsampler] | None) -> set[str]:
