@@ -263,8 +263,9 @@ def test_compiled_model_equals_eager(small, photos, method: str) -> None:
         torch.testing.assert_close(torch.compile(small, fullgraph=True)(photos), small(photos), rtol=0, atol=1e-4)
 
 
-def test_autocast(small, photos) -> None:
-    tokenpool.patch(small, "wkmedoids", KEEP)
+@pytest.mark.parametrize("method", ["wkmedoids", "key_medoids", "tome"])
+def test_autocast(small, photos, method: str) -> None:
+    tokenpool.patch(small, method, KEEP)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.allclose(small(photos).float(), small(photos).float())
         assert small(photos).isfinite().all()

@@ -319,8 +319,9 @@ class BipartiteMatching(Downsampler):
 def _matched(keys: Tensor, pairs: int) -> Tensor:
     """The token that each goes to when that many pairs merge, counting those that remain, in their order: (B, N)."""
     batch, n, _ = keys.shape
-    units = F.normalize(keys, dim=-1)
-    similarity, partner = (units[:, ::2] @ units[:, 1::2].mT).max(dim=-1)  # (B, N/2), an index into the odd ones
+    with torch.autocast(keys.device.type, enabled=False):
+        units = F.normalize(keys.float(), dim=-1)
+        similarity, partner = (units[:, ::2] @ units[:, 1::2].mT).max(dim=-1)  # (B, N/2), an index into the odd ones
     merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
     remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
     target = torch.arange(n, device=keys.device).expand(batch, n)
