@@ -285,7 +285,8 @@ def test_a_downsampler_of_your_own(small, photos) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    "method", ["wkmedoids", "kmeans", "importance", "convolution", tokenpool.soft_selection.SoftSelection]
+    "method",
+    ["wkmedoids", "kmeans", "importance", "key_medoids", "tome", "convolution", tokenpool.soft_selection.SoftSelection],
 )
 def test_half_and_double_models(small, photos, method, dtype: torch.dtype) -> None:
     options = {"at": [1]} if method == "convolution" else {"keep": KEEP} if isinstance(method, str) else {}

@@ -286,7 +286,7 @@ class KeyMedoids(Downsampler):
             init="ward" if self.init == "ward" else clustering.highest(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,
-            by=F.normalize((keys if self.by == "keys" else tokens).float(), dim=-1),
+            by=_unit(keys if self.by == "keys" else tokens),
         )
         return Downsampled(clusters.centers, clusters.assignment)
 
@@ -320,7 +320,7 @@ def _matched(keys: Tensor, pairs: int) -> Tensor:
     """The token that each goes to when that many pairs merge, counting those that remain, in their order: (B, N)."""
     batch, n, _ = keys.shape
     with torch.autocast(keys.device.type, enabled=False):
-        units = F.normalize(keys.float(), dim=-1)
+        units = _unit(keys)
         similarity, partner = (units[:, ::2] @ units[:, 1::2].mT).max(dim=-1)  # (B, N/2), an index into the odd ones
     merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
     remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
@@ -416,6 +416,11 @@ def find(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] |
 def _positive(weights: Tensor) -> Tensor:
     """Weights that are not all zero, should no patch get any attention: then all count the same."""
     return weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Vectors at unit length, in float32 or better."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def _checked_iterations(iterations: int) -> int:
