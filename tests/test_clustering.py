@@ -307,9 +307,14 @@ def test_distances_may_be_between_other_points() -> None:
     assert torch.allclose(found.centers, means(tokens, weights, found.assignment, 7), atol=1e-6)
 
 
-def test_distances_are_symmetric_to_the_last_bit() -> None:
-    """In a cluster of two both cost the same: which becomes the medoid is for the order to say, not for rounding."""
+def test_distances_are_symmetric_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster of two both cost the same: which becomes the medoid is for the order to say, not for rounding.
+
+    Some matrix products, such as ONNX Runtime's, round the two halves of a Gram matrix differently.
+    """
     points = torch.randn(4, 61, 33, generator=torch.Generator().manual_seed(1))
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: product(a, b) * (1 + 1e-6 * torch.ones(61, 61).triu(1)))
     distance = squared_distances(points)
     assert torch.equal(distance, distance.mT) and (distance.diagonal(dim1=1, dim2=2) == 0).all()
 
@@ -331,7 +336,7 @@ def test_dearest_to_merge_equals_a_loop(equal: bool) -> None:
                 for j in higher
             ]
             cheapest.append(min(costs, default=float("inf")))
-        assert sorted(found[image].tolist()) == sorted(sorted(range(20), key=lambda i: -cheapest[i])[:6])
+        assert found[image].tolist() == sorted(range(20), key=lambda i: -cheapest[i])[:6]
 
 
 def test_merging_raises_the_objective_by_wards_cost() -> None:

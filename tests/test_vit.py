@@ -108,14 +108,6 @@ def test_every_parameter_gets_a_gradient(small, photos, method: str) -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_keys_are_the_mean_over_heads(small, photos) -> None:
-    attention = tokenpool.patch(small, "tome", KEEP).blocks[0].attn
-    tokens = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
-    expected = sum(attention.qkv(tokens)[..., 48 + 16 * head : 64 + 16 * head] for head in range(3)) / 3
-    torch.testing.assert_close(attention(tokens, with_keys=True).keys, expected)
-    assert attention(tokens).keys is None
-
-
 def test_scores_are_the_attention_received(small, photos) -> None:
     tokens = small._pos_embed(small.patch_embed(photos))
     block = small.blocks[0]
