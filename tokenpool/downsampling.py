@@ -118,7 +118,7 @@ class Noise:
             return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
         if training:
             return torch.rand(batch, n, device=tokens.device)
-        return _fixed_draw(int(n), self.seed).to(tokens.device).expand(batch, n)
+        return torch.tensor(_fixed_draw(int(n), self.seed), device=tokens.device).expand(batch, n)
 
 
 class Selection(Downsampler):
@@ -321,7 +321,8 @@ def _matched(keys: Tensor, pairs: int) -> Tensor:
     batch, n, _ = keys.shape
     with torch.autocast(keys.device.type, enabled=False):
         units = _unit(keys)
-        similarity, partner = (units[:, ::2] @ units[:, 1::2].mT).max(dim=-1)  # (B, N/2), an index into the odd ones
+        similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
+        similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd ones
     merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
     remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
     target = torch.arange(n, device=keys.device).expand(batch, n)
@@ -430,11 +431,11 @@ def _checked_iterations(iterations: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _fixed_draw(n: int, seed: int) -> Tensor:
-    """What `torch.rand` draws with a generator of its own, but as a constant that can be exported.
+def _fixed_draw(n: int, seed: int) -> list[float]:
+    """What `torch.rand` draws with a generator of its own, but as numbers that can be compiled in and exported.
 
     NumPy's twister is PyTorch's: 24 of each 32 random bits become the fraction.
     """
     twister = np.random.RandomState((seed * 1_000_003 + n) % 2**32)
     bits = twister.randint(0, 2**32, size=n, dtype=np.uint32) & (2**24 - 1)
-    return torch.from_numpy(bits.astype(np.float32) / 2**24)
+    return (bits / 2**24).tolist()
