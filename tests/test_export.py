@@ -53,6 +53,8 @@ def onnx_logits(model: VisionTransformer, images: Tensor, path: Path) -> Tensor:
 @pytest.mark.parametrize("setting", [setting for setting in SETTINGS if name_of(setting) in IN_ONNX], ids=name_of)
 @torch.no_grad()
 def test_onnx(setting: dict[str, Any], tiny: VisionTransformer, photos: Tensor, tmp_path: Path) -> None:
+    if setting["downsampler"] == "tome" and torch.__version__ < "2.9":
+        pytest.skip("PyTorch 2.8 exports fused attention with a mask to ONNX for batches of two and more only")
     tokenpool.patch(tiny, **setting)
     found = onnx_logits(tiny, photos, tmp_path / "model.onnx")
     torch.testing.assert_close(found, tiny(photos), rtol=0, atol=1e-3)

@@ -118,7 +118,7 @@ class Noise:
             return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
         if training:
             return torch.rand(batch, n, device=tokens.device)
-        return torch.tensor(_fixed_draw(int(n), self.seed), device=tokens.device).expand(batch, n)
+        return torch.tensor(_fixed_draw(int(n), self.seed), dtype=torch.float32, device=tokens.device).expand(batch, n)
 
 
 class Selection(Downsampler):
