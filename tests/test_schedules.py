@@ -109,7 +109,9 @@ def test_a_budget_is_met_and_used(method: str, family: str, budget: float) -> No
 def test_patch_takes_a_budget() -> None:
     model = timm.create_model("vit_base_patch16_siglip_224", embed_dim=96, depth=3)
     budget = 0.8 * flops.count(model).gmacs
+    state = torch.get_rng_state()
     tokenpool.patch(model, "kmedoids", gmacs=budget)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers change
     assert 0.97 * budget < flops.count(model).gmacs <= budget
     assert list(model.blocks.setting.keep) == flops.schedule_for(budget, model, "kmedoids")
 

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -238,9 +239,10 @@ def _schedules(family: str, tokens: int, depth: int) -> Callable[[float], list[i
 
 
 def _downsampler_macs(layer: Downsampler, n: int, model: VisionTransformer) -> int:
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))  # of no meaning: no course depends on values
     hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
-    hints |= {"keys": torch.rand(1, n, model.blocks[0].attn.head_dim)} if layer.uses_keys else {}
-    inputs = torch.rand(1, n, model.embed_dim), torch.rand(1, n)  # of no meaning: no course depends on values
+    hints |= {"keys": draw(1, n, model.blocks[0].attn.head_dim)} if layer.uses_keys else {}
+    inputs = draw(1, n, model.embed_dim), draw(1, n)
     return sum(_macs_by_part(_Bare(layer, hints), inputs).values())
 
 
