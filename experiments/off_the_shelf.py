@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from experiments.studies import Study
 
 REFERENCE = "tome"  # what all others are compared with
-HALVES = {"1/2": "chosen on", "2/2": "confirmed on"}
+HALVES = {"1/2": "made on", "2/2": "confirmed on"}
 
 
 @dataclass(frozen=True)
