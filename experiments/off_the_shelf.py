@@ -85,7 +85,7 @@ def runs(study: "Study") -> list[Run]:
 
 
 def compared(points: pd.DataFrame) -> pd.DataFrame:
-    """Each setting beside the reference with the same schedules' family, budget and images, paired by image.
+    """Each setting beside the reference at the same budget and on the same half, paired by image.
 
     Args:
         points: one row a run, from `Study.points`.

@@ -191,6 +191,8 @@ def test_tag_and_precision_are_kept(tmp_path: Path) -> None:
         {"model_options": {"checkpoint_path": "evil.pth"}},
         {"model_options": {"pretrained_cfg_overlay": {"file": "evil.pth"}}},
         {"setting": {"pretrained": True}},
+        {"setting": {"downsampler": "kmedoids", "keep": [9] * 4, "options": {"checkpoint_path": "evil.pth"}}},
+        {"setting": {"downsampler": "kmedoids", "keep": [9] * 4, "options": {"pretrained": True}}},
         {"model": "hf-hub:someone/something"},
         {"model": "no_such_model"},
         {"model": 3},
@@ -209,6 +211,14 @@ def test_a_forged_description_opens_nothing(
         description = json.loads(file.metadata()["tokenpool"]) | change
     safetensors.torch.save_file(small.state_dict(), path, metadata={"tokenpool": json.dumps(description)})
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a file was opened"))
+    build = timm.create_model
+
+    def watched(name: str, pretrained: bool = False, **options: object) -> VisionTransformer:
+        if pretrained or {"checkpoint_path", "pretrained_cfg_overlay"} & options.keys():
+            pytest.fail("timm was asked to open a file")
+        return build(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", watched)
     with pytest.raises(ValueError, match=r"cannot build the model that .*m.safetensors describes"):
         tokenpool.load(path)
 

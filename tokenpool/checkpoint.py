@@ -18,7 +18,7 @@ from torch import nn
 
 from tokenpool.downsampling import METHODS
 from tokenpool.version import __version__
-from tokenpool.vit import Setting, create_model, is_patched
+from tokenpool.vit import Setting, is_patched, patch
 
 _KEY = "tokenpool"
 # timm's arguments that users change, read back from the model.
@@ -128,9 +128,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         if _is_safetensors(path):
             state = safetensors.torch.load_file(path)
         else:
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # timm's training scripts store their arguments
+            # timm's training script stores its arguments, too, which is harmless.
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("model", state.get("state_dict", state))
         state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
@@ -193,10 +192,10 @@ def _setting(model: VisionTransformer) -> dict[str, Any] | None:
 
 def _build(description: dict[str, Any], empty: bool) -> VisionTransformer:
     """The model that a description is of; `empty`, without memory for its weights."""
-    setting = dict(description["setting"] or {"downsampler": "none", "keep": None, "carry": False})
-    options = setting.pop("options", {})
     with torch.device("meta" if empty else "cpu"):
-        return create_model(description["model"], **setting, **options, **description["model_options"])
+        model = timm.create_model(description["model"], pretrained=False, **description["model_options"])
+        setting = dict(description["setting"] or {"downsampler": "none"})
+        return patch(model, **setting.pop("options", {}), **setting)  # whose options reach the downsampler alone
 
 
 def _check_same_weights(model: nn.Module, state: dict[str, Any], complaint: str, may_miss: list[str] = ()) -> None:

@@ -150,9 +150,9 @@ def highest(weights: Tensor, k: int) -> Tensor:
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
-def sums(values: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Sum of the values (B, N) over each cluster of the assignment (B, N): (B, K)."""
-    return _cluster_weights(values, assignment, k)
+def sums(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Sum of the weights (B, N) over each cluster of the assignment (B, N): (B, K)."""
+    return _cluster_sums(torch.ones_like(weights)[:, :, None], weights, assignment, k).squeeze(2)
 
 
 def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
@@ -182,7 +182,7 @@ def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previou
     lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
     candidate = torch.where(cost == lowest.gather(1, assignment), torch.arange(n, device=cost.device), n)
     best = assignment.new_full((batch, k), n - 1).scatter_reduce(1, assignment, candidate, "amin")
-    return torch.where(_cluster_weights(weights, assignment, k) > 0, best, previous)
+    return torch.where(sums(weights, assignment, k) > 0, best, previous)
 
 
 def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
@@ -192,18 +192,13 @@ def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previou
     """
     k = previous.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
-        total = _cluster_weights(weights, assignment, k)  # (B, K)
+        total = sums(weights, assignment, k)  # (B, K)
         share = weights / torch.where(total > 0, total, 1).gather(1, assignment)  # (B, N)
         means = _cluster_sums(_full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
         if _can_branch(tokens) and (total > 0).all():
             return means
         stayed = _take(tokens, previous) if previous.dim() == 2 else previous
         return torch.where(total[:, :, None] > 0, means, stayed.to(tokens.dtype))
-
-
-def _cluster_weights(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Sum of the weights (B, N) over each cluster: (B, K)."""
-    return _cluster_sums(torch.ones_like(weights)[:, :, None], weights, assignment, k).squeeze(2)
 
 
 def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
