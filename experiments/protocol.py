@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import resource
 import subprocess
 import time
 import warnings
@@ -19,19 +20,22 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 import tokenpool
 from experiments.measurements import MEASURES
-from tokenpool import flops, results, soft_selection
+from tokenpool import files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
+from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
+WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Run:
         trainer_options: of Lightning's Trainer.
         split: of the data into train and test.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
+        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
     """
 
@@ -83,6 +88,12 @@ class Run:
     warmup_epochs: float = 5
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
+    final_learning_rate: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+    ema_decay: float = 0.0
+    crop_pct: float = 0.0
     retention_penalty: float = 0.0
     retention_learning_rate: float = 1e-2
     seed: int = 0
@@ -113,8 +124,13 @@ def result_path(run: Run, folder: Path) -> Path:
 
 
 def weights_path(name: str, folder: Path) -> Path:
-    """File of the weights that the run of that name ends with."""
+    """File of the weights that the run of that name ends with; their moving average is in `name.ema.safetensors`."""
     return folder / "weights" / f"{name}.safetensors"
+
+
+def checkpoint_path(run: Run, folder: Path) -> Path:
+    """File of the state of the run's training, until it is finished."""
+    return folder / "checkpoints" / f"{run.name}.ckpt"
 
 
 def is_finished(run: Run, folder: Path) -> bool:
@@ -163,47 +179,52 @@ def execute(
         What the JSON file holds.
     """
     path = result_path(run, folder)
-    clock, surroundings = _Clock(run), environment()
+    record = _Record(run, prints=not progress and not parent_process())
+    surroundings = environment()
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
     model = build_model(run, folder)
     data.setup("test")
-    if data.num_classes != model.num_classes:
-        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
-    checkpoint = folder / "checkpoints" / f"{run.name}.ckpt"
+    check_classes(data, model)
+    module = training_module(run, model)
+    checkpoint = checkpoint_path(run, folder)
     if run.stage in MEASURES:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         metrics, is_first = MEASURES[run.stage](model.to(device).eval(), data), True
     else:
-        metrics, is_first = _train_and_test(run, model, data, folder, checkpoint, clock, on_epoch, progress)
+        metrics, is_first = _train_and_test(run, module, data, folder, checkpoint, record, on_epoch, progress)
     outcome = {
         "setting": run.setting,
         "metrics": metrics,
         "cost": _cost(model),
-        "seconds": clock.seconds,
+        "seconds": record.seconds,
+        **record.training(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": surroundings,
     }
     if is_first:
         if run.epochs:
             save_weights(model, weights_path(run.name, folder))
+            if module.ema is not None:
+                save_weights(module.ema.module, weights_path(f"{run.name}.ema", folder))
         results.save(outcome, path)  # last: that it exists means that the run is done
         checkpoint.unlink(missing_ok=True)
     return outcome
 
 
-def _train_and_test(
-    run: Run,
-    model: nn.Module,
-    data: LightningDataModule,
-    folder: Path,
-    checkpoint: Path,
-    clock: "_Clock",
-    on_epoch: Callable[[], None] | None,
-    progress: bool,
-) -> tuple[dict[str, Any], bool]:
-    """Metrics, and whether this is the first of the processes that train together."""
-    module = ClassificationModule(
+def check_classes(data: LightningDataModule, model: nn.Module) -> None:
+    """Compare the number of classes.
+
+    Raises:
+        ValueError: if data and model differ.
+    """
+    if data.num_classes != model.num_classes:
+        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
+
+
+def training_module(run: Run, model: nn.Module) -> ClassificationModule:
+    """What trains and tests the run's model."""
+    return ClassificationModule(
         model,
         num_classes=model.num_classes,
         learning_rate=run.learning_rate,
@@ -213,32 +234,56 @@ def _train_and_test(
         retention_penalty=run.retention_penalty,
         retention_learning_rate=run.retention_learning_rate,
         seed=run.seed,
+        final_learning_rate=run.final_learning_rate,
+        ema_decay=run.ema_decay if run.epochs else 0.0,
     )
+
+
+def _train_and_test(
+    run: Run,
+    module: ClassificationModule,
+    data: LightningDataModule,
+    folder: Path,
+    checkpoint: Path,
+    record: "_Record",
+    on_epoch: Callable[[], None] | None,
+    progress: bool,
+) -> tuple[dict[str, Any], bool]:
+    """Metrics, and whether this is the first of the processes that train together."""
     errors = ReconstructionErrorCallback()
-    trainer = _trainer(run, folder, [clock, errors] if run.stage == "evaluate" else [clock], on_epoch, progress)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), listening() as signals:
         # Lightning's advice on the number of workers is not for data that lie in memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        # Those of this package share out the images of an evaluation exactly.
+        warnings.filterwarnings("ignore", message=".*it is recommended to use `Trainer.devices=1.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the moving average
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
+        callbacks += [errors] if run.stage == "evaluate" else []
+        trainer = _trainer(run, folder, callbacks, on_epoch, progress)
         if run.epochs:
             fit(trainer, module, data, run, checkpoint)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
-    measured = _accuracy(metrics, images=len(trainer.test_dataloaders.dataset))
-    if tokenpool.vit.is_patched(model) and run.stage == "evaluate":
+    measured = _accuracy(metrics, images=len(data.test_set))
+    if module.ema is not None:
+        averaged = _accuracy(metrics, images=len(data.test_set), prefix="test_ema_")
+        measured |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
+    if tokenpool.vit.is_patched(module.model) and run.stage == "evaluate":
         measured["relative_error"] = errors.relative
     if run.downsampler == "soft_selection":
-        measured["learned_keep"] = soft_selection.learned_schedule(model)
+        measured["learned_keep"] = soft_selection.learned_schedule(module.model)
     return measured, trainer.is_global_zero
 
 
-def _accuracy(metrics: dict[str, float], images: int) -> dict[str, Any]:
+def _accuracy(metrics: dict[str, float], images: int, prefix: str = "test_") -> dict[str, Any]:
     """Accuracies in percent, with the standard error that comes of the finite number of images."""
-    top1, loss = metrics["test_top1"], metrics["test_loss"]
+    top1, loss = metrics[f"{prefix}top1"], metrics[f"{prefix}loss"]
     return {
         "top1": 100 * top1,
         "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
-        "top5": 100 * metrics["test_top5"],
+        "top5": 100 * metrics[f"{prefix}top5"],
         "loss": loss if math.isfinite(loss) else None,
         "images": images,
     }
@@ -259,20 +304,35 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
 
     Raises:
         KeyboardInterrupt: if the user stops it.
+        Interrupted: if a signal does.
         ValueError: if the checkpoint cannot be read, or is of another setting; the message names it.
+        FloatingPointError: if the loss is not finite; the message says where to go on.
     """
     if checkpoint.exists():
-        try:
-            before = torch.load(checkpoint, map_location="cpu", weights_only=True)["run"]
-        except Exception as error:
-            raise ValueError(f"cannot read checkpoint {checkpoint} ({error}); delete it to start anew") from error
-        check_same(run, before, checkpoint)
+        check_same(run, read_checkpoint(checkpoint)["run"], checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except SystemExit as error:  # what Lightning makes of an interrupt
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    except FloatingPointError as error:
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}; {last}. Try a lower learning rate") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state of a training that was interrupted.
+
+    Raises:
+        ValueError: if the file cannot be read; the message names it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["run"]
+    except Exception as error:
+        raise ValueError(f"cannot read checkpoint {path} ({error}); delete it to start anew") from error
+    return state
 
 
 def build_model(run: Run, folder: Path) -> nn.Module:
@@ -296,7 +356,7 @@ def build_model(run: Run, folder: Path) -> nn.Module:
         **run.model_options,
     )
     if weights is not None:
-        tokenpool.load_weights(model, Path(weights))
+        tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options)
     if run.start is not None:
         tokenpool.load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
     return model
@@ -307,7 +367,7 @@ def data_module(run: Run) -> LightningDataModule:
     if run.data == "digits":
         if run.limit or run.part:
             raise ValueError("the digits are few; only image folders can be limited or parted")
-        return DigitsDataModule(batch_size=run.batch_size, split=run.split, seed=run.seed)
+        return DigitsDataModule(split=run.split, **_batches(run))
     folder = os.environ.get(DATA) if run.data == "imagenet" else run.data
     if not folder:
         raise ValueError(f"no images: --data FOLDER or the variable {DATA} must name a folder in ImageNet's layout")
@@ -315,23 +375,48 @@ def data_module(run: Run) -> LightningDataModule:
     return ImageFolderDataModule(
         folder,
         image_size=run.model_options.get("img_size", config.input_size[-1]),
-        batch_size=run.batch_size,
-        workers=0 if parent_process() else 2,  # a study has processes enough, and starting more costs it seconds a run
-        seed=run.seed,
+        workers=_workers(),
         mean=config.mean,
         std=config.std,
-        crop_pct=config.crop_pct or 0.9,
+        crop_pct=run.crop_pct or config.crop_pct or 0.9,
         limit=run.limit,
         part=run.part,
+        **_batches(run),
     )
 
 
+def _batches(run: Run) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in ("batch_size", "seed", "mixup", "cutmix", "repeats")}
+
+
+def _workers() -> int:
+    """Processes that load data for one that trains: $TOKENPOOL_WORKERS, or as many as Slurm has given it cores, or 2."""
+    if parent_process():
+        return 0  # a study has processes enough, and starting more costs it seconds a run
+    return _number(WORKERS, int(os.environ.get("SLURM_CPUS_PER_TASK", 2)))
+
+
+def _minutes() -> float:
+    """Between checkpoints in the middle of an epoch: $TOKENPOOL_MINUTES, or 10."""
+    return _number(MINUTES, 10.0)
+
+
+def _number(variable: str, default: float) -> Any:
+    text = os.environ.get(variable)
+    try:
+        number = type(default)(text or default)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"${variable} = {text!r} must be a number, 0 or more")
+    return number
+
+
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    """Write a model's state: the file is there whole or not at all."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with files.whole(path) as temporary:
+        safetensors.torch.save_file(state, temporary)
 
 
 def environment() -> dict[str, Any]:
@@ -342,7 +427,8 @@ def environment() -> dict[str, Any]:
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
-    return {"versions": versions, "commit": commit(), "machine": machine, "threads": torch.get_num_threads()}
+    job = {"slurm_job": slurm_job()} if slurm_job() else {}
+    return {"versions": versions, "commit": commit(), "machine": machine, "threads": torch.get_num_threads()} | job
 
 
 @cache  # of the code that is running, whatever is committed meanwhile
@@ -359,45 +445,119 @@ def _trainer(
     run: Run, folder: Path, callbacks: list[Callback], on_epoch: Callable[[], None] | None, progress: bool
 ) -> Trainer:
     if run.epochs:
-        callbacks += [
-            ModelCheckpoint(folder / "checkpoints", filename=run.name, enable_version_counter=False),
-            flops.FlopsCallback(),
-        ]
+        callbacks.append(flops.FlopsCallback())
     if on_epoch:
         callbacks.append(_EpochReporter(on_epoch))
     defaults = {
         "max_epochs": run.epochs or 1,
         "logger": CSVLogger(folder / "logs", name=run.name) if run.epochs else False,
+        "default_root_dir": folder,
         "enable_progress_bar": progress,
         "enable_model_summary": progress,
-        "enable_checkpointing": bool(run.epochs),
+        "enable_checkpointing": True,
         "log_every_n_steps": 50,
         "deterministic": "warn",
         "num_sanity_val_steps": 0,
+        "plugins": [WholeCheckpoints()],
     }
+    if SLURMEnvironment.detect():
+        # Nodes and tasks are as sbatch was told. Lightning's own requeueing can hang (its issue 21406).
+        defaults |= {
+            "devices": int(os.environ.get("SLURM_NTASKS_PER_NODE", 1)),
+            "num_nodes": int(os.environ.get("SLURM_NNODES", 1)),
+        }
+        defaults["plugins"].append(SLURMEnvironment(auto_requeue=False))
     try:
         return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
     except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
 
 
-class _Clock(Callback):
-    """Writes the setting and the time used so far into checkpoints, and goes on counting where a checkpoint stopped."""
+class _Record(Checkpoint):
+    """Writes into checkpoints what the result will tell of the training, and goes on where a checkpoint stopped.
 
-    def __init__(self, run: Run) -> None:
+    A Checkpoint, because Lightning calls those when the epoch's metrics are known; it stands before the one that saves.
+    """
+
+    def __init__(self, run: Run, prints: bool) -> None:
         self.run = run
+        self.prints = prints  # a line an epoch, for logs
         self.started = time.perf_counter()
+        self.epochs: list[dict[str, Any]] = []
+        self.images = 0  # trained on, and the seconds that it took, validation left out
+        self.busy = 0.0
+        self.processes = self.restarts = 0
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    def training(self) -> dict[str, Any]:
+        """Entries of the result: number of processes, throughput and memory, and a row for each epoch."""
+        if not self.epochs:
+            return {}
+        return {
+            "processes": self.processes,
+            "restarts": self.restarts,
+            "training_images_per_second": self.images / self.busy if self.busy else None,
+            "peak_memory_gib": _peak_memory(),
+            "epochs": self.epochs,
+        }
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._print(
+            trainer,
+            f"training from step {trainer.global_step}, {trainer.num_training_batches} batches an epoch, "
+            f"{trainer.world_size} processes",
+        )
+
+    def _print(self, trainer: Trainer, line: str) -> None:
+        if self.prints and trainer.is_global_zero:
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self.run.name}: {line}", flush=True)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        self._batch_started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        self.images += len(batch[0]) * trainer.world_size
+        self.busy += time.perf_counter() - self._batch_started
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.processes = trainer.world_size
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+        self.epochs.append(
+            {"epoch": trainer.current_epoch + 1, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
+            | {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
+        )
+        top1, loss = (100 * metrics.get("val_top1", math.nan), metrics["train_loss"])
+        rate = self.images / self.busy if self.busy else math.nan
+        self._print(
+            trainer,
+            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {loss:.4f}, top-1 {top1:.2f} %, "
+            f"{rate:.0f} images/s",
+        )
+
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = _plain(self.run.setting)
         checkpoint["seconds"] = self.seconds
+        checkpoint["record"] = {name: getattr(self, name) for name in ("epochs", "images", "busy", "restarts")}
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.started -= checkpoint["seconds"]
+        for name, value in checkpoint.get("record", {}).items():
+            setattr(self, name, value)
+        self.restarts += 1
+
+
+def _peak_memory() -> float:
+    """The most memory that this process has used, in GiB: of the GPU if it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class _EpochReporter(Callback):

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 import tokenpool
 from experiments import figures, protocol, tables
 from experiments.studies import Study, command, needs, status
-from tokenpool import results
+from tokenpool import files, results
 
 TABLE_TITLES = {
     "1": "Where the computation goes",
@@ -45,10 +44,8 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         version=tokenpool.__version__,
         commit=protocol.commit(),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with files.whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pickle
 from collections.abc import Callable
 from itertools import zip_longest
@@ -16,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tokenpool import files
 from tokenpool.downsampling import METHODS
 from tokenpool.version import __version__
 from tokenpool.vit import Setting, is_patched, patch
@@ -71,15 +71,8 @@ def save(model: VisionTransformer, path: str | Path) -> None:
     if differing:
         raise ValueError(f"{complaint} by its name and size: {differing[0][1]!r} in place of {differing[0][0]!r}")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with files.whole(path) as temporary:
         safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
-        os.replace(temporary, path)
-    except BaseException:  # a full disk, or an impatient user
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path: str | Path) -> VisionTransformer:
@@ -111,11 +104,16 @@ def load(path: str | Path) -> VisionTransformer:
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False) -> None:
     """Load weights into a model: safetensors, or a `.pth` checkpoint of tensors only (`weights_only=True`).
 
     Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
     left out where the model has none.
+
+    Args:
+        model: that timm has made, patched or not.
+        path: of the file.
+        other_classes: leave out a classifier for another number of classes, which then starts anew.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -140,6 +138,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
     may_miss = [key for key in own if ".downsampler." in key or key.endswith("attn.alpha")]
+    if other_classes:
+        heads = {f"{name}.{part}" for name in ("head", "head_dist") for part in ("weight", "bias")}
+        state = {key: value for key, value in state.items() if key not in heads or value.shape == own[key].shape}
+        may_miss += heads - set(state)
     _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss)
     model.load_state_dict(state, strict=False)
 

@@ -1,7 +1,5 @@
 """Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
 
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,83 +7,101 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
+from tokenpool.mixing import mixed
+from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
 from tokenpool.seeding import step_seed
 
 
-class EpochSampler(DistributedSampler):
-    """Shuffles by seed and epoch alone, shares out among ranks, and tells the data set the epoch.
+class _DataModule(LightningDataModule):
+    """Batches that depend on seed, epoch and step alone: not on the number of processes, nor on an interruption.
 
-    Lightning sets the epoch. Instead of the index i this yields epoch * length + i, which reaches the workers, too.
+    `batch_size` counts the images of one step of the optimiser, over all processes and accumulated batches.
     """
 
-    def __iter__(self) -> Iterator[int]:
-        return (self.epoch * len(self.dataset) + index for index in super().__iter__())
-
-
-class SeededDataset(Dataset):
-    """A data set whose random transforms depend on seed, epoch and index alone, not on worker, batch or restart."""
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, epoch_and_index: int) -> Any:
-        epoch, index = divmod(epoch_and_index, len(self.dataset))
-        with isolate_rng(include_cuda=False):
-            seed = step_seed(self.seed, epoch * len(self.dataset) + index)
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            return self.dataset[index]
-
-
-class _DataModule(LightningDataModule):
-    """Loaders whose order depends on seed and epoch alone, so that a resumed run sees what it would have seen."""
-
     num_classes: int
-    sampler: type[DistributedSampler] = DistributedSampler
     train_set: Dataset
     test_set: Dataset
+    allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer images to evaluate than processes
 
-    def __init__(self, batch_size: int, workers: int, seed: int) -> None:
+    def __init__(self, batch_size: int, workers: int, seed: int, mixup: float, cutmix: float, repeats: int) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.workers = workers
         self.seed = seed
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.repeats = repeats
 
     def train_dataloader(self) -> DataLoader:
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = self.sampler(self.train_set, num_replicas=ranks, rank=rank, seed=self.seed)
+        rank, ranks = self._processes
+        batch = self._training_batch()
+        sampler = EpochSampler(self.train_set, batch, rank, ranks, self.seed, self.repeats)
         # Lightning tells it of later epochs. Of the one that a resumed run begins with it tells too late for workers.
         sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0)
-        return self._loader(self.train_set, sampler=sampler, drop_last=len(self.train_set) >= self.batch_size)
+        return self._loader(ResumableLoader, self.train_set, batch // ranks, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return self.test_dataloader()
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        rank, ranks = self._processes
+        sampler = EvaluationSampler(self.test_set, rank, ranks)
+        return self._loader(DataLoader, self.test_set, max(self.batch_size // ranks, 1), sampler)
 
-    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if self.trainer is None or not self.trainer.training:
+            return images, labels
+        accumulated = self.trainer.accumulate_grad_batches
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of this batch in the epoch
+        step = self.trainer.global_step * accumulated + number % accumulated
+        images = self._augmented(images, step)
+        if not self.mixup and not self.cutmix:
+            return images, labels
+        mixup = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.num_classes)
+        return mixed(images, labels, mixup, self.seed, step, *self._processes)
+
+    def _augmented(self, images: Tensor, step: int) -> Tensor:
+        return images
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """Number of this process, and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _training_batch(self) -> int:
+        """Images a batch of all processes together, fewer where there are not so many."""
+        _, ranks = self._processes
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
+        unit = ranks * (2 if self.mixup or self.cutmix else 1)
+        batch, rest = divmod(self.batch_size, accumulated)
+        if rest or batch % unit:
+            pairs = ", in pairs for mixup" if unit > ranks else ""
+            raise ValueError(
+                f"batch_size = {self.batch_size} cannot be shared out evenly among {ranks} processes and {accumulated} "
+                f"accumulated batches{pairs}"
+            )
+        batch = min(batch, len(self.train_set) // unit * unit)
+        if not batch:
+            raise ValueError(f"{len(self.train_set)} training images are too few: expected at least {unit}")
+        return batch
+
+    def _loader(self, kind: type[DataLoader], dataset: Dataset, batch: int, sampler: DistributedSampler) -> DataLoader:
+        return kind(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=batch,
+            sampler=sampler,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
-            **options,
         )
 
 
@@ -96,18 +112,31 @@ class DigitsDataModule(_DataModule):
     shifted at random.
 
     Args:
-        batch_size: images a batch.
+        batch_size: images of one step of the optimiser, over all processes and accumulated batches.
         split: random state of the split.
         shift: the most pixels that a training image is shifted in each direction.
         workers: processes that load data.
-        seed: of order and shifts.
+        seed: of order, shifts and mixing.
+        mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
+        cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
+        repeats: how many times in a row an image comes, see `EpochSampler`.
     """
 
     num_classes = 10
     test_images = 450
 
-    def __init__(self, batch_size: int = 32, split: int = 0, shift: int = 2, workers: int = 0, seed: int = 0) -> None:
-        super().__init__(batch_size, workers, seed)
+    def __init__(
+        self,
+        batch_size: int = 32,
+        split: int = 0,
+        shift: int = 2,
+        workers: int = 0,
+        seed: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
         self.split = split
         self.shift = shift
 
@@ -123,15 +152,12 @@ class DigitsDataModule(_DataModule):
         self.train_set = TensorDataset(images[train], labels[train])
         self.test_set = TensorDataset(images[test], labels[test])
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        if self.trainer is None or not self.trainer.training:
-            return images, labels
-        # Drawn from the step's own seed, so that a resumed run shifts as an uninterrupted one.
-        seed = step_seed(self.seed, self.trainer.global_step, self.trainer.global_rank)
-        generator = torch.Generator().manual_seed(seed)
-        offsets = torch.randint(-self.shift, self.shift + 1, (len(images), 2), generator=generator)
-        return shifted(images, offsets.to(images.device)), labels
+    def _augmented(self, images: Tensor, step: int) -> Tensor:
+        # Drawn for the whole batch from the step's own seed, so that neither an interruption nor processes matter.
+        rank, ranks = self._processes
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+        offsets = torch.randint(-self.shift, self.shift + 1, (len(images) * ranks, 2), generator=generator)
+        return shifted(images, offsets[rank::ranks].to(images.device))
 
 
 class ImageFolderDataModule(_DataModule):
@@ -142,21 +168,22 @@ class ImageFolderDataModule(_DataModule):
     Args:
         root: folder that holds `train` (not needed to evaluate) and `val`.
         image_size: height and width in pixels.
-        batch_size: images a batch.
+        batch_size: images of one step of the optimiser, over all processes and accumulated batches.
         workers: processes that load data.
-        seed: of the order.
+        seed: of order, augmentation and mixing.
         mean: of each channel, for normalisation.
         std: of each channel.
         crop_pct: share of the resized image that evaluation crops.
         limit: evaluate on so many images only, evenly spaced over the folder's sorted list; 0 for all.
         part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
+        mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
+        cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
+        repeats: how many times in a row an image comes, see `EpochSampler`.
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
         ValueError: on reading an image that cannot be read; the message names it.
     """
-
-    sampler = EpochSampler
 
     def __init__(
         self,
@@ -170,8 +197,11 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: float = 0.9,
         limit: int = 0,
         part: str = "",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        repeats: int = 1,
     ) -> None:
-        super().__init__(batch_size, workers, seed)
+        super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
         self.root = Path(root)
         self.transforms = {"input_size": (3, image_size, image_size), "mean": mean, "std": std}
         self.crop_pct = crop_pct

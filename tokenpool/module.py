@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tokenpool import soft_selection
@@ -19,10 +20,12 @@ from tokenpool.seeding import step_seed
 class ClassificationModule(LightningModule):
     """Train with cross-entropy, AdamW and a cosine schedule; test top-1 and top-5 accuracy.
 
-    With soft selection in the model (PoWER-BERT's second stage) the loss gains `retention_penalty` times
-    `soft_selection.retention_loss`, and the retention weights have their own learning rate.
+    Labels are classes (B,), or targets (B, classes) as mixup makes them. With soft selection in the model (PoWER-BERT's
+    second stage) the loss gains `retention_penalty` times `soft_selection.retention_loss`, and the retention weights
+    have their own learning rate.
 
-    Every step is seeded by its number, so that a run resumed at an epoch's end repeats what an uninterrupted one does.
+    Every step is seeded by its number, and the sums behind the epoch's training loss are part of checkpoints, so that a
+    run resumed in the middle of an epoch repeats what an uninterrupted one does.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
@@ -34,6 +37,11 @@ class ClassificationModule(LightningModule):
         retention_penalty: the weight lambda of the retention loss.
         retention_learning_rate: of the retention weights, at its peak.
         seed: of stochastic layers, such as stochastic depth and random selection.
+        final_learning_rate: at which the cosine ends.
+        ema_decay: of the exponential moving average of the weights, by step; it is tested beside the model. 0: none.
+
+    Attributes:
+        ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
     """
 
     def __init__(
@@ -47,23 +55,37 @@ class ClassificationModule(LightningModule):
         retention_penalty: float = 0.0,
         retention_learning_rate: float = 1e-2,
         seed: int = 0,
+        final_learning_rate: float = 0.0,
+        ema_decay: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay = {ema_decay} must lie in [0, 1)")
+        if final_learning_rate > learning_rate:
+            raise ValueError(f"final_learning_rate = {final_learning_rate} is above learning_rate = {learning_rate}")
         self.model = model
         self.learning_rate = learning_rate
+        self.final_learning_rate = final_learning_rate
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
         self.label_smoothing = label_smoothing
         self.retention_penalty = retention_penalty
         self.retention_learning_rate = retention_learning_rate
         self.seed = seed
+        self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
         accuracy = {
             name: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
             for name, k in (("top1", 1), ("top5", 5))
         }
-        self.val_metrics = MetricCollection(accuracy, prefix="val_")
-        self.test_metrics = MetricCollection(accuracy, prefix="test_").clone()
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        measures = MetricCollection(accuracy | {"loss": MeanMetric(nan_strategy="disable")}, compute_groups=False)
+        self.train_metrics = MetricCollection(
+            {"top1": accuracy["top1"], "loss": MeanMetric(nan_strategy="disable")}, compute_groups=False
+        ).clone(prefix="train_")
+        self.val_metrics, self.test_metrics = measures.clone(prefix="val_"), measures.clone(prefix="test_")
+        self.val_ema_metrics, self.test_ema_metrics = (
+            measures.clone(prefix="val_ema_"),
+            measures.clone(prefix="test_ema_"),
+        )
         self.searches = bool(soft_selection.layers(model))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,31 +102,74 @@ class ClassificationModule(LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if self.searches:
             loss = loss + self.retention_penalty * soft_selection.retention_loss(self.model)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.global_step}; lower the learning rate")
-        self.train_top1(logits, labels)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
-        self.log("train_top1", self.train_top1, on_step=False, on_epoch=True)
+        self._check_finite(loss.detach())
+        classes = labels.argmax(-1) if labels.dim() == 2 else labels  # of a mixed image, the one of the larger share
+        self.train_metrics["top1"].update(logits.detach(), classes)
+        self.train_metrics["loss"].update(loss.detach(), weight=len(images))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.train_metrics.compute())
+        self.train_metrics.reset()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.searches:
             soft_selection.clamp_retention(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, self.val_metrics, self.val_ema_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation(self.val_metrics, self.val_ema_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, self.test_metrics, self.test_ema_metrics)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, stage: str) -> None:
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation(self.test_metrics, self.test_ema_metrics)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of the epoch so far, those of all processes together."""
+        sums = {}
+        for name, metric in self.train_metrics.items(keep_base=True):
+            with metric.sync_context():
+                sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+        checkpoint["train_sums"] = sums
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_rank == 0:  # once among all processes
+            for name, sums in checkpoint.get("train_sums", {}).items():
+                for key, value in sums.items():
+                    setattr(self.train_metrics[name], key, value.to(self.device))
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, ema: MetricCollection) -> None:
         images, labels = batch
-        logits = self(images)
-        metrics.update(logits, labels)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        loss = F.cross_entropy(logits, labels)
-        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
+        for model, measures in ((self.model, metrics), (self.ema, ema)):
+            if model is not None:
+                logits = model(images)
+                measures["top1"].update(logits, labels)
+                measures["top5"].update(logits, labels)
+                measures["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+
+    def _log_evaluation(self, metrics: MetricCollection, ema: MetricCollection) -> None:
+        for measures in (metrics, ema) if self.ema is not None else (metrics,):
+            self.log_dict(measures.compute(), prog_bar=True)
+            measures.reset()
+
+    def _check_finite(self, loss: Tensor) -> None:
+        """Stop all processes before the weights are spoilt, even if the loss of one of them only is not finite."""
+        finite = loss.isfinite().float()
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce(finite, reduce_op="min")
+        if not finite:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step}, at a learning rate of {rate:.3g}"
+            )
 
     def configure_optimizers(self) -> dict:
         retention = {id(layer.retention): layer.retention for layer in soft_selection.layers(self.model)}
@@ -120,10 +185,13 @@ class ClassificationModule(LightningModule):
         total = self._total_steps()
         warmup = self.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
 
+        end = self.final_learning_rate / self.learning_rate if self.learning_rate else 0.0
+
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            return end + (1 - end) * cosine
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

@@ -1,14 +1,14 @@
 """Finished runs as JSON files, one run one file, and as a DataFrame, one row a run."""
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from tokenpool import files
 
 SECTIONS = ("setting", "metrics", "cost")
 
@@ -22,20 +22,8 @@ def save(run: dict[str, Any], path: str | Path) -> None:
         path: of the file to write; its folder is made if need be.
     """
     _check(run, path)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(run, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with files.whole(path) as temporary:
+        temporary.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:

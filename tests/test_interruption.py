@@ -1,0 +1,184 @@
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors.torch import load_file
+
+from experiments import protocol
+from experiments.protocol import Run
+from tokenpool import files, interruption, results
+from tokenpool.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
+
+TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax", "drop_path_rate": 0.2}
+RUN = Run(
+    stage="train",
+    label="wkmedoids",
+    data="digits",
+    model="deit_digits_patch2_16",
+    downsampler="wkmedoids",
+    keep=(9, 4, 1),
+    epochs=3,
+    batch_size=128,  # ten batches an epoch
+    learning_rate=5e-3,
+    warmup_epochs=1,
+    mixup=0.8,
+    cutmix=1.0,
+    repeats=3,
+    ema_decay=0.9,
+    model_options=TINY,
+)
+
+
+class Kicker(Callback):
+    """Sends this process a signal after given steps of training."""
+
+    def __init__(self, number: int, steps: set[int]) -> None:
+        self.number = number
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if trainer.global_step + 1 in self.steps:
+            self.steps.remove(trainer.global_step + 1)
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def kicked(monkeypatch: pytest.MonkeyPatch):
+    """A function that lets `execute` be signalled at given steps, and calls it until the run is done."""
+
+    def execute(run: Run, folder: Path, number: int, steps: set[int]) -> int:
+        make, kicker, attempts = protocol._trainer, Kicker(number, steps), 0
+        monkeypatch.setattr(protocol, "_trainer", lambda run, folder, callbacks, *rest: make(
+            run, folder, [kicker, *callbacks], *rest
+        ))  # fmt: skip
+        while True:
+            attempts += 1
+            try:
+                protocol.execute(run, folder)
+                return attempts
+            except Interrupted:
+                assert protocol.checkpoint_path(run, folder).exists()
+
+    return execute
+
+
+def weights(run: Run, folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(protocol.weights_path(name, folder)) for name in (run.name, f"{run.name}.ema")]
+
+
+def epochs(run: Run, folder: Path) -> list[dict]:
+    return results.read(protocol.result_path(run, folder))["epochs"]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=["plain", "accumulated"])
+def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, kicked, options: dict) -> None:
+    run = dataclasses.replace(RUN, trainer_options=options)
+    protocol.execute(run, tmp_path / "whole")
+    # In the middle of epochs, at the first batch, and at an epoch's last batch.
+    steps = {1, 2, 5, 9, 10, 11, 17, 20, 25, 29}
+    assert kicked(run, tmp_path / "kicked", signal.SIGTERM, set(steps)) == 1 + len(steps)
+    for whole, resumed in zip(weights(run, tmp_path / "whole"), weights(run, tmp_path / "kicked"), strict=True):
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert epochs(run, tmp_path / "whole") == epochs(run, tmp_path / "kicked")
+    first, second = (results.read(protocol.result_path(run, tmp_path / name)) for name in ("whole", "kicked"))
+    assert first["metrics"] == second["metrics"] and second["restarts"] == len(steps) and first["restarts"] == 0
+    assert not protocol.checkpoint_path(run, tmp_path / "kicked").exists()
+
+
+def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "bin" / "scontrol"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    monkeypatch.setattr(interruption, "slurm_job", lambda: "12_3")
+    assert kicked(RUN, tmp_path / "runs", signal.SIGUSR1, {4, 15}) == 3
+    assert (tmp_path / "calls").read_text() == "requeue 12_3\n" * 2
+
+    fake.write_text('#!/bin/sh\necho "Access denied" >&2\nexit 1\n')
+    again = dataclasses.replace(RUN, seed=1)
+    with pytest.raises(RuntimeError, match="Slurm does not requeue job 12_3 .Access denied.; its state is saved in"):
+        kicked(again, tmp_path / "runs", signal.SIGUSR1, {4})
+    assert protocol.checkpoint_path(again, tmp_path / "runs").exists()
+
+
+def test_the_name_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert slurm_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert slurm_job() == "17"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "15")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_job() == "15_2"
+
+
+def test_signals_are_noted_while_listening_only() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with listening() as signals:
+        assert signals.wish == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wish == interruption.STOP
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wish == interruption.REQUEUE
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_blocked_signal_is_heard_when_listening_begins() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with listening() as signals:
+            assert signals.wish == interruption.REQUEUE
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setenv("TOKENPOOL_MINUTES", "0")
+    monkeypatch.setattr(InterruptibleCheckpoint, "_save", lambda self, trainer: saved.append(trainer.global_step))
+    protocol.execute(dataclasses.replace(RUN, epochs=1), tmp_path)
+    assert saved == list(range(1, 11))
+    monkeypatch.setenv("TOKENPOOL_MINUTES", "soon")
+    with pytest.raises(ValueError, match="TOKENPOOL_MINUTES = 'soon' must be a number"):
+        protocol.execute(dataclasses.replace(RUN, epochs=1), tmp_path / "other")
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with files.whole(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+    with pytest.raises(TypeError), files.whole(path) as temporary, open(temporary, "w") as file:
+        json.dump(["second", object()], file)  # fails after it has written
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> None:
+    """The limit on a file's size stands for a full disk: the system refuses to write on in the middle."""
+    path = tmp_path / "state.ckpt"
+    script = f"""
+import resource, signal, torch
+from tokenpool.interruption import WholeCheckpoints
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+WholeCheckpoints().save_checkpoint({{"weights": torch.zeros(1000)}}, {str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+WholeCheckpoints().save_checkpoint({{"weights": torch.ones(1000000)}}, {str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert re.search(r"OSError: cannot write .*state.ckpt: .*; what it held before is still there", done.stderr)
+    assert torch.load(path)["weights"].equal(torch.zeros(1000)) and list(tmp_path.iterdir()) == [path]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # of the child only

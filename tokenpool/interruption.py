@@ -1,0 +1,173 @@
+"""Training that survives interruption: saved whole in the middle of an epoch, stopped by signals, requeued by Slurm."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from tokenpool import files
+
+SAVE, STOP, REQUEUE = 1, 2, 3  # what a process wants at the end of a batch; of different wishes the greatest is done
+
+
+class Interrupted(Exception):
+    """A signal has stopped training. Its state is saved.
+
+    Attributes:
+        requeued: whether Slurm will start the job again.
+    """
+
+    def __init__(self, message: str, requeued: bool) -> None:
+        super().__init__(message)
+        self.requeued = requeued
+
+
+@dataclass
+class Signals:
+    """What the signals received so far ask for: 0, STOP or REQUEUE."""
+
+    wish: int = 0
+
+
+@contextmanager
+def listening() -> Iterator[Signals]:
+    """Note SIGTERM (stop) and SIGUSR1 (stop, and be requeued) instead of dying of them, until the block ends.
+
+    Handlers that save at once, as Lightning's do, find one process in the middle of a collective operation and another
+    one before it, and hang. Outside of the main thread, where Python sets no handlers, nothing is noted.
+    """
+    signals = Signals()
+    wishes = {signal.SIGTERM: STOP, signal.SIGUSR1: REQUEUE}
+
+    def note(number: int, frame: Any) -> None:
+        signals.wish = max(signals.wish, wishes[signal.Signals(number)])
+
+    try:
+        before = {number: signal.signal(number, note) for number in wishes}
+    except ValueError:  # not in the main thread
+        yield signals
+        return
+    # Whoever has blocked them, so as not to die of them before this, gets them now.
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, wishes)
+    try:
+        yield signals
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class InterruptibleCheckpoint(Checkpoint):
+    """Saves the state of training after each epoch, every so many minutes, and when a signal asks to stop.
+
+    All processes agree on it at the end of a batch, save together, and stop together; with SIGUSR1 under Slurm, which
+    `sbatch --signal=USR1@300` sends before the time limit, the first one has the job requeued. With the data modules of
+    this package training then goes on at the next batch, and ends with the same weights as without an interruption.
+
+    Args:
+        path: of the file; each save replaces it, whole (see `WholeCheckpoints`).
+        signals: what `listening` yields.
+        minutes: between saves in the middle of an epoch.
+
+    Raises:
+        Interrupted: in `trainer.fit` and `trainer.test`, when training has stopped.
+        RuntimeError: if Slurm refuses to requeue the job; the state is saved.
+    """
+
+    def __init__(self, path: str | Path, signals: Signals, minutes: float = 10.0) -> None:
+        self.path = Path(path)
+        self.signals = signals
+        self.minutes = minutes
+        self._saved = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._saved = time.monotonic()
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        # Lightning's handler of SIGTERM, set since, waits for other processes from within the handler.
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.on_train_start(trainer, module)
+        wish = self._agreed(trainer)
+        if wish >= STOP:  # training, if there was any, is saved since its last epoch's end
+            self._stop(trainer, wish)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # until the epoch's end, or the step's
+        wish = self._agreed(trainer)
+        if wish:
+            self._save(trainer)
+        if wish >= STOP:
+            self._stop(trainer, wish)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer)
+        wish = self._agreed(trainer)
+        if wish >= STOP:
+            self._stop(trainer, wish)
+
+    def _agreed(self, trainer: Trainer) -> int:
+        """The greatest of the processes' wishes, the same in all of them."""
+        due = trainer.is_global_zero and time.monotonic() - self._saved > 60 * self.minutes
+        wish = self.signals.wish or (SAVE if due else 0)
+        if trainer.world_size == 1:
+            return wish
+        shared = torch.tensor(wish, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(shared, reduce_op="max"))
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved = time.monotonic()
+
+    def _stop(self, trainer: Trainer, wish: int) -> None:
+        job = slurm_job()
+        if wish == STOP or job is None:
+            raise Interrupted(f"stopped by a signal at step {trainer.global_step}", requeued=False)
+        error = _requeue(job) if trainer.is_global_zero else ""
+        trainer.strategy.barrier("requeued")
+        if error:
+            raise RuntimeError(f"Slurm does not requeue job {job} ({error}); its state is saved in {self.path}")
+        raise Interrupted(f"stopped at step {trainer.global_step}; Slurm will go on with job {job}", requeued=True)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints on a local or shared disk that are there whole or not at all, to be given to Lightning's Trainer."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with files.whole(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def slurm_job() -> str | None:
+    """The name by which Slurm requeues the job or array task that this process is part of; None outside of Slurm."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
+    return job if job and re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def _requeue(job: str) -> str:
+    """Have Slurm requeue a job; what it says if it does not."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
