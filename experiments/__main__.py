@@ -151,7 +151,9 @@ def figure(
 
 @app.command()
 def report(
-    preset: Annotated[list[str] | None, typer.Option(help=_PRESETS + " Repeatable; default: all.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help=_PRESETS + " Repeatable; default: all that have results.")
+    ] = None,
     results: Annotated[
         Path | None, typer.Option(help="Folder with one folder of results a preset. Default: results.")
     ] = None,
@@ -163,7 +165,8 @@ def report(
     from experiments.studies import Study
 
     folder = results or Path("runs" if quick else "results")
-    studies = [Study(presets.get(name), folder / name, full=not quick) for name in preset or presets.NAMES]
+    names = preset or [name for name in presets.NAMES if (folder / name).is_dir()] or presets.NAMES[:1]
+    studies = [Study(presets.get(name), folder / name, full=not quick) for name in names]
     print(f"page: {page.write(studies, output)}")
 
 
@@ -245,11 +248,16 @@ def train(
     pretrained: Pretrained = False,
     start: Annotated[Path | None, typer.Option(help="Start from the weights in this file.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: as the preset's base model.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all processes.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="At its peak.")] = None,
     warmup_epochs: Annotated[float | None, typer.Option(min=0, help="Over which the learning rate rises.")] = None,
+    final_learning_rate: Annotated[float | None, typer.Option(min=0, help="At which its cosine ends.")] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="Of AdamW.")] = None,
     label_smoothing: Annotated[float | None, typer.Option(min=0, max=1, help="Of the cross-entropy.")] = None,
+    mixup: Annotated[float | None, typer.Option(min=0, help="Alpha of mixup's ratio; 0: none.")] = None,
+    cutmix: Annotated[float | None, typer.Option(min=0, help="Alpha of CutMix's ratio; 0: none.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Of an image in a row: repeated augmentation.")] = None,
+    ema_decay: Annotated[float | None, typer.Option(min=0, help="Of the weights' moving average; 0: none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     split: Split = 0,
     name: Name = "",
@@ -276,7 +284,7 @@ def train(
         qk_norm=qk_norm,
         alpha=alpha,
         learn_alpha=learn_alpha,
-        pretrained=pretrained,
+        pretrained=pretrained or (chosen.pretrained and model == chosen.model and start is None),
         start=_path(start),
         epochs=_given(epochs, chosen.base_epochs),
         batch_size=_given(batch_size, chosen.batch_size),
@@ -284,11 +292,17 @@ def train(
         warmup_epochs=_given(warmup_epochs, chosen.warmup_epochs),
         weight_decay=_given(weight_decay, chosen.weight_decay),
         label_smoothing=_given(label_smoothing, chosen.label_smoothing),
+        final_learning_rate=_given(final_learning_rate, chosen.final_learning_rate),
+        mixup=_given(mixup, chosen.mixup),
+        cutmix=_given(cutmix, chosen.cutmix),
+        repeats=_given(repeats, chosen.repeats),
+        ema_decay=_given(ema_decay, chosen.ema_decay),
+        crop_pct=chosen.crop_pct,
         seed=seed,
         split=split,
         options=options,
         model_options=model_options,
-        trainer_options=_options(trainer),
+        trainer_options=chosen.trainer_options | _options(trainer),
     )
     _execute(run, output)
     print(f"weights: {weights_path(run.name, output)}")

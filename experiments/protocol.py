@@ -35,6 +35,10 @@ from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
+NAMED = {
+    "imagenet": "ImageNet, a folder in its layout",
+    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/*",
+}
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -46,8 +50,8 @@ class Run:
         stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
             of `measurements.MEASURES`.
         label: tells runs of one stage and seed apart; part of the file's name.
-        data: "digits"; "imagenet", the folder that the environment variable TOKENPOOL_DATA names; or a folder in
-            ImageNet's layout.
+        data: "digits"; "imagenet" or "cifar10", the images that the environment variable TOKENPOOL_DATA names; or a
+            folder in ImageNet's layout.
         model: name of the timm model.
         variant: name of the base model in its study, empty for the main one.
         downsampler: name of the method; "soft_selection" in a search.
@@ -368,9 +372,9 @@ def data_module(run: Run) -> LightningDataModule:
         if run.limit or run.part:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
-    folder = os.environ.get(DATA) if run.data == "imagenet" else run.data
+    folder = os.environ.get(DATA) if run.data in NAMED else run.data
     if not folder:
-        raise ValueError(f"no images: --data FOLDER or the variable {DATA} must name a folder in ImageNet's layout")
+        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
     config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
     return ImageFolderDataModule(
         folder,
@@ -390,7 +394,7 @@ def _batches(run: Run) -> dict[str, Any]:
 
 
 def _workers() -> int:
-    """Processes that load data for one that trains: $TOKENPOOL_WORKERS, or as many as Slurm has given it cores, or 2."""
+    """Processes that load data for one that trains: $TOKENPOOL_WORKERS, as many as Slurm has given it cores, or 2."""
     if parent_process():
         return 0  # a study has processes enough, and starting more costs it seconds a run
     return _number(WORKERS, int(os.environ.get("SLURM_CPUS_PER_TASK", 2)))

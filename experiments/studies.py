@@ -43,7 +43,7 @@ class Study:
     @property
     def levels(self) -> range:
         """Numbers of the schedules, 0 the mildest."""
-        return range(schedules.LEVELS if self.preset.schedules else len(self.penalties))
+        return range(schedules.LEVELS if self.preset.main.schedules else len(self.penalties))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -58,7 +58,8 @@ class Study:
     def base(self, seed: int, variant: Variant | None = None) -> Run:
         """Stage 1: a base model."""
         variant = variant or self.preset.main
-        return Run("base", variant.name, **self._common(seed, variant), epochs=self.preset.base_epochs)
+        common = self._common(seed, variant) | {"pretrained": self.preset.pretrained}
+        return Run("base", variant.name, **common, epochs=self.preset.base_epochs)
 
     def searches(self, variant: Variant) -> list[Run]:
         """Stage 2: soft selection for each penalty, from the first seed's base model. All seeds share the schedules."""
@@ -158,7 +159,7 @@ class Study:
             for level in self.levels if method != "none" else [None]:
                 label = method if level is None else f"{method}-level{level}"
                 keep = None if level is None else self.schedule(main, level)
-                carry = self.preset.pretrained and method in CLUSTERINGS  # as in the accuracies
+                carry = not self.preset.trains and method in CLUSTERINGS  # as in the accuracies
                 runs.append(Run("throughput", label, **common, downsampler=method, keep=keep, level=level, carry=carry))
         return runs
 
@@ -179,9 +180,10 @@ class Study:
 
     def schedule(self, variant: Variant, level: int) -> tuple[int, ...] | None:
         """The schedule of that level: the paper's, or as learned; None if its search is not finished."""
-        if self.preset.schedules:
-            return tuple(schedules.paper(self.preset.schedules, level))
-        return self._learned[self._searched(variant).name][level]
+        searched = self._searched(variant)
+        if searched.schedules:
+            return tuple(schedules.paper(searched.schedules, level))
+        return self._learned[searched.name][level]
 
     def prerequisites(self, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         """Base models and searches that those of the runs which are not finished still need."""
@@ -313,7 +315,7 @@ class Study:
 
     @cached_property
     def _typical(self) -> pd.Series:
-        """Median seconds of the finished runs by stage and downsampler, for each epoch where they have epochs."""
+        """Median seconds of one process that finished runs took for an epoch, by stage, method and model."""
         if not self.folder.is_dir() or not any(self.folder.glob("*.json")):
             return pd.Series(dtype=float)
         try:
@@ -322,19 +324,21 @@ class Study:
                 frame = results.load(self.folder, skip_broken=True)
         except ValueError:  # all of them are broken
             return pd.Series(dtype=float)
-        each = frame["seconds"] / frame["epochs"].clip(lower=1)
-        return each.groupby([frame["stage"], frame["downsampler"]]).median()
+        processes = frame["processes"].fillna(1) if "processes" in frame else 1
+        each = frame["seconds"] * processes / frame["epochs"].clip(lower=1)
+        return each.groupby([frame["stage"], frame["downsampler"], frame["variant"].fillna("")]).median()
 
     def _estimate(self, run: Run) -> float:
         otherwise = self.preset.epoch_seconds if run.epochs else self.preset.evaluation_seconds
-        return max(run.epochs, 1) * self._typical.get((run.stage, run.downsampler), otherwise)
+        effort = next((variant.effort for variant in self._variants if variant.name == run.variant), 1.0)
+        return max(run.epochs, 1) * self._typical.get((run.stage, run.downsampler, run.variant), otherwise * effort)
 
     def _common(self, seed: int, variant: Variant) -> dict[str, Any]:
         preset = self.preset
         return {
             "variant": variant.name,
             "data": preset.data,
-            "model": preset.model,
+            "model": variant.model or preset.model,
             "model_options": preset.model_options | variant.model_options,
             "qk_norm": variant.qk_norm,
             "alpha": variant.alpha,
@@ -344,12 +348,19 @@ class Study:
             "warmup_epochs": preset.warmup_epochs,
             "weight_decay": preset.weight_decay,
             "label_smoothing": preset.label_smoothing,
+            "final_learning_rate": preset.final_learning_rate,
+            "mixup": preset.mixup,
+            "cutmix": preset.cutmix,
+            "repeats": preset.repeats,
+            "ema_decay": preset.ema_decay,
+            "crop_pct": preset.crop_pct,
+            "trainer_options": preset.trainer_options,
             "seed": seed,
             "split": seed,
         }
 
     def _start(self, seed: int, variant: Variant) -> dict[str, Any]:
-        return {"pretrained": True} if self.preset.pretrained else {"start": self.base(seed, variant).name}
+        return {"start": self.base(seed, variant).name} if self.preset.trains else {"pretrained": True}
 
     def _tuned(self, seed: int, variant: Variant) -> dict[str, Any]:
         return self._common(seed, variant) | self._start(seed, variant) | {"epochs": self.preset.finetune_epochs}
@@ -387,7 +398,7 @@ def command(study: Study, name: str, *options: str) -> str:
         parts.append(f"--results {study.folder}")
     if not study.full:
         parts.append("--quick")
-    if "--run" in options and study.preset.data == "imagenet":
+    if "--run" in options and study.preset.data in ("imagenet", "cifar10"):
         parts.append("--data FOLDER")
     return " ".join([*parts, *options])
 
@@ -408,7 +419,7 @@ def protocol_runs(study: Study) -> list[Run]:
     Raises:
         ValueError: for a preset that trains nothing.
     """
-    if study.preset.pretrained:
+    if not study.preset.trains:
         raise ValueError(f"preset {study.preset.name} trains nothing; {command(study, 'figure 9', '--run')}")
     if not study.full:
         return [*_bases(study), *_main(study, study.preset.methods)]
@@ -420,7 +431,7 @@ def everything(study: Study) -> list[Run]:
     """The runs of all tables and figures of the full study, or those of the quick one."""
     if not study.full:
         return protocol_runs(study)
-    needed = [] if study.preset.pretrained else protocol_runs(study)
+    needed = protocol_runs(study) if study.preset.trains else []
     needed += [run for name in _NEEDS for run in needs(study, name)]
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in needed}.values()
@@ -449,7 +460,7 @@ def _label(variant: Variant, label: str) -> str:
 
 
 def _trained(needed: Callable[[Study], list[Run]]) -> Callable[[Study], list[Run]]:
-    return lambda study: [] if study.preset.pretrained else needed(study)
+    return lambda study: needed(study) if study.preset.trains else []
 
 
 def _bases(study: Study) -> list[Run]:
@@ -505,7 +516,7 @@ def _normalised(study: Study, figure: str) -> list[Run]:
 def _timed(study: Study) -> list[Run]:
     """Throughput of what Figure 12 draws, and the accuracies: fine-tuned, or of the pretrained model with carry."""
     clusterings = ("wkmeans", "wkmedoids")
-    if study.preset.pretrained:
+    if not study.preset.trains:
         accurate = [
             *study.evaluations(("none", "power_bert"), carry=False),
             *study.evaluations(clusterings, carry=True),

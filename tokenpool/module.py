@@ -72,7 +72,7 @@ class ClassificationModule(LightningModule):
         self.retention_penalty = retention_penalty
         self.retention_learning_rate = retention_learning_rate
         self.seed = seed
-        self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+        self.ema = ModelEmaV3(model, decay=ema_decay).requires_grad_(False) if ema_decay else None
         accuracy = {
             name: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
             for name, k in (("top1", 1), ("top5", 5))

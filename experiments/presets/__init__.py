@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-NAMES = ("digits", "pretrained")
+NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,18 @@ class Variant:
         name: part of the names of its runs; empty for the study's main model.
         title: what figures call it.
         model_options: of the timm model, beside the preset's.
+        model: name of the timm model, where it is not the preset's.
+        schedules: name of the paper's schedules (see `tokenpool.schedules.paper`) to use instead of a search.
+        effort: of an epoch, relative to the main model's, for estimates.
         qk_norm: see `tokenpool.patch`, as the others below.
     """
 
     name: str
     title: str
     model_options: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    schedules: str | None = None
+    effort: float = 1.0
     qk_norm: str | None = None
     alpha: float = 1.0
     learn_alpha: bool = False
@@ -33,22 +39,27 @@ class Preset:
     Attributes:
         name: of the preset.
         title: of its data, as figures state it.
-        data: "digits"; "imagenet", the folder that `--data` names; or a folder in ImageNet's layout.
+        data: "digits"; "imagenet" or "cifar10", the images that `--data` names; or a folder in ImageNet's layout.
         model: name of the timm model.
-        pretrained: take the weights that `--weights` names, or timm's, instead of training base models.
-        base_epochs: of the base model's training (stage 1).
+        pretrained: start from the weights that `--weights` names, or from timm's, instead of training afresh.
+        base_epochs: of the base model's training (stage 1); 0 for a preset that trains nothing.
         search_epochs: of each search for a schedule (stage 2).
         finetune_epochs: of each method's fine-tuning (stage 3), and of the base model's (stage 4).
-        batch_size: images a batch.
+        batch_size: images of one step of the optimiser, over all processes.
         learning_rate: at its peak, in stages 1, 3 and 4.
         warmup_epochs: of the learning rate.
+        final_learning_rate: at which its cosine ends.
         label_smoothing: of the cross-entropy.
         weight_decay: of AdamW.
+        mixup: alpha of mixup's ratio; 0 for none.
+        cutmix: alpha of CutMix's ratio; 0 for none.
+        repeats: of an image in a row (repeated augmentation).
+        ema_decay: of the moving average of the weights; 0 for none.
+        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
         search_learning_rate: of the network in stage 2.
         retention_learning_rate: of the retention weights in stage 2.
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
         full_penalties: the same for the full study.
-        schedules: name of the paper's schedules (see `tokenpool.schedules.paper`) to use instead of a search.
         methods: fine-tuned with every schedule in the quick study; in the full one all are.
         seeds: of the study; each has its own base model and its own split of the data.
         full_seeds: of the full study.
@@ -64,6 +75,7 @@ class Preset:
         budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
         depth: blocks.
         model_options: further arguments of the timm model.
+        trainer_options: of Lightning's Trainer, such as the precision.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
         evaluation_seconds: the same for a run without training.
     """
@@ -85,11 +97,16 @@ class Preset:
     warmup_epochs: float = 5
     label_smoothing: float = 0.1
     weight_decay: float = 0.05
+    final_learning_rate: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+    ema_decay: float = 0.0
+    crop_pct: float = 0.0
     search_learning_rate: float = 0.0
     retention_learning_rate: float = 1e-2
     penalties: tuple[float, ...] = ()
     full_penalties: tuple[float, ...] = ()
-    schedules: str | None = None
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     full_seeds: tuple[int, ...] = (0,)
@@ -100,8 +117,14 @@ class Preset:
     redundancy_images: int = 0
     budgets: tuple[float, ...] = ()
     model_options: dict[str, Any] = field(default_factory=dict)
+    trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are models to train; else all is measured on pretrained ones."""
+        return self.base_epochs > 0
 
 
 def get(name: str) -> Preset:

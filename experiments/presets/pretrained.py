@@ -23,8 +23,7 @@ PRESET = Preset(
     clustered_level=3,
     redundancy_images=200,
     budgets=(0.8, 0.65),
-    schedules="deit_e252",
     stands_for="deit_tiny",
-    main=Variant("", "DeiT-Ti"),
+    main=Variant("", "DeiT-Ti", schedules="deit_e252"),
     evaluation_seconds=25.0,
 )
