@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def test_interrupted_anywhere_it_goes_on(folder: Path, tmp_path: Path, read: lis
 
     monkeypatch.setattr(check_data, "_outcome", interrupted)
     # After ten images; after the bad one of these, tried again, and five more; before the two bad ones are tried again.
-    for stop in ([True, False, False], [True, False, False], [True]):  # from the end
+    for stops in ([True, False, False], [True, False, False], [True]):  # from the end
+        stop = stops
         with pytest.raises(KeyboardInterrupt):
             lines(folder, output)
         assert not output.exists()
@@ -180,7 +182,7 @@ def test_hugging_face(folder: Path, tmp_path: Path, read: list[str]) -> None:
 
 
 def command(folder: Path, output: Path) -> subprocess.Popen:
-    arguments = ["check-data", "--data", str(folder), "--jobs", "2", "--output", str(output)]
+    arguments = ["check-data", "--data", str(folder), "--jobs", "1", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments", *arguments],
@@ -202,7 +204,7 @@ def writer(pipe: Path) -> int | None:
 
 
 def wait_for(condition: object) -> object:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # on a busy machine
     while (value := condition()) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert value is not None
@@ -216,7 +218,7 @@ def test_ctrl_c(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     process = command(folder, output)
     held = wait_for(lambda: writer(pipe))  # now a worker reads it
-    time.sleep(0.5)
+    time.sleep(1)  # the images before it have been read, and the main process hears of that
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
@@ -229,9 +231,7 @@ def test_ctrl_c(folder: Path, tmp_path: Path) -> None:
     before = first.stat()
     first.write_bytes(b"x" * before.st_size)
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    process = command(folder, output)
-    os.close(wait_for(lambda: writer(pipe)))
-    printed, error = process.communicate(timeout=60)
-    assert f"cannot read image {pipe}: " in printed and "00.png" not in printed
-    assert process.returncode == 1 and "error: 1 of 46 images cannot be read" in error
+    threading.Thread(target=lambda: os.close(wait_for(lambda: writer(pipe)))).start()
+    printed, error = lines(folder, output)
+    assert error == "1 of 46 images cannot be read" and f"cannot read image {pipe}: " in printed[2]
     assert json.loads(output.read_text())["done"] == 46
