@@ -12,7 +12,11 @@ import yaml
 from experiments import presets
 from tokenpool.downsampling import METHODS
 
-_DIGITS_OR_FOLDER = '"digits", or a folder in ImageNet\'s layout: FOLDER/train/<class>/* and FOLDER/val/<class>/*.'
+_FOLDER_OR_HUB = (
+    "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
+    "Hugging Face datasets opens (hf:ILSVRC/imagenet-1k)."
+)
+_DIGITS_OR_FOLDER = f'"digits", or images. {_FOLDER_OR_HUB}'
 _MODELS = (
     "Any VisionTransformer of timm (python -c \"import timm; print(timm.list_models('*vit*'))\"), such as "
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
@@ -183,7 +187,7 @@ def _study(preset: str, results: Path | None, quick: bool, data: Path | None, we
     chosen = presets.get(preset)
     for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
         if path is not None:
-            if not path.exists():
+            if not path.exists() and not str(path).startswith("hf:"):
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
     return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)
@@ -387,6 +391,21 @@ def explain(
         print(line)
 
 
+@app.command("check-data")
+def check_data(
+    data: Annotated[str, typer.Option(help=_FOLDER_OR_HUB)],
+    part: Annotated[list[str] | None, typer.Option(help="train or val. Repeatable; default: both.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write. Default: in runs/check-data/.")] = None,
+) -> None:
+    """Read every image once, and name those that cannot be read. Goes on where it was interrupted."""
+    from experiments.check_data import PARTS
+    from experiments.check_data import check_data as checked
+
+    for line in checked(data, part or PARTS, jobs or _cores(), output):
+        print(line)
+
+
 def _execute(run: Any, folder: Path) -> None:
     """Execute a run that is not finished, and say what came out."""
     from experiments import protocol, runner
@@ -464,8 +483,10 @@ def main() -> None:
         if os.environ.get("TOKENPOOL_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on where this one stopped")
+    except SystemExit as error:
+        if error.code == 130:  # what typer makes of Ctrl-C
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tokenpool
 from tokenpool import plotting
-from tokenpool.data import load_image
 from tokenpool.downsampling import METHODS, Convolution, Downsampler
+from tokenpool.images import load_image
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
 

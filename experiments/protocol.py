@@ -35,9 +35,9 @@ from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
-NAMED = {
-    "imagenet": "ImageNet, a folder in its layout",
-    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/*",
+NAMED = {  # data, and what messages call them
+    "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
+    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
 }
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule, load_image, shifted
+from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted
+from tokenpool.images import load_image
 
 
 @pytest.fixture

@@ -1,20 +1,17 @@
 """Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
 
+from tokenpool.images import open_images
 from tokenpool.mixing import mixed
 from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
 from tokenpool.seeding import step_seed
@@ -161,12 +158,13 @@ class DigitsDataModule(_DataModule):
 
 
 class ImageFolderDataModule(_DataModule):
-    """Image folders in ImageNet's layout, `root/train/<class>/*` and `root/val/<class>/*`, with timm's transforms.
+    """Images from folders in ImageNet's layout, or from Hugging Face `datasets`, with timm's transforms.
 
     Training images get DeiT's augmentation: random resized crops, flips, RandAugment and random erasing.
 
     Args:
-        root: folder that holds `train` (not needed to evaluate) and `val`.
+        root: folder that holds `train/<class>/*` (not needed to evaluate) and `val/<class>/*` (or `test`); or "hf:" and
+            what `datasets` can open, see `tokenpool.images.open_images`.
         image_size: height and width in pixels.
         batch_size: images of one step of the optimiser, over all processes and accumulated batches.
         workers: processes that load data.
@@ -174,7 +172,7 @@ class ImageFolderDataModule(_DataModule):
         mean: of each channel, for normalisation.
         std: of each channel.
         crop_pct: share of the resized image that evaluation crops.
-        limit: evaluate on so many images only, evenly spaced over the folder's sorted list; 0 for all.
+        limit: evaluate on so many images only, evenly spaced over the list of all; 0 for all.
         part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
         mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
         cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
@@ -182,7 +180,8 @@ class ImageFolderDataModule(_DataModule):
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
-        ValueError: on reading an image that cannot be read; the message names it.
+        ValueError: on reading an image that cannot be read; the message names it. Also if train and val have different
+            classes.
     """
 
     def __init__(
@@ -202,7 +201,7 @@ class ImageFolderDataModule(_DataModule):
         repeats: int = 1,
     ) -> None:
         super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
-        self.root = Path(root)
+        self.root = root
         self.transforms = {"input_size": (3, image_size, image_size), "mean": mean, "std": std}
         self.crop_pct = crop_pct
         self.limit = limit
@@ -210,7 +209,7 @@ class ImageFolderDataModule(_DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         evaluate = create_transform(**self.transforms, interpolation="bicubic", crop_pct=self.crop_pct)
-        self.test_set = self._folder("val", evaluate)
+        self.test_set = open_images(self.root, "val", evaluate)
         self.num_classes = len(self.test_set.classes)
         if stage == "fit":
             train = create_transform(
@@ -222,20 +221,14 @@ class ImageFolderDataModule(_DataModule):
                 re_prob=0.25,
                 re_mode="pixel",
             )
-            folder = self._folder("train", train)
+            folder = open_images(self.root, "train", train)
             if folder.classes != self.test_set.classes:
-                raise ValueError(f"the classes (sub-folders) of {self.root}/train and {self.root}/val differ")
+                raise ValueError(f"the classes of train and val of {self.root} differ")
             self.train_set = SeededDataset(folder, self.seed)
         order = list(range(len(self.test_set)))
         if 0 < self.limit < len(order):
             order = torch.linspace(0, len(order) - 1, self.limit).long().tolist()
         self.test_set = Subset(self.test_set, order[self.part])
-
-    def _folder(self, name: str, transform: Any) -> ImageFolder:
-        folder = self.root / name
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: expected ImageNet's layout, {folder}/<class>/<image>")
-        return ImageFolder(str(folder), transform=transform, loader=load_image)
 
 
 def _part(text: str) -> slice:
@@ -246,37 +239,6 @@ def _part(text: str) -> slice:
     if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise ValueError(f'part = {text!r} must be like "1/2", the first of two')
     return slice(int(index) - 1, None, int(count))
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """An image as RGB, upright, 8 bits a channel; what is transparent becomes white.
-
-    Raises:
-        ValueError: if the file is no image, is damaged, or holds floating-point values; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
-            if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip to white
-                image = Image.fromarray(_eight_bits(np.asarray(image)))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"image {path} has more than {most} million pixels: scale it down first") from error
-    except Exception as error:  # Pillow raises whatever the decoder does
-        raise ValueError(f"cannot read image {path}: {error}") from error
-
-
-def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values of 16 bits, or of 8 in a wider type, as 8 bits."""
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError(f"its values lie in {values.min()}..{values.max()}; expected 8 or 16 bits")
-    wide = values.dtype.itemsize == 2 or values.max(initial=0) > 255
-    return (values // 257 if wide else values).astype(np.uint8)
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,237 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import check_data
+from experiments.check_data import check_data as checked
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """40 training images and 6 others, of two classes."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 3)):
+        for name in ("green", "red"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = Image.fromarray(random.integers(0, 255, (9, 8, 3), dtype=np.uint8))
+                pixels.save(tmp_path / "images" / part / name / f"{index:02}.png")
+    return tmp_path / "images"
+
+
+def lines(folder: Path | str, output: Path, parts: tuple[str, ...] = ("train", "val")) -> tuple[list[str], str]:
+    """What is printed, and the error at the end."""
+    printed = []
+    try:
+        for line in checked(str(folder), parts, 1, output):
+            printed.append(line)
+    except ValueError as error:
+        return printed, str(error)
+    return printed, ""
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that are read, in this process."""
+    names = []
+
+    def submit(executor: object, sources: list) -> object:
+        names.extend("/".join(Path(name).parts[-3:]) for _, name in sources)
+        return sources
+
+    monkeypatch.setattr(check_data, "_submit", submit)
+    monkeypatch.setattr(check_data, "_outcome", lambda chunk, sources: (chunk, check_data._reasons(sources)))
+    return names
+
+
+def test_good_and_bad_images(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    output = tmp_path / "runs" / "report.json"
+    printed, error = lines(folder, output)
+    assert printed == [
+        "train: 40 images of 2 classes, 20 to 20 a class",
+        "val: 6 images of 2 classes, 3 to 3 a class",
+        f"report: {output}",
+        "all 46 images can be read",
+    ]
+    assert error == "" and len(set(read)) == len(read) == 46
+    report = json.loads(output.read_text())
+    assert report["done"] == 46 and report["bad"] == [] and report["train"] == {"images": 40, "classes": 2}
+
+    read.clear()
+    assert lines(folder, output) == (printed, "") and read == []  # it is known already
+
+    (folder / "train" / "red" / "07.png").write_bytes(b"no image")
+    (folder / "val" / "green" / "01.png").write_bytes(b"")
+    printed, error = lines(folder, output)
+    assert error == "2 of 46 images cannot be read" and len(read) == 46  # the folder is not what it was
+    assert printed[2:4] == [
+        f"cannot read image {folder}/train/red/07.png: it is in no format that Pillow knows",
+        f"cannot read image {folder}/val/green/01.png: it is in no format that Pillow knows",
+    ]
+    assert json.loads(output.read_text())["done"] == 46
+
+
+def test_bad_images_are_tried_again_alone(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    output = tmp_path / "report.json"
+    paths = [folder / "train" / "red" / "07.png", folder / "val" / "green" / "01.png"]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"no image")
+    lines(folder, output)
+    for number, path in enumerate(paths):
+        path.write_bytes(whole[number])
+        read.clear()
+        _, error = lines(folder, output)
+        assert read == ["train/red/07.png", "val/green/01.png"][number:]
+        assert error == ["1 of 46 images cannot be read", ""][number]
+    read.clear()
+    assert lines(folder, output)[1] == "" and read == []
+    path.write_bytes(b"no image again")  # one that was mended is watched like all others
+    assert lines(folder, output)[1] == "1 of 46 images cannot be read" and len(read) == 46
+
+
+def test_classes_that_differ(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    (folder / "train" / "red").rename(folder / "train" / "blue")
+    (folder / "train" / "green" / "00.png").unlink()
+    printed, error = lines(folder, tmp_path / "report.json")
+    assert printed[0] == "train: 39 images of 2 classes, 19 to 20 a class"
+    assert printed[2:4] == ["classes of train only: blue", "classes of val only: red"]
+    assert error == "train and val have different classes"
+    assert lines(folder, tmp_path / "val.json", ("val",))[1] == ""
+
+
+def test_interrupted_anywhere_it_goes_on(folder: Path, tmp_path: Path, read: list[str], monkeypatch) -> None:
+    """Every image is read once, and nothing bad is forgotten, wherever it was stopped."""
+    monkeypatch.setattr(check_data, "_CHUNK", 5)
+    for index in (1, 11):
+        (folder / "train" / "green" / f"{index:02}.png").write_bytes(b"no image")
+    output, outcome = tmp_path / "report.json", check_data._outcome
+
+    def interrupted(chunk: list, sources: list) -> object:
+        if stop.pop():
+            raise KeyboardInterrupt
+        return outcome(chunk, sources)
+
+    monkeypatch.setattr(check_data, "_outcome", interrupted)
+    # After ten images; after the bad one of these, tried again, and five more; before the two bad ones are tried again.
+    for stops in ([True, False, False], [True, False, False], [True]):  # from the end
+        stop = stops
+        with pytest.raises(KeyboardInterrupt):
+            lines(folder, output)
+        assert not output.exists()
+    progress = json.loads((tmp_path / "report.json.progress").read_text())
+    assert progress["done"] == 15 and [entry["index"] for entry in progress["bad"]] == [1, 11]
+    stop = [False] * 100
+    read.clear()
+    printed, error = lines(folder, output)
+    assert error == "2 of 46 images cannot be read" and "01.png" in printed[2] and "11.png" in printed[3]
+    assert len(read) == 46 - 15 + 2 and not (tmp_path / "report.json.progress").exists()
+
+
+def test_progress_is_noted_meanwhile(folder: Path, tmp_path: Path, read: list[str], monkeypatch) -> None:
+    """So that what ends it without a word (lack of memory, a power cut) costs seconds."""
+    monkeypatch.setattr(check_data, "_SECONDS", 0)
+    progress, outcome, done = tmp_path / "report.json.progress", check_data._outcome, []
+
+    def watched(chunk: list, sources: list) -> object:
+        done.append(json.loads(progress.read_text())["done"] if progress.exists() else 0)
+        return outcome(chunk, sources)
+
+    monkeypatch.setattr(check_data, "_outcome", watched)
+    lines(folder, tmp_path / "report.json")
+    assert done == [0, 16, 32, 40]
+
+
+def test_files_of_others_are_not_believed(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    output = tmp_path / "report.json"
+    for content in ("{", "[]", '{"done": 46}'):
+        output.write_text(content)
+        read.clear()
+        assert lines(folder, output)[1] == "" and len(read) == 46
+
+
+def test_hugging_face(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["green", "red"])
+
+    def split(part: str) -> object:
+        paths = sorted((folder / part).rglob("*.png"))
+        images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+        columns = {"image": images, "label": [path.parent.name for path in paths]}
+        return datasets.Dataset.from_dict(columns, datasets.Features({"image": datasets.Image(), "label": label}))
+
+    (folder / "val" / "red" / "02.png").write_bytes(b"no image")
+    datasets.DatasetDict({"train": split("train"), "test": split("val")}).save_to_disk(tmp_path / "hub")
+    for _ in range(2):
+        read.clear()
+        printed, error = lines(f"hf:{tmp_path / 'hub'}", tmp_path / "report.json")
+        assert error == "1 of 46 images cannot be read"
+        assert printed[2].startswith(f"cannot read image 5 of test of hf:{tmp_path}/hub (02.png): ")
+    assert len(read) == 1
+
+
+def command(folder: Path, output: Path) -> subprocess.Popen:
+    arguments = ["check-data", "--data", str(folder), "--jobs", "1", "--output", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments", *arguments],
+        env=environment,
+        cwd=output.parent,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that, as in a terminal, its workers get Ctrl-C, too
+    )
+
+
+def writer(pipe: Path) -> int | None:
+    """The pipe, opened for writing; None if nobody reads it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def wait_for(condition: object) -> object:
+    deadline = time.monotonic() + 300  # on a busy machine
+    while (value := condition()) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert value is not None
+    return value
+
+
+def test_ctrl_c(folder: Path, tmp_path: Path) -> None:
+    pipe = folder / "train" / "red" / "19.png"  # an image whose reading takes as long as this test likes
+    pipe.unlink()
+    os.mkfifo(pipe)
+    output = tmp_path / "report.json"
+    process = command(folder, output)
+    held = wait_for(lambda: writer(pipe))  # now a worker reads it
+    time.sleep(1)  # the images before it have been read, and the main process hears of that
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "interrupted; the same command goes on where this one stopped"
+    os.close(held)
+    wait_for(lambda: writer(pipe) is None or None)  # no worker is left
+    assert not output.exists() and json.loads(Path(f"{output}.progress").read_text())["done"] == 32
+
+    first = folder / "train" / "green" / "00.png"  # broken so that only reading it again would tell
+    before = first.stat()
+    first.write_bytes(b"x" * before.st_size)
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    threading.Thread(target=lambda: os.close(wait_for(lambda: writer(pipe)))).start()
+    printed, error = lines(folder, output)
+    assert error == "1 of 46 images cannot be read" and f"cannot read image {pipe}: " in printed[2]
+    assert json.loads(output.read_text())["done"] == 46

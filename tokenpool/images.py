@@ -1,0 +1,356 @@
+"""Images with labels, by index: from folders in ImageNet's layout, and from Hugging Face `datasets`.
+
+A source is a folder, or "hf:" and what `datasets` can open: a folder written by `save_to_disk`, a folder of parquet
+files or of tar shards in webdataset's layout, or a name on the Hugging Face hub, such as "hf:ILSVRC/imagenet-1k".
+"""
+
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+HUB = "hf:"
+
+_PARTS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # under which names, the best first
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+_LABEL_COLUMNS = ("label", "labels", "cls")
+
+
+def open_images(root: str | Path, part: str, transform: Callable[[Image.Image], Any] | None = None) -> "Images":
+    """The images of one part of a data set, in an order that does not change.
+
+    Args:
+        root: a folder that holds `<part>/<class>/<image>`; or, as a string, "hf:" and a folder written by
+            `datasets.save_to_disk`, a folder of parquet files or tar shards in webdataset's layout whose names say the
+            part (`train-000.tar`), or a name on the Hugging Face hub. Parquet files and shards are copied once into the
+            cache of `datasets` ($HF_HOME), from which images are read by index.
+        part: "train" or "val". Where there is no val (`validation` with "hf:"), `test` is taken.
+        transform: of the image; None leaves it a PIL image.
+
+    Raises:
+        FileNotFoundError: if a folder is missing or holds no image.
+        RuntimeError: if the package `datasets` is needed and missing.
+        ValueError: if there is no such part, if columns are missing, or if labels are not 0..C-1; the message says what
+            was found and what was expected.
+    """
+    if part not in _PARTS:
+        raise ValueError(f"part = {part!r} must be one of {', '.join(_PARTS)}")
+    if str(root).startswith(HUB):
+        return HubImages(str(root), part, transform)
+    return FolderImages(Path(root), part, transform)
+
+
+class Images(Dataset):
+    """Images of one part of a data set, each with its label, by index.
+
+    A subclass says where an image comes from (`source`) and what changes when the image does (`stamp`).
+
+    Attributes:
+        classes: their names; label l is class `classes[l]`.
+        labels: of all images, (N,) integers.
+    """
+
+    def __init__(self, classes: list[str], labels: np.ndarray, transform: Callable | None) -> None:
+        self.classes = classes
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = load_image(*self.source(index))
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """What messages call the image."""
+        return self.source(index)[1]
+
+    def source(self, index: int) -> tuple[Path | bytes, str]:
+        """What `load_image` takes: the image's file or its bytes, and its name."""
+        raise NotImplementedError
+
+    def stamp(self, index: int) -> str:
+        """A text that is another one if the image has changed, without reading it."""
+        raise NotImplementedError
+
+
+class FolderImages(Images):
+    """A folder in ImageNet's layout, `root/<part>/<class>/<image>`; labels number the sorted classes."""
+
+    def __init__(self, root: Path, part: str, transform: Callable | None = None) -> None:
+        folders = [root / name for name in (("train",) if part == "train" else ("val", "test"))]
+        self.folder = next((folder for folder in folders if folder.is_dir()), None)
+        if self.folder is None:
+            raise FileNotFoundError(f"no folder {folders[0]}: expected ImageNet's layout, {folders[0]}/<class>/<image>")
+        listed = ImageFolder(str(self.folder))
+        # An array, not a list of a million tuples: counting references to those copies them into every worker.
+        self.paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listed.samples])
+        super().__init__(listed.classes, np.array(listed.targets), transform)
+
+    def source(self, index: int) -> tuple[Path, str]:
+        path = self.folder / os.fsdecode(bytes(self.paths[index]))
+        return path, str(path)
+
+    def stamp(self, index: int) -> str:
+        status = os.stat(self.source(index)[0])
+        return f"{os.fsdecode(bytes(self.paths[index]))} {status.st_size} {status.st_mtime_ns}"
+
+
+class HubImages(Images):
+    """A split of Hugging Face `datasets`, memory-mapped; `root` begins with "hf:"."""
+
+    def __init__(self, root: str, part: str, transform: Callable | None = None) -> None:
+        datasets = _datasets()
+        split, dataset = _split(datasets, root, part)
+        self.title = f"{split} of {root}"
+        self.column = _image_column(datasets, dataset.features, self.title)
+        classes, labels = _labels(datasets, dataset, self.title)
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        self.files = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        dataset = dataset.with_format(None).select_columns([self.column])
+        if isinstance(dataset.features[self.column], datasets.Image):
+            dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
+        self.dataset = dataset
+        super().__init__(classes, labels, transform)
+
+    def source(self, index: int) -> tuple[Path | bytes, str]:
+        value, name = self.dataset[int(index)][self.column], f"{index} of {self.title}"
+        if not isinstance(value, dict):
+            return value or b"", name
+        path = value.get("path")
+        if path:
+            name += f" ({path})"
+        return (Path(path) if value["bytes"] is None and path else value["bytes"] or b""), name
+
+    def stamp(self, index: int) -> str:
+        return f"{index} {self.files}"
+
+
+def load_image(file: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:
+    """An image as RGB, upright, 8 bits a channel; what is transparent becomes white.
+
+    Args:
+        file: its path, its bytes, or a file that is open for reading.
+        name: what messages call it; default: the path.
+
+    Raises:
+        ValueError: if the file is no image, is damaged, or holds floating-point values; the message names it.
+    """
+    if name is None:
+        name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
+    try:
+        if file == b"":
+            raise ValueError("it is empty")
+        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
+            if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip to white
+                image = Image.fromarray(_eight_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:  # whose message names a file once more, or an address in memory
+        raise ValueError(f"cannot read image {name}: it is in no format that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"image {name} has more than {most} million pixels: scale it down first") from error
+    except Exception as error:  # Pillow raises whatever the decoder does
+        raise ValueError(f"cannot read image {name}: {error}") from error
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values of 16 bits, or of 8 in a wider type, as 8 bits."""
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(f"its values lie in {values.min()}..{values.max()}; expected 8 or 16 bits")
+    wide = values.dtype.itemsize == 2 or values.max(initial=0) > 255
+    return (values // 257 if wide else values).astype(np.uint8)
+
+
+def _datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise RuntimeError(
+            f'{HUB} needs the package datasets: pip install "tokenpool[datasets]", or pip install -e ".[datasets]"'
+        ) from error
+    return datasets
+
+
+def _split(datasets: ModuleType, root: str, part: str) -> tuple[str, Any]:
+    """Name and data of the split that `part` means."""
+    source = root.removeprefix(HUB)
+    folder = Path(source).expanduser()
+    try:
+        if not folder.is_dir():
+            if not source or source.startswith((".", "/", "~")):
+                raise FileNotFoundError(f"no folder {source}")
+            name = _chosen_split(part, datasets.get_dataset_split_names(source))
+            return name, datasets.load_dataset(source, split=name)
+        if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, dict):
+                raise ValueError("it is a single Dataset; expected a DatasetDict with train and validation")
+            name = _chosen_split(part, saved)
+            return name, saved[name]
+        files, suffix = _files(folder)
+        name = _chosen_split(part, files)
+        _check_numbering(files[name])
+        if suffix == ".parquet":
+            return name, datasets.load_dataset("parquet", data_files={name: list(map(str, files[name]))}, split=name)
+        # Not by load_dataset("webdataset"), which drops what the first five samples do not have, and ends at damage.
+        shards = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files[name]]
+        features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+        return name, datasets.Dataset.from_generator(samples_of_shards, features, gen_kwargs={"shards": shards})
+    except Exception as error:  # of many kinds, with the reason in the cause
+        reason = str(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
+        raise ValueError(f"cannot open {root}: {reason}") from error
+
+
+def _chosen_split(part: str, found: Iterable[str]) -> str:
+    for name in _PARTS[part]:
+        if name in found:
+            return name
+    raise ValueError(f"it has the splits {', '.join(found) or 'none'}; expected {' or '.join(_PARTS[part])}")
+
+
+def _files(folder: Path) -> tuple[dict[str, list[Path]], str]:
+    """The parquet files or tar shards of each split, and which of the two they are."""
+    for suffix in (".parquet", ".tar"):
+        splits: dict[str, list[Path]] = {}
+        for path in sorted(folder.rglob(f"*{suffix}")):
+            parents = path.relative_to(folder).parent.parts
+            for text in (path.stem, *reversed(parents)):  # the file's own name says it, else a folder's
+                names = set(re.split("[^a-z]+", text.lower())) & {name for names in _PARTS.values() for name in names}
+                if names:
+                    splits.setdefault(names.pop(), []).append(path)
+                    break
+        if splits:
+            return splits, suffix
+    raise ValueError(
+        f"no data in it: expected a folder of datasets.save_to_disk, or files like train-*.parquet or "
+        f"train-*.tar; found {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
+    )
+
+
+def _check_numbering(files: list[Path]) -> None:
+    """Of files named `train-00002-of-00005`, all five must be there."""
+    numbers = [re.search(r"-(\d+)-of-(\d+)$", file.stem) for file in files]
+    if not all(numbers):
+        return
+    present = {int(number[1]) for number in numbers}
+    missing = set(range(int(numbers[0][2]))) - present
+    if missing:
+        shown = ", ".join(map(str, sorted(missing)[:8]))
+        raise ValueError(
+            f"of the {numbers[0][2]} files like {files[0].name}, {len(missing)} are missing: number {shown}"
+        )
+
+
+def samples_of_shards(shards: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    """Image and label of each sample of tar shards in webdataset's layout: `<key>.jpg` and `<key>.cls`, side by side.
+
+    Args:
+        shards: path, size and time of change of each. The last two have `datasets` read a shard again that has changed.
+
+    Raises:
+        ValueError: if a sample has no label, or not one image, or if a shard is cut off or damaged; it is named.
+    """
+    for shard, *_ in shards:
+        with tarfile.open(shard) as tar:
+            key, fields = None, {}
+            for member in tar:
+                if member.isdir():
+                    continue
+                folder, _, file = member.name.rpartition("/")
+                stem, _, field = file.partition(".")
+                if key not in (None, f"{folder}/{stem}"):
+                    yield _sample(fields, f"{shard}/{key.strip('/')}")
+                    fields = {}
+                key = f"{folder}/{stem}"
+                if field.lower() in fields:
+                    raise ValueError(f"{shard} has {member.name} twice")
+                fields[field.lower()] = tar.extractfile(member).read()
+            if key is not None:
+                yield _sample(fields, f"{shard}/{key.strip('/')}")
+            _check_end(tar, shard)
+
+
+def _sample(fields: dict[str, bytes], name: str) -> dict[str, Any]:
+    images = [field for field in fields if field in _IMAGE_COLUMNS]
+    labels = [field for field in fields if field in _LABEL_COLUMNS]
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"{name} has {', '.join(sorted(fields))}; expected one image ({', '.join(_IMAGE_COLUMNS)}) and one class "
+            f"({', '.join(_LABEL_COLUMNS)})"
+        )
+    try:
+        label = int(fields[labels[0]])
+    except ValueError as error:
+        raise ValueError(
+            f"{name}.{labels[0]} holds {fields[labels[0]][:20]!r}; expected the number of a class"
+        ) from error
+    return {"image": {"bytes": fields[images[0]], "path": f"{Path(name).name}.{images[0]}"}, "label": label}
+
+
+def _check_end(tar: tarfile.TarFile, shard: str) -> None:
+    """After the last member there must be zeros: `tarfile` takes a damaged or missing header for the end."""
+    tar.fileobj.seek(tar.offset)
+    end = tar.fileobj.read(2 * tarfile.BLOCKSIZE)
+    if len(end) < tarfile.BLOCKSIZE or any(end) or any(map(any, iter(lambda: tar.fileobj.read(2**20), b""))):
+        raise ValueError(f"{shard} is cut off or damaged at byte {tar.offset}")
+
+
+def _image_column(datasets: ModuleType, features: Any, title: str) -> str:
+    column = _column(features, _IMAGE_COLUMNS, "images", title)
+    feature = features[column]
+    is_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    if not (isinstance(feature, datasets.Image) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)):
+        raise ValueError(f"column {column} of {title} holds {feature}; expected images")
+    return column
+
+
+def _column(features: Any, names: tuple[str, ...], content: str, title: str) -> str:
+    found = [name for name in names if name in features]
+    if len(found) != 1:
+        raise ValueError(
+            f"{title} has the columns {', '.join(features)}; expected one with {content}, called {' or '.join(names)}"
+        )
+    return found[0]
+
+
+def _labels(datasets: ModuleType, dataset: Any, title: str) -> tuple[list[str], np.ndarray]:
+    """Names of the classes, and the label of each image."""
+    column = _column(dataset.features, _LABEL_COLUMNS, "labels", title)
+    feature = dataset.features[column]
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    if not len(values):
+        raise ValueError(f"{title} has no images")
+    if values.null_count:
+        index = int(np.argmax(values.is_null().to_numpy()))
+        raise ValueError(f"image {index} of {title} has no label")
+    labels = values.to_numpy()
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"column {column} of {title} holds {feature}; expected integers or a ClassLabel")
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+        if not 0 <= labels.min() <= labels.max() < len(names):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise ValueError(f"{title} has the label {wrong}; expected 0..{len(names) - 1}. Are its labels withheld?")
+        return names, labels.astype(np.int64)
+    distinct = np.unique(labels)
+    if distinct[0] != 0 or distinct[-1] != len(distinct) - 1:
+        raise ValueError(
+            f"{title} has {len(distinct)} labels in {distinct[0]}..{distinct[-1]}; expected 0..{len(distinct) - 1}"
+        )
+    return [str(label) for label in distinct], labels.astype(np.int64)
