@@ -324,8 +324,8 @@ class Study:
                 frame = results.load(self.folder, skip_broken=True)
         except ValueError:  # all of them are broken
             return pd.Series(dtype=float)
-        processes = frame["processes"].fillna(1) if "processes" in frame else 1
-        each = frame["seconds"] * processes / frame["epochs"].clip(lower=1)
+        frame = frame.reindex(columns=frame.columns.union(["processes", "variant"]))  # which early results lack
+        each = frame["seconds"] * frame["processes"].fillna(1) / frame["epochs"].clip(lower=1)
         return each.groupby([frame["stage"], frame["downsampler"], frame["variant"].fillna("")]).median()
 
     def _estimate(self, run: Run) -> float:

@@ -178,7 +178,7 @@ def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Pa
 def test_pretrained_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(protocol.DATA, raising=False)
     study = Study(presets.get("pretrained"), tmp_path)
-    with pytest.raises(ValueError, match="no images: --data FOLDER or the variable TOKENPOOL_DATA"):
+    with pytest.raises(ValueError, match="no images: --data or the variable TOKENPOOL_DATA must name ImageNet"):
         protocol.execute(everything(study)[0], tmp_path)
 
 

@@ -3,8 +3,8 @@
     python -m experiments figure 5a --preset cifar10 --run --data FOLDER [--weights FILE] --jobs 1
     python -m experiments submit --preset cifar10 --all --data FOLDER --template my-cluster.sh
 
-FOLDER holds train/<class>/* and test/<class>/*, or is hf:uoft-cs/cifar10; without --weights, timm downloads the model's.
-The nearest thing to the paper's own fine-tuning that one GPU can do in a day.
+FOLDER holds train/<class>/* and test/<class>/*, or is hf:uoft-cs/cifar10; without --weights, timm downloads them. The
+nearest thing to the paper's own fine-tuning that one GPU can do in a day.
 
 Cost and expected result: no GPU was at hand to measure them. The preset was proven on a few dozen images only.
 """
