@@ -11,6 +11,7 @@ import yaml
 
 from experiments import presets
 from tokenpool.downsampling import METHODS
+from tokenpool.interruption import Interrupted
 
 _FOLDER_OR_HUB = (
     "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
@@ -22,7 +23,7 @@ _MODELS = (
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
     "deit_digits_patch2_16."
 )
-_PRESETS = f"Preset: {', '.join(presets.NAMES)}."
+_PRESETS = f"Preset: {', '.join(presets.NAMES)}; or a file like theirs, my_preset.py, that defines PRESET."
 
 # Options that several verbs have.
 Model = Annotated[str, typer.Option(help=_MODELS)]
@@ -479,6 +480,9 @@ def main() -> None:
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go into files; notebooks choose for themselves
     try:
         app()
+    except Interrupted as error:
+        print(error if error.requeued else f"{error}; the same command goes on", file=sys.stderr)
+        sys.exit(0 if error.requeued else 1)
     except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("TOKENPOOL_TRACEBACK"):
             raise

@@ -393,7 +393,7 @@ def needs(study: Study, name: str) -> list[Run]:
 
 def command(study: Study, name: str, *options: str) -> str:
     """The command that makes a table or figure ("figure 3a") of the study."""
-    parts = ["python -m experiments", name, f"--preset {study.preset.name}"]
+    parts = ["python -m experiments", name, f"--preset {study.preset.argument}"]
     if study.folder != Path("results") / study.preset.name:
         parts.append(f"--results {study.folder}")
     if not study.full:

@@ -1,7 +1,9 @@
 """Presets: what to train, on what, for how long. Each module states command, cost and expected result at its top."""
 
-from dataclasses import dataclass, field
+import runpy
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
@@ -78,6 +80,7 @@ class Preset:
         trainer_options: of Lightning's Trainer, such as the precision.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
         evaluation_seconds: the same for a run without training.
+        file: that it was read from, if it is none of this package.
     """
 
     name: str
@@ -120,6 +123,12 @@ class Preset:
     trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    file: Path | None = None
+
+    @property
+    def argument(self) -> str:
+        """What `--preset` takes for it."""
+        return str(self.file or self.name)
 
     @property
     def trains(self) -> bool:
@@ -128,11 +137,23 @@ class Preset:
 
 
 def get(name: str) -> Preset:
-    """The preset of that name.
+    """The preset of that name, or the one that a Python file defines as PRESET.
 
     Raises:
-        ValueError: if there is none; the message lists those that there are.
+        FileNotFoundError: if there is no such file.
+        ValueError: if there is no such preset; the message lists those that there are.
     """
+    if name.endswith(".py"):
+        return _read(Path(name))
     if name not in NAMES:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(NAMES)}")
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(NAMES)}, and files like my_preset.py")
     return import_module(f"experiments.presets.{name}").PRESET
+
+
+def _read(path: Path) -> Preset:
+    if not path.is_file():
+        raise FileNotFoundError(f"no preset {path}")
+    preset = runpy.run_path(str(path)).get("PRESET")
+    if not isinstance(preset, Preset) or preset.name in NAMES:
+        raise ValueError(f"{path} must define PRESET, a Preset with a name other than {', '.join(NAMES)}")
+    return replace(preset, file=path.resolve())
