@@ -163,7 +163,7 @@ def describe(found: Sequence[Array], study: Study) -> str:
         [array.name, len(array.runs), f"{used:.1f}", ", ".join(array.waits) or "-"]
         for array, used in zip(found, hours, strict=True)
     ]
-    rows.append([f"{len(found)} job arrays", sum(len(array.runs) for array in found), f"{sum(hours):.1f}", ""])
+    rows.append([f"{len(found)} in all", sum(len(array.runs) for array in found), f"{sum(hours):.1f}", ""])
     header = ["job array", "runs", "hours", "each task waits for"]
     return (
         tabulate(rows, header, disable_numparse=True, colalign=("left", "right", "right", "left"))
