@@ -225,8 +225,8 @@ def submit(
     from experiments.slurm import submit as slurm
 
     study = _study(preset, results, quick, data, weights)
-    if figure is None and table is None and not everything:
-        raise ValueError("submit needs --figure NAME, --table NAME or --all")
+    if (figure is not None) + (table is not None) + everything != 1:
+        raise ValueError("submit needs one of --figure NAME, --table NAME and --all")
     wanted = _wanted(study, figure, table)
     for line in slurm.submit(study, wanted, only or [], template or slurm.TEMPLATE, dry_run):
         print(line, flush=True)
@@ -245,26 +245,24 @@ def status(
     """Say which of the runs submitted to Slurm are done, running, queued, failed and missing."""
     from experiments.slurm import status as slurm
 
+    if (figure is not None) + (table is not None) + everything > 1:
+        raise ValueError("status takes one of --figure NAME, --table NAME and --all")
     study = _study(preset, results, quick, None, None)
     for line in slurm.show(study, _wanted(study, figure, table), long):
         print(line)
 
 
 def _wanted(study: Any, figure: str | None, table: str | None) -> list[Any]:
-    """The runs of a figure or a table or both, or of all if neither is named."""
+    """The runs of a figure or of a table, or all of them if neither is named."""
     from experiments import figures, studies, tables
 
     if figure is None and table is None:
         return studies.everything(study)
-    wanted = {}
-    for kind, name, known in (("figure", figure, figures.NAMES), ("table", table, tables.NAMES)):
-        for one in [] if name is None else _chosen(kind, name, known):
-            wanted |= {run.name: run for run in studies.needs(study, f"{kind} {one}")}
-    if not wanted:
-        raise ValueError(
-            f"preset {study.preset.name} has no runs for {f'figure {figure}' if figure else f'table {table}'}"
-        )
-    return list(wanted.values())
+    kind, name, known = ("table", table, tables.NAMES) if figure is None else ("figure", figure, figures.NAMES)
+    named = [run for one in _chosen(kind, name, known) for run in studies.needs(study, f"{kind} {one}")]
+    if not named:
+        raise ValueError(f"{kind} {name} is not part of preset {study.preset.name}")
+    return list({run.name: run for run in named}.values())
 
 
 def _chosen(kind: str, name: str, known: Sequence[str]) -> list[str]:

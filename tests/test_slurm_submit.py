@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -368,6 +368,7 @@ def test_status_of_every_kind(slurm: Path, quick: Study) -> None:
     assert "missing finetune-none-seed0\n" in long and "done base-seed0\n" in long
 
 
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")
 def test_the_command_line(
     slurm: Path, quick: Study, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,10 +378,11 @@ def test_the_command_line(
             app(line, standalone_mode=False)
         return capsys.readouterr().out
 
-    command("submit", "--quick", refused="submit needs --figure NAME, --table NAME or --all")
+    command("submit", "--quick", refused="submit needs one of --figure NAME, --table NAME and --all")
     shown = command("submit", "--all", "--quick", "--only", "search-lambda0.1-*", "--dry-run")
     assert "2 in all" in shown and calls(slurm) == []
-    command("submit", "--preset", "pretrained", "--figure", "3a", refused="pretrained has no runs for figure 3a")
+    command("submit", "--preset", "pretrained", "--figure", "3a", refused="figure 3a is not part of preset pretrained")
+    command("status", "--all", "--table", "3", refused="status takes one of")
     assert re.search("all +0 +0 +0 +0 +18\n", command("status", "--quick"))
     command("run", "search-x", refused="has no run 'search-x'")
     command("run", "finetune-none-seed0", refused="finetune-none-seed0 starts from base-seed0, which is not finished")
@@ -418,13 +420,15 @@ def test_a_file_system_without_locks_only_warns(tmp_path: Path, monkeypatch: pyt
         pass
 
 
-def test_results_are_what_a_run_waits_for(quick: Study) -> None:
-    """`awaited` agrees with what `missing` finds, whatever is finished."""
+def test_what_is_awaited_agrees_with_what_is_missing(quick: Study) -> None:
     for name in ("", "search-lambda0.01-seed0", "base-seed0"):
         if name:
             finish(quick, name)
         study = Study(quick.preset, quick.folder, full=False)
         lacking = [run.name for run in study.missing(everything(study))]
-        names: Sequence[str] = [run.name for run in study.with_awaited(everything(study))]
+        names = [run.name for run in study.with_awaited(everything(study))]
         assert set(lacking) <= set(names) and len(names) == len(set(names)) == 18
-        assert lacking.index("search-lambda0.1-seed0") > (lacking.index("base-seed0") if name != "base-seed0" else -1)
+        assert ("base-seed0" in lacking) == (name != "base-seed0")
+        for run in study.with_awaited(everything(study)):
+            before = names[: names.index(run.name)]
+            assert all(other.name in before for other in study.awaited(run))

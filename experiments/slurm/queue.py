@@ -59,7 +59,7 @@ def tasks() -> dict[str, Task]:
     lines = call("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%N").splitlines()
     found = {}
     for line in lines:
-        job, state, reason, nodes = line.split("|")
+        job, state, reason, nodes = line.split("|", 3)
         if state not in _OVER:
             found[job] = Task(state, reason, nodes)
     return found
@@ -72,7 +72,7 @@ def longest_array() -> int:
     except (FileNotFoundError, RuntimeError):
         settings = []
     values = [line.partition("=")[2] for line in settings if line.startswith("MaxArraySize")]
-    return int(values[0]) if values else 1001  # Slurm's default
+    return max(1, int(values[0])) if values else 1001  # Slurm's default
 
 
 def submitted(folder: Path) -> dict[str, str]:
