@@ -58,9 +58,6 @@ def submit(
     """
     scripts = study.folder / "slurm" / "scripts"
     with runner.exclusive(study.folder / "slurm"):
-        (study.folder / "slurm" / "logs").mkdir(exist_ok=True)
-        shutil.rmtree(scripts, ignore_errors=True)
-        scripts.mkdir()
         # Before it is seen what is finished: a run that ends meanwhile must not look as if it were neither.
         known = queue.submitted(study.folder)
         try:
@@ -72,9 +69,9 @@ def submit(
             yield f"{error}\nwithout Slurm, what is in its queue and whether it would take the scripts is not known"
         queued = {run: task for run, task in known.items() if task in (tasks or {})}
         lacking = {run.name: run for run in study.missing(wanted)}
-        for run in lacking.values():
-            study.check_finished(run)
         chosen = _chosen(study, lacking, patterns)
+        for run in chosen:
+            study.check_finished(run)  # what holds another setting is not overwritten
         new = [run for run in chosen if run.name not in queued]
         found = arrays(study, new, lacking, queue.longest_array())
         yield f"{len(new)} runs to submit, {len(chosen) - len(new)} in the queue already"
@@ -82,10 +79,7 @@ def submit(
             return
         checks.check_data(new)
         checks.check_weights(new)
-        for array in found:
-            script = render(array, study, template)
-            checks.check_batches(array.runs, script, template)
-            _script(array, scripts).write_text(script)
+        _write(found, study, template, scripts)
         yield describe(found, study)
         if tasks is not None:
             for array in found:
@@ -200,6 +194,17 @@ def _chosen(study: Study, lacking: dict[str, Run], patterns: Sequence[str]) -> l
     ]
     needed = {run.name for run in study.with_awaited(matching)}
     return [run for name, run in lacking.items() if name in needed]
+
+
+def _write(found: Sequence[Array], study: Study, template: Path, folder: Path) -> None:
+    """Write the scripts in place of earlier ones, of which Slurm has its own copies."""
+    (study.folder / "slurm" / "logs").mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for array in found:
+        script = render(array, study, template)
+        checks.check_batches(array.runs, script, template)
+        _script(array, folder).write_text(script)
 
 
 def _script(array: Array, folder: Path) -> Path:
