@@ -1,12 +1,13 @@
 # make reproduce   set everything up and run the protocol on the embedded digits
 # make test        set everything up and run the tests, in a process of one thread on each core
+# make test-slurm  the same for tests on a real Slurm of two nodes, where Debian's slurm-wlm and munge are installed
 # make lint        formatting and lint
 
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: install reproduce test lint format clean
+.PHONY: install reproduce test test-slurm lint format clean
 
 install: $(VENV)/.installed
 
@@ -19,7 +20,10 @@ reproduce: install
 	$(RUN) -W ignore -m experiments reproduce --preset digits
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slurm"
+
+test-slurm: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm
 
 lint: install
 	$(RUN) -m ruff check .

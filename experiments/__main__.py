@@ -71,6 +71,8 @@ Data = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Weights to use instead of timm's download. Or: $TOKENPOOL_WEIGHTS.")
 ]
+FigureRuns = Annotated[str | None, typer.Option(help="The runs of this figure, or all.")]
+TableRuns = Annotated[str | None, typer.Option(help="The runs of this table, or all.")]
 
 app = typer.Typer(
     help="Experiments on token downsampling in vision transformers (Marin et al. 2021).",
@@ -173,6 +175,99 @@ def report(
     names = preset or [name for name in presets.NAMES if (folder / name).is_dir()] or presets.NAMES[:1]
     studies = [Study(presets.get(name), folder / name, full=not quick) for name in names]
     print(f"page: {page.write(studies, output)}")
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="Of the run, such as finetune-wkmedoids-level0-seed0.")],
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    results: Results = None,
+    quick: Quick = False,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Make one run of a preset, as each task of a job array does. Goes on where an interrupted run stopped."""
+    from experiments import protocol, runner, studies
+
+    study = _study(preset, results, quick, data, weights)
+    found = [run for run in study.with_awaited(studies.everything(study)) if run.name == name]
+    if not found:
+        raise ValueError(f"preset {preset} has no run {name!r}; `submit --all --dry-run` writes scripts that name all")
+    with runner.exclusive_run(name, study.folder):
+        chosen = study.prepared(found[0])
+        if chosen is None:
+            print(f"{name} is finished already")
+            return
+        outcome = protocol.execute(chosen, study.folder, progress=sys.stderr.isatty())
+    print(f"{name}: {runner.summary(outcome)}")
+
+
+@app.command()
+def submit(
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    figure: FigureRuns = None,
+    table: TableRuns = None,
+    everything: Annotated[bool, typer.Option("--all", help="The runs of all figures and tables.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help='Only runs of such names, such as "finetune-*-level2-*", and what they need. Repeatable.'),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the scripts, and say what would be queued.")
+    ] = False,
+    template: Annotated[
+        Path | None, typer.Option(help="Of the batch scripts: an edited copy of experiments/slurm/template.sh.")
+    ] = None,
+    results: Results = None,
+    quick: Quick = False,
+    data: Data = None,
+    weights: Weights = None,
+) -> None:
+    """Submit the missing runs to Slurm, as job arrays that wait for each other.
+
+    What is finished or in the queue is left alone: submit again after failures.
+    """
+    from experiments.slurm import submit as slurm
+
+    study = _study(preset, results, quick, data, weights)
+    if (figure is not None) + (table is not None) + everything != 1:
+        raise ValueError("submit needs one of --figure NAME, --table NAME and --all")
+    wanted = _wanted(study, figure, table)
+    for line in slurm.submit(study, wanted, only or [], template or slurm.TEMPLATE, dry_run):
+        print(line, flush=True)
+
+
+@app.command()
+def status(
+    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    figure: FigureRuns = None,
+    table: TableRuns = None,
+    everything: Annotated[bool, typer.Option("--all", help="The runs of all figures and tables: the default.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="Name every run.")] = False,
+    results: Results = None,
+    quick: Quick = False,
+) -> None:
+    """Say which of the runs submitted to Slurm are done, running, queued, failed and missing."""
+    from experiments.slurm import status as slurm
+
+    if (figure is not None) + (table is not None) + everything > 1:
+        raise ValueError("status takes one of --figure NAME, --table NAME and --all")
+    study = _study(preset, results, quick, None, None)
+    for line in slurm.show(study, _wanted(study, figure, table), long):
+        print(line)
+
+
+def _wanted(study: Any, figure: str | None, table: str | None) -> list[Any]:
+    """The runs of a figure or of a table, or all of them if neither is named."""
+    from experiments import figures, studies, tables
+
+    if figure is None and table is None:
+        return studies.everything(study)
+    kind, name, known = ("table", table, tables.NAMES) if figure is None else ("figure", figure, figures.NAMES)
+    named = [run for one in _chosen(kind, name, known) for run in studies.needs(study, f"{kind} {one}")]
+    if not named:
+        raise ValueError(f"{kind} {name} is not part of preset {study.preset.name}")
+    return list({run.name: run for run in named}.values())
 
 
 def _chosen(kind: str, name: str, known: Sequence[str]) -> list[str]:

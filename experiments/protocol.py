@@ -372,12 +372,9 @@ def data_module(run: Run) -> LightningDataModule:
         if run.limit or run.part:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
-    folder = os.environ.get(DATA) if run.data in NAMED else run.data
-    if not folder:
-        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
     config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
     return ImageFolderDataModule(
-        folder,
+        image_source(run),
         image_size=run.model_options.get("img_size", config.input_size[-1]),
         workers=_workers(),
         mean=config.mean,
@@ -387,6 +384,18 @@ def data_module(run: Run) -> LightningDataModule:
         part=run.part,
         **_batches(run),
     )
+
+
+def image_source(run: Run) -> str:
+    """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
+
+    Raises:
+        ValueError: if nothing names them.
+    """
+    root = os.environ.get(DATA) if run.data in NAMED else run.data
+    if not root:
+        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
+    return root
 
 
 def _batches(run: Run) -> dict[str, Any]:

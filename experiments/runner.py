@@ -1,5 +1,6 @@
 """Many runs at once, each in a process of its own that outlives it, with one bar of progress for all."""
 
+import errno
 import fcntl
 import logging
 import multiprocessing
@@ -20,29 +21,53 @@ from tqdm import tqdm
 from experiments import protocol
 from experiments.protocol import Run
 
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
 _finished_epochs = None  # in a worker: the queue that tells the main process of each finished epoch
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that no second study writes into it. The system lets go of it if this process dies.
-
-    Of the processes of one distributed training only the first one holds it.
+    """Hold the folder, so that no second study writes into it.
 
     Raises:
         RuntimeError: if another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"another study is writing to {folder}; wait for it, or choose another folder"
+    with _locked(folder / ".lock", refusal):
+        yield
+
+
+@contextmanager
+def exclusive_run(name: str, folder: Path) -> Iterator[None]:
+    """Hold one run of the folder, so that no second process makes it, too. Other runs can be made meanwhile.
+
+    Raises:
+        RuntimeError: if another process holds it.
+    """
+    path = folder / "checkpoints" / f".{name}.lock"
+    with _locked(path, f"another process is making run {name}; if there is none, its machine died: delete {path}"):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file. The system lets go of it if this process dies.
+
+    Of the processes of one distributed training only the first one holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank != 0:
         yield
         return
-    with open(folder / ".lock", "w") as lock:
+    with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(
-                f"another study is writing to {folder}; wait for it, or choose another folder"
-            ) from error
+            raise RuntimeError(refusal) from error
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            warnings.warn(f"cannot lock {path} on this file system ({error}); start nothing twice", stacklevel=2)
         yield
 
 
@@ -105,7 +130,7 @@ class Runner:
                 except Exception as error:
                     raise RuntimeError(f"run {run.name} failed: {error}") from error
                 self.bar.update(effort(run) - reported.pop(run.name, 0))  # those of an earlier, interrupted attempt
-                self.bar.write(f"{run.name}: {_summary(outcome['metrics'])}, {outcome['seconds']:.0f} s")
+                self.bar.write(f"{run.name}: {summary(outcome)}")
 
 
 def effort(run: Run) -> int:
@@ -113,12 +138,16 @@ def effort(run: Run) -> int:
     return max(run.epochs, 1)
 
 
-def _summary(metrics: dict) -> str:
-    return f"top-1 {metrics['top1']:.1f} %" if "top1" in metrics else "measured"
+def summary(outcome: dict) -> str:
+    """What came out of a run, in short."""
+    metrics = outcome["metrics"]
+    found = f"top-1 {metrics['top1']:.1f} %" if "top1" in metrics else "measured"
+    return f"{found}, {outcome['seconds']:.0f} s"
 
 
 def _execute(run: Run, folder: Path) -> dict:
-    return protocol.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
+    with exclusive_run(run.name, folder):
+        return protocol.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
 
 
 def _start_worker(queue: object, parent: int) -> None:

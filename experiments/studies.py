@@ -199,9 +199,7 @@ class Study:
         needed = dict.fromkeys((run.variant, run.seed) for run in [*waiting, *searches] if run.start is not None)
         bases = [self.base(seed, variants[name]) for name, seed in needed]
         # A result without its weights is no start for others: it is made again.
-        return [
-            base for base in bases if not (self._is_finished(base) and weights_path(base.name, self.folder).exists())
-        ], searches
+        return [base for base in bases if not (self._is_finished(base) and self._has_weights(base))], searches
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those runs that are not finished, and what they need in turn, in the order in which they can be done."""
@@ -209,10 +207,47 @@ class Study:
         first = {run.name for run in bases}
         return [*bases, *searches, *(run for run in runs if not self._is_finished(run) and run.name not in first)]
 
+    def awaited(self, run: Run) -> list[Run]:
+        """What a run cannot do without, finished or not: its base model, and the search for its schedule."""
+        variant = self._variant_of(run)
+        needed = [self.base(run.seed, variant)] if run.start is not None else []
+        searched = self._searched(variant)
+        if run.level is not None and run.stage != "search" and not searched.schedules:
+            needed.append(self.searches(searched)[run.level])
+        return needed
+
+    def with_awaited(self, runs: Sequence[Run]) -> list[Run]:
+        """The runs, each after those that it cannot do without."""
+        found: dict[str, Run] = {}
+        for run in runs:
+            found |= {other.name: other for other in self.with_awaited(self.awaited(run))} | {run.name: run}
+        return list(found.values())
+
+    def prepared(self, run: Run) -> Run | None:
+        """The run with its schedule; None if it is finished.
+
+        Raises:
+            ValueError: if the file of its result is broken or holds another setting.
+            RuntimeError: if a run that it cannot do without is not finished; the message names it.
+        """
+        if self.check_finished(run) and (run.stage != "base" or self._has_weights(run)):
+            return None
+        for other in self.awaited(run):
+            if other.stage == "search" and self.with_schedule(run).keep is None:
+                raise RuntimeError(f"{run.name} needs the schedule that {other.name} learns, which is not finished")
+            if other.stage == "base" and not (self._is_finished(other) and self._has_weights(other)):
+                raise RuntimeError(f"{run.name} starts from {other.name}, which is not finished")
+        return run if run.stage == "search" else self.with_schedule(run)
+
     def finished(self, runs: Sequence[Run]) -> list[Run]:
         """Those runs that are finished."""
         names = set(self.points(runs).get("run", ()))
         return [run for run in runs if run.name in names]
+
+    def check_finished(self, run: Run) -> bool:
+        """Whether a run is finished. A broken file or another setting is an error: nothing is overwritten."""
+        path = result_path(run, self.folder)
+        return path.exists() and is_finished(_with_schedule_of(run, results.read(path)), self.folder)
 
     def points(self, runs: Sequence[Run]) -> pd.DataFrame:
         """One row for each of the runs that is finished: its setting, metrics and cost, as in `results.load`.
@@ -243,8 +278,8 @@ class Study:
         """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes."""
         bases, searches = self.prerequisites(runs)
         for run in [*bases, *searches]:
-            self._check_finished(run)
-        rest = [run for run in runs if not self._check_finished(run) and run not in bases]
+            self.check_finished(run)
+        rest = [run for run in runs if not self.check_finished(run) and run not in bases]
         epochs = sum(effort(run) for run in [*bases, *searches, *rest])
         trained = len(bases) + sum(run.stage == "base" for run in rest)
         print(
@@ -266,12 +301,14 @@ class Study:
         """The run with its schedule, if it had to wait for one."""
         if run.level is None or run.keep is not None:
             return run
-        variant = next(variant for variant in self._variants if variant.name == run.variant)
-        return replace(run, keep=self.schedule(variant, run.level))
+        return replace(run, keep=self.schedule(self._variant_of(run), run.level))
 
     @cached_property
     def _variants(self) -> list[Variant]:
         return [self.preset.main, *self.preset.family.values(), *self.preset.normalised.values()]
+
+    def _variant_of(self, run: Run) -> Variant:
+        return next(variant for variant in self._variants if variant.name == run.variant)
 
     @cached_property
     def _learned(self) -> dict[str, list[tuple[int, ...] | None]]:
@@ -308,10 +345,8 @@ class Study:
     def _is_finished(self, run: Run) -> bool:
         return not self.points([run]).empty
 
-    def _check_finished(self, run: Run) -> bool:
-        """Like `_is_finished`, but a broken file or another setting is an error: nothing is overwritten."""
-        path = result_path(run, self.folder)
-        return path.exists() and is_finished(_with_schedule_of(run, results.read(path)), self.folder)
+    def _has_weights(self, base: Run) -> bool:
+        return weights_path(base.name, self.folder).exists()
 
     @cached_property
     def _typical(self) -> pd.Series:
@@ -330,7 +365,7 @@ class Study:
 
     def _estimate(self, run: Run) -> float:
         otherwise = self.preset.epoch_seconds if run.epochs else self.preset.evaluation_seconds
-        effort = next((variant.effort for variant in self._variants if variant.name == run.variant), 1.0)
+        effort = self._variant_of(run).effort
         return max(run.epochs, 1) * self._typical.get((run.stage, run.downsampler, run.variant), otherwise * effort)
 
     def _common(self, seed: int, variant: Variant) -> dict[str, Any]:

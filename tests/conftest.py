@@ -1,3 +1,9 @@
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -5,7 +11,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture
@@ -31,3 +38,31 @@ def small() -> VisionTransformer:
 def photos() -> torch.Tensor:
     """Noise of the size that `small` takes: 36 patches an image."""
     return torch.randn(5, 3, 96, 96, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """The folder of a real Slurm that runs meanwhile: two nodes of two processors.
+
+    Its `template.sh` is the repository's, with one node and one task and no GPU.
+    """
+    absent = [name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name)]
+    if absent:
+        pytest.skip(f"needs Slurm (Debian: slurm-wlm, munge); not installed: {', '.join(absent)}")
+    if os.geteuid():
+        pytest.skip("needs root, to start Slurm's daemons")
+    scripts = ROOT / "tests" / "slurm"
+    with tempfile.TemporaryDirectory(prefix="slurm-") as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        subprocess.run([scripts / "start.sh", folder], check=True, stdin=subprocess.DEVNULL)
+        try:
+            template = (ROOT / "experiments" / "slurm" / "template.sh").read_text()
+            template = re.sub("#SBATCH --(gpus-per-node|mem)=.*\n", "", template)
+            template = re.sub("#SBATCH --(ntasks-per-node|cpus-per-task)=.*", r"#SBATCH --\1=1", template)
+            # Nobody resolves the names of the nodes, of which Lightning takes the first one as the address.
+            template = template.replace("# module load cuda", "export MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=1")
+            (folder / "template.sh").write_text(template)
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            yield folder
+        finally:
+            subprocess.run([scripts / "stop.sh", folder], check=True, stdin=subprocess.DEVNULL)

@@ -88,10 +88,7 @@ class FolderImages(Images):
     """A folder in ImageNet's layout, `root/<part>/<class>/<image>`; labels number the sorted classes."""
 
     def __init__(self, root: Path, part: str, transform: Callable | None = None) -> None:
-        folders = [root / name for name in (("train",) if part == "train" else ("val", "test"))]
-        self.folder = next((folder for folder in folders if folder.is_dir()), None)
-        if self.folder is None:
-            raise FileNotFoundError(f"no folder {folders[0]}: expected ImageNet's layout, {folders[0]}/<class>/<image>")
+        self.folder = part_folder(root, part)
         listed = ImageFolder(str(self.folder))
         # An array, not a list of a million tuples: counting references to those copies them into every worker.
         self.paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listed.samples])
@@ -104,6 +101,19 @@ class FolderImages(Images):
     def stamp(self, index: int) -> str:
         status = os.stat(self.source(index)[0])
         return f"{os.fsdecode(bytes(self.paths[index]))} {status.st_size} {status.st_mtime_ns}"
+
+
+def part_folder(root: Path, part: str) -> Path:
+    """The folder of a part of images in ImageNet's layout.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folders = [root / name for name in (("train",) if part == "train" else ("val", "test"))]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no folder {folders[0]}: expected ImageNet's layout, {folders[0]}/<class>/<image>")
 
 
 class HubImages(Images):

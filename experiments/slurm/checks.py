@@ -1,0 +1,83 @@
+"""What would make runs fail on the cluster is said here, before anything is queued."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+
+from experiments import protocol
+from experiments.protocol import Run
+from tokenpool.images import HUB, open_images, part_folder
+
+
+def check_data(runs: Sequence[Run]) -> None:
+    """Whether the images are there, with as many classes as the models have.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if no images are named, if they cannot be opened, or if the classes are not as many.
+    """
+    runs = [run for run in runs if run.data != "digits"]
+    for root in sorted({protocol.image_source(run) for run in runs}):
+        users = [run for run in runs if protocol.image_source(run) == root]
+        for part in ["train", "val"] if any(run.epochs for run in users) else ["val"]:
+            count = _count_classes(root, part)
+            for run in users:
+                expected = _classes(run)
+                if count != expected:
+                    raise ValueError(
+                        f"{part} of {root} has {count} classes, but the model of {run.name} has {expected}"
+                    )
+
+
+def check_weights(runs: Sequence[Run]) -> None:
+    """Whether the weights that `--weights` names fit each model that starts from them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another model.
+    """
+    if not os.environ.get(protocol.WEIGHTS):
+        return
+    models = {(run.variant, run.model): run for run in runs if run.pretrained}
+    for run in models.values():
+        plain = replace(run, downsampler="none", keep=None, budget=None, carry=False, options={})
+        protocol.build_model(plain, Path())
+
+
+def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
+    """Whether the processes that train together can share each batch equally.
+
+    Raises:
+        ValueError: if not; the message names the template.
+    """
+    nodes, tasks = _option(script, "nodes", "N"), _option(script, "ntasks-per-node")
+    for run in runs:
+        pairs = 2 if run.mixup or run.cutmix else 1
+        if run.epochs and run.batch_size % (nodes * tasks * pairs):
+            raise ValueError(
+                f"{template} asks for {nodes} x {tasks} tasks, which cannot share the batch of {run.batch_size} images "
+                f"of {run.name} equally{', in pairs for mixup' if pairs > 1 else ''}"
+            )
+
+
+def _count_classes(root: str, part: str) -> int:
+    if root.startswith(HUB):
+        return len(open_images(root, part).classes)
+    # The folders are counted; listing a million images takes minutes on some file systems.
+    return sum(entry.is_dir() for entry in os.scandir(part_folder(Path(root), part)))
+
+
+def _classes(run: Run) -> int:
+    config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
+    return run.model_options.get("num_classes", config.num_classes)
+
+
+def _option(script: str, name: str, letter: str = "") -> int:
+    """The number that a script's last #SBATCH line of this option gives; 1 if there is none."""
+    names = f"--{name}[= ]" + (f"|-{letter} ?" if letter else "")
+    found = re.findall(rf"^#SBATCH\s+(?:{names})\s*(\d+)", script, flags=re.MULTILINE)
+    return int(found[-1]) if found else 1

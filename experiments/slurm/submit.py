@@ -1,0 +1,236 @@
+"""Submit what is missing of a study: runs of one kind that wait for the same others are one job array."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from tabulate import tabulate
+
+from experiments import protocol, runner
+from experiments.protocol import Run
+from experiments.slurm import checks, queue
+from experiments.studies import TIMED, Study
+from tokenpool.images import HUB
+
+TEMPLATE = Path(__file__).with_name("template.sh")
+_NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template
+_OPTIONAL = {"directory", "timed", "trains"}
+
+
+@dataclass(frozen=True)
+class Array:
+    """Runs that are the tasks of one job array.
+
+    Attributes:
+        name: of the job.
+        runs: in the order of the tasks.
+        waits: names of the runs that must be finished first.
+    """
+
+    name: str
+    runs: list[Run]
+    waits: tuple[str, ...]
+
+
+def submit(
+    study: Study, wanted: Sequence[Run], patterns: Sequence[str] = (), template: Path = TEMPLATE, dry_run: bool = False
+) -> Iterator[str]:
+    """Submit those of the runs that are neither finished nor in the queue, and what they need; yields what to print.
+
+    Args:
+        study: that the runs are of.
+        wanted: the runs.
+        patterns: only runs whose names match one of these, as file names do (`finetune-*-level2-*`), and what they
+            need; empty for all.
+        template: of the batch script, see `template.sh`.
+        dry_run: write the scripts and say what would be submitted; works without Slurm, too.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: if something would go wrong on the cluster. Nothing is queued then,
+            unless Slurm refuses an array after it has taken others: those are remembered.
+    """
+    scripts = study.folder / "slurm" / "scripts"
+    with runner.exclusive(study.folder / "slurm"):
+        # Before it is seen what is finished: a run that ends meanwhile must not look as if it were neither.
+        known = queue.submitted(study.folder)
+        try:
+            tasks = queue.tasks()
+        except (FileNotFoundError, RuntimeError) as error:
+            if not dry_run:
+                raise
+            tasks = None
+            yield f"{error}\nwithout Slurm, what is in its queue and whether it would take the scripts is not known"
+        queued = {run: task for run, task in known.items() if task in (tasks or {})}
+        lacking = {run.name: run for run in study.missing(wanted)}
+        chosen = _chosen(study, lacking, patterns)
+        for run in chosen:
+            study.check_finished(run)  # what holds another setting is not overwritten
+        new = [run for run in chosen if run.name not in queued]
+        found = arrays(study, new, lacking, queue.longest_array())
+        yield f"{len(new)} runs to submit, {len(chosen) - len(new)} in the queue already"
+        if not new:
+            return
+        checks.check_data(new)
+        checks.check_weights(new)
+        _write(found, study, template, scripts)
+        yield describe(found, study)
+        if tasks is not None:
+            for array in found:
+                _test(_script(array, scripts), template)
+        if dry_run:
+            yield f"nothing was submitted; the scripts are in {scripts}"
+            return
+        for array in found:
+            job = _submit(array, _script(array, scripts), queued)
+            names = [run.name for run in array.runs]
+            queue.remember(names, job, study.folder)
+            queued |= {name: f"{job}_{index}" for index, name in enumerate(names)}
+            yield f"submitted {array.name} as job {job}"
+
+
+def arrays(study: Study, runs: Sequence[Run], lacking: dict[str, Run], longest: int) -> list[Array]:
+    """Runs as job arrays, each after those that it waits for.
+
+    Args:
+        study: that they are of.
+        runs: each after those that it needs.
+        lacking: all runs that are not finished, by name.
+        longest: the most tasks of an array.
+    """
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        waits = tuple(other.name for other in study.awaited(run) if other.name in lacking)
+        groups.setdefault((run.stage, run.variant, waits), []).append(run)
+    found: list[Array] = []
+    numbers: dict[str, int] = {}
+    for (stage, variant, waits), members in groups.items():
+        kind = "-".join(filter(None, [study.preset.name, stage, variant]))
+        for first in range(0, len(members), longest):
+            numbers[kind] = numbers.get(kind, 0) + 1
+            found.append(Array(f"{kind}-{numbers[kind]}", members[first : first + longest], waits))
+    return found
+
+
+def render(array: Array, study: Study, template: Path) -> str:
+    """The batch script of an array.
+
+    Raises:
+        FileNotFoundError: if there is no such template.
+        ValueError: if it is no template, lacks a placeholder, or has one that is not known.
+    """
+    if not template.is_file():
+        raise FileNotFoundError(f"no template {template}")
+    # Bash has its own use for {#, as in ${#RUNS[@]}.
+    jinja = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",
+        comment_end_string="##}",
+    )
+    jinja.filters["quote"] = lambda value: shlex.quote(str(value))
+    text = template.read_text()
+    try:
+        used = jinja2.meta.find_undeclared_variables(jinja.parse(text))
+        if used - _NEEDED - _OPTIONAL:
+            known = ", ".join(sorted(_NEEDED | _OPTIONAL))
+            raise ValueError(f"template {template}: unknown {_listed(used - _NEEDED - _OPTIONAL)}; known are {known}")
+        if _NEEDED - used:
+            raise ValueError(f"template {template} lacks {_listed(_NEEDED - used)}; start from a copy of {TEMPLATE}")
+        return jinja.from_string(text).render(_values(array, study))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"template {template}: {error}") from error
+
+
+def describe(found: Sequence[Array], study: Study) -> str:
+    """The graph as a table: runs, what they wait for, hours."""
+    hours = [study.seconds(array.runs) / 3600 for array in found]
+    rows = [
+        [array.name, len(array.runs), f"{used:.1f}", ", ".join(array.waits) or "-"]
+        for array, used in zip(found, hours, strict=True)
+    ]
+    rows.append([f"{len(found)} in all", sum(len(array.runs) for array in found), f"{sum(hours):.1f}", ""])
+    header = ["job array", "runs", "hours", "each task waits for"]
+    return (
+        tabulate(rows, header, disable_numparse=True, colalign=("left", "right", "right", "left"))
+        + "\n\nhours: as finished runs of this folder took, else on the machine that the preset's docstring names\n"
+    )
+
+
+def _values(array: Array, study: Study) -> dict[str, Any]:
+    """What a template's placeholders stand for."""
+    folder = study.folder.resolve()
+    command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
+    paths = {name: os.environ.get(name) for name in (protocol.DATA, protocol.WEIGHTS)}
+    return {
+        "job": array.name,
+        "array": f"0-{len(array.runs) - 1}",
+        "directory": Path.cwd(),
+        "output": str(folder / "slurm" / "logs").replace("%", "%%") + "/%x-%A_%a.out",
+        "runs": [run.name for run in array.runs],
+        "results": folder,
+        "command": shlex.join(command if study.full else [*command, "--quick"]),
+        "variables": {name: _absolute(path) for name, path in paths.items() if path},
+        "trains": any(run.epochs for run in array.runs),
+        "timed": array.runs[0].stage in TIMED,
+    }
+
+
+def _absolute(path: str) -> str:
+    """The path of a file, of a folder, or of a folder after "hf:", from the root on; names on a hub stay as they are."""
+    hub = HUB if path.startswith(HUB) else ""
+    place = Path(path.removeprefix(hub)).expanduser()
+    return path if hub and not place.exists() else f"{hub}{place.resolve()}"
+
+
+def _chosen(study: Study, lacking: dict[str, Run], patterns: Sequence[str]) -> list[Run]:
+    """The lacking runs that match, each after those that it needs."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in lacking):
+            raise ValueError(f"--only {pattern}: no missing run has such a name; --dry-run without --only lists them")
+    matching = [
+        run for name, run in lacking.items() if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    needed = {run.name for run in study.with_awaited(matching)}
+    return [run for name, run in lacking.items() if name in needed]
+
+
+def _write(found: Sequence[Array], study: Study, template: Path, folder: Path) -> None:
+    """Write the scripts in place of earlier ones, of which Slurm has its own copies."""
+    (study.folder / "slurm" / "logs").mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for array in found:
+        script = render(array, study, template)
+        checks.check_batches(array.runs, script, template)
+        _script(array, folder).write_text(script)
+
+
+def _script(array: Array, folder: Path) -> Path:
+    return folder / f"{array.name}.sh"
+
+
+def _test(script: Path, template: Path) -> None:
+    try:
+        queue.call("sbatch", "--test-only", str(script))
+    except RuntimeError as error:
+        raise RuntimeError(f"Slurm would not take {script}, made from {template}: {error}") from error
+
+
+def _submit(array: Array, script: Path, queued: dict[str, str]) -> str:
+    """The id of the new job."""
+    after = [f"--dependency=afterok:{':'.join(queued[name] for name in array.waits)}"] if array.waits else []
+    return queue.call("sbatch", "--parsable", *after, str(script)).strip().partition(";")[0]
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"{{{{ {name} }}}}" for name in sorted(names))
