@@ -1,5 +1,6 @@
 """The command line: `python -m experiments <verb>`."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -187,6 +188,8 @@ def run(
     weights: Weights = None,
 ) -> None:
     """Make one run of a preset, as each task of a job array does. Goes on where an interrupted run stopped."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     from experiments import protocol, runner, studies
 
     study = _study(preset, results, quick, data, weights)
@@ -198,8 +201,12 @@ def run(
         if chosen is None:
             print(f"{name} is finished already")
             return
-        outcome = protocol.execute(chosen, study.folder, progress=sys.stderr.isatty())
-    print(f"{name}: {runner.summary(outcome)}")
+        progress = sys.stderr.isatty()
+        if not progress:
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # a log has no room for advice
+        outcome = protocol.execute(chosen, study.folder, progress=progress)
+    if rank_zero_only.rank == 0:
+        print(f"{name}: {runner.summary(outcome)}")
 
 
 @app.command()

@@ -42,6 +42,19 @@ NAMED = {  # data, and what messages call them
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
+# Warnings of Lightning and PyTorch that do not apply.
+_IRRELEVANT = (
+    "does not have many workers",  # the data lie in memory, or the user has chosen
+    "number of training batches",
+    "it is recommended to use `Trainer.devices=1",  # in evaluation; our samplers share out the images exactly
+    "It is recommended to use `self.log.*sync_dist=True",  # they are, before they are logged
+    "in eval mode at the start of training",  # the moving average of the weights
+    "`srun` command is available",
+    "Grad strides do not match bucket view strides",  # of one small parameter
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything that the result of a run depends on.
@@ -256,13 +269,8 @@ def _train_and_test(
     """Metrics, and whether this is the first of the processes that train together."""
     errors = ReconstructionErrorCallback()
     with warnings.catch_warnings(), listening() as signals:
-        # Lightning's advice on the number of workers is not for data that lie in memory.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*number of training batches.*")
-        # Those of this package share out the images of an evaluation exactly.
-        warnings.filterwarnings("ignore", message=".*it is recommended to use `Trainer.devices=1.*")
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # the moving average
-        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        for message in _IRRELEVANT:
+            warnings.filterwarnings("ignore", message=f".*{message}")
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)

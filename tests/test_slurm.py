@@ -111,7 +111,10 @@ def test_two_nodes_train_together(whole: Study) -> None:
 def assert_same_base(study: Study, whole: Study) -> None:
     for first, second in zip(study.weights("base-seed0"), whole.weights("base-seed0"), strict=True):
         assert all(torch.equal(first[key], second[key]) for key in second)
-    assert results.read(study.result("base-seed0"))["epochs"] == results.read(whole.result("base-seed0"))["epochs"]
+    found, expected = (results.read(one.result("base-seed0"))["epochs"] for one in (study, whole))
+    for first, second in zip(found, expected, strict=True):
+        # The sums of both processes are put together when they are saved, which rounds otherwise than at the end.
+        assert first == second | {"train_loss": pytest.approx(second["train_loss"], abs=3e-6)}
 
 
 def test_signalled_jobs_are_requeued_and_end_as_uninterrupted_ones(whole: Study, cluster: Path, tmp_path: Path) -> None:

@@ -114,4 +114,5 @@ def _last_lines(path: Path, count: int) -> list[str]:
         file.seek(max(0, path.stat().st_size - 10_000))
         text = file.read().decode(errors="replace")
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]  # bars of progress return
-    return [line for line in lines if line][-count:]
+    # What srun says of its other tasks follows the reason why the first one failed.
+    return [line for line in lines if line and not line.startswith(("srun:", "slurmstepd"))][-count:]

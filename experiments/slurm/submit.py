@@ -186,7 +186,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """The path of a file, of a folder, or of a folder after "hf:", from the root on; names on a hub stay as they are."""
+    """The path of a file or folder, also of one after "hf:", from the root on; names on a hub stay as they are."""
     hub = HUB if path.startswith(HUB) else ""
     place = Path(path.removeprefix(hub)).expanduser()
     return path if hub and not place.exists() else f"{hub}{place.resolve()}"
