@@ -508,6 +508,8 @@ class _Record(Checkpoint):
         self.images = 0  # trained on, and the seconds that it took, validation left out
         self.busy = 0.0
         self.processes = self.restarts = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     @property
     def seconds(self) -> float:

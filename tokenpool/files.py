@@ -27,9 +27,23 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         # torch and safetensors report a full disk by errors of their own.
-        if isinstance(error, OSError | RuntimeError | safetensors.SafetensorError):
-            state = "what it held before is still there" if path.exists() else "there is no such file now"
-            raise OSError(f"cannot write {path}: {error}; {state}") from error
-        raise
+        failed = isinstance(error, OSError | RuntimeError | safetensors.SafetensorError)
+        reason = _refusal(temporary) or str(error) if failed else ""
+        temporary.unlink(missing_ok=True)
+        if not failed:
+            raise
+        state = "what it held before is still there" if path.exists() else "there is no such file now"
+        raise OSError(f"cannot write {path}: {reason}; {state}") from error
+
+
+def _refusal(path: Path) -> str:
+    """Why the system takes no more of a file, such as "No space left on device"; empty if it does."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(2**16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or ""
+    return ""

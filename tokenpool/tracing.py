@@ -124,6 +124,12 @@ class ReconstructionErrorCallback(Callback):
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
+        if trainer.world_size > 1 and self._depth:
+            shared = torch.zeros(self._depth, 2, device=module.device)
+            for block, sums in self._sums.items():
+                shared[block] = torch.tensor(sums)
+            shared = trainer.strategy.reduce(shared, reduce_op="sum")  # over processes, each with its own images
+            self._sums = {block: sums for block, sums in enumerate(shared.tolist()) if any(sums)}
 
     def _add(self, block: int, before: Tensor, after: Downsampled) -> None:
         centred = before.float() - before.float().mean(1, keepdim=True)  # (B, N, D)

@@ -162,7 +162,8 @@ def describe(found: Sequence[Array], study: Study) -> str:
     header = ["job array", "runs", "hours", "each task waits for"]
     return (
         tabulate(rows, header, disable_numparse=True, colalign=("left", "right", "right", "left"))
-        + "\n\nhours: as finished runs of this folder took, else on the machine that the preset's docstring names\n"
+        + "\n\nhours: of one GPU, or of one core where there is none; as finished runs of this folder took, else\n"
+        "on the machine that the preset's docstring names. Downsampled models are counted as plain ones.\n"
     )
 
 
