@@ -361,7 +361,9 @@ class Study:
             return pd.Series(dtype=float)
         frame = frame.reindex(columns=frame.columns.union(["processes", "variant"]))  # which early results lack
         each = frame["seconds"] * frame["processes"].fillna(1) / frame["epochs"].clip(lower=1)
-        return each.groupby([frame["stage"], frame["downsampler"], frame["variant"].fillna("")]).median()
+        return each.groupby(
+            [frame["stage"], frame["downsampler"], frame["variant"].where(frame["variant"].notna(), "")]
+        ).median()
 
     def _estimate(self, run: Run) -> float:
         otherwise = self.preset.epoch_seconds if run.epochs else self.preset.evaluation_seconds

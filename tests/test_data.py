@@ -1,3 +1,5 @@
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,17 @@ def test_image_folder(folder: Path) -> None:
     batches = list(data.test_dataloader())
     images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
     assert torch.equal((images[:, 0].mean((1, 2)) > images[:, 1].mean((1, 2))).long(), labels)  # red is class 1
+
+
+def test_processes_that_load_data_do_not_die_of_a_requeue(folder: Path) -> None:
+    data = ImageFolderDataModule(folder, image_size=32, batch_size=2, workers=2)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    for worker in loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGUSR1)
+    assert len(list(batches)) == 5
 
 
 def test_limit_is_spread_over_the_classes(folder: Path) -> None:

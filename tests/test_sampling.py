@@ -83,12 +83,16 @@ def test_a_loader_goes_on_where_its_state_says(workers: int) -> None:
     iterator = iter(stopped)
     for _ in range(3):
         next(iterator)
-    assert stopped.state_dict() == {"batches": 3}
+    assert stopped.state_dict() == {"epoch": 0, "batches": 3}
     second = loader()
     second.load_state_dict(stopped.state_dict())
     assert [batch[0].tolist() for batch in second] == whole[3:]
-    assert second.state_dict() == {"batches": 0} and len(second) == 10
-    assert [batch[0].tolist() for batch in second] == whole  # the epoch after that is whole again
+    assert second.state_dict() == {"epoch": 0, "batches": 10} and len(second) == 10
+    assert [batch[0].tolist() for batch in second] == whole  # the next time it is whole again
+    following = loader()
+    following.sampler.set_epoch(1)
+    following.load_state_dict(stopped.state_dict())  # saved at the end of an epoch of three batches
+    assert len(list(following)) == 10
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:

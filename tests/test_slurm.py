@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from tokenpool import results
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slurm
 
-# A quick study of six runs. Its base models train on two nodes, one process each.
+# A quick study of six runs. Base model and searches train on two nodes, one process each.
 PRESET = """
 from dataclasses import replace
 from experiments import presets
@@ -41,7 +42,7 @@ class Study:
         self.preset.write_text(PRESET.format(**{"epochs": 30, "rate": "1e-3"} | options))
         self.template = folder / "template.sh"
         text = (cluster / "template.sh").read_text()
-        self.template.write_text(text.replace("--nodes=1", "--nodes={{ 2 if 'base' in job else 1 }}"))
+        self.template.write_text(text.replace("--nodes=1", "--nodes={{ 1 if 'finetune' in job else 2 }}"))
 
     def call(self, verb: str, *arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-W", "ignore", "-m", "experiments", verb, "--preset", self.preset, "--quick"]
@@ -77,6 +78,18 @@ def wait_for(condition: Callable[[], object], study: Study, run: str, seconds: f
         time.sleep(0.2)
 
 
+def second_process(study: Study, run: str) -> int:
+    """Number of the process that is the second one of a training."""
+    found = subprocess.run(["pgrep", "-f", f"{study.folder}.* {run}$"], capture_output=True, text=True, check=True)
+    numbers = [
+        number
+        for number in map(int, found.stdout.split())
+        if "SLURM_PROCID=1\0" in Path(f"/proc/{number}/environ").read_text()
+    ]
+    assert len(numbers) == 1
+    return numbers[0]
+
+
 @pytest.fixture(scope="module")
 def whole(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A whole study, submitted at once and left alone."""
@@ -104,7 +117,8 @@ def test_two_nodes_train_together(whole: Study) -> None:
     base = results.read(whole.result("base-seed0"))
     assert base["processes"] == 2 and base["restarts"] == 0 and base["metrics"]["images"] == 450
     assert len(base["epochs"]) == 30 and base["environment"]["slurm_job"]
-    assert results.read(whole.result("search-lambda0.01-seed0"))["processes"] == 1
+    assert results.read(whole.result("search-lambda0.01-seed0"))["processes"] == 2
+    assert results.read(whole.result("finetune-wkmedoids-level1-seed0"))["processes"] == 1
     assert "on n[1-2]" in whole.log("base-seed0") and "epoch 30/30" in whole.log("base-seed0")
 
 
@@ -127,7 +141,11 @@ def test_signalled_jobs_are_requeued_and_end_as_uninterrupted_ones(whole: Study,
         # After some batches, other ones each time.
         epoch = 2 * number + 1
         wait_for(lambda begun=begun, epoch=epoch: f"epoch {epoch}/30" in study.log(run), study, run)
+        slow = second_process(study, run)  # which hears of it later, and has the first one wait
+        os.kill(slow, signal.SIGSTOP)
         subprocess.run(["scancel", "--signal=USR1", f"{job}_0"], check=True)
+        time.sleep(0.5)
+        os.kill(slow, signal.SIGCONT)
         wait_for(lambda number=number: study.log(run).count("Slurm will go on") > number, study, run)
     wait_for(lambda: study.result(run).exists(), study, run)
     assert results.read(study.result(run))["restarts"] == requeues
@@ -139,13 +157,7 @@ def test_a_killed_process_is_replaced_from_the_last_checkpoint(whole: Study, clu
     study.template.write_text(study.template.read_text().replace("set -u\n", "set -u\nexport TOKENPOOL_MINUTES=0.01\n"))
     study.submit("--all", "--only", run)
     wait_for(lambda: "epoch 5/30" in study.log(run), study, run)
-    found = subprocess.run(["pgrep", "-f", f"{study.folder}.* {run}$"], capture_output=True, text=True, check=True)
-    processes = [
-        number
-        for number in map(int, found.stdout.split())
-        if "SLURM_PROCID=1" in Path(f"/proc/{number}/environ").read_text()
-    ]
-    subprocess.run(["kill", "-9", *map(str, processes)], check=True)
+    os.kill(second_process(study, run), signal.SIGKILL)
     wait_for(lambda: study.result(run).exists(), study, run)
     assert "was killed (exit code 137) after it had saved a checkpoint: requeued" in study.log(run)
     assert results.read(study.result(run))["restarts"] == 1

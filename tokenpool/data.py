@@ -1,5 +1,6 @@
 """Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
 
+import signal
 from pathlib import Path
 
 import torch
@@ -99,7 +100,13 @@ class _DataModule(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=_ignore_requeueing,
         )
+
+
+def _ignore_requeueing(worker: int) -> None:
+    """Slurm sends SIGUSR1 to all processes of a job; those that load data would die of it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class DigitsDataModule(_DataModule):

@@ -82,12 +82,13 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches that this epoch has yielded; 0 after the last one."""
-        return {"batches": self._yielded % len(self)}
+        """The epoch, and how many batches of it have been yielded."""
+        return {"epoch": self.sampler.epoch, "batches": self._yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin where the state says."""
-        self.sampler.skipped = state["batches"]
+        """If the sampler is to begin with the state's epoch, let it go on where that was left."""
+        if state["epoch"] == self.sampler.epoch and state["batches"] < len(self):
+            self.sampler.skipped = state["batches"]
 
 
 class SeededDataset(Dataset):
