@@ -1,0 +1,90 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from safetensors.torch import load_file
+
+import tokenpool
+from experiments import presets, protocol
+from experiments.studies import Study, needs
+from tokenpool import results
+
+SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty training and twenty test images of ten classes, in CIFAR-10's layout."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 2)):
+        for name in range(10):
+            folder = tmp_path / "images" / part / f"class{name}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    monkeypatch.setenv(protocol.DATA, str(tmp_path / "images"))
+    return tmp_path / "images"
+
+
+def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base model, search and fine-tuning in small, from weights for 1000 classes."""
+    pretrained = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    tokenpool.save(pretrained, tmp_path / "pretrained.safetensors")
+    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "pretrained.safetensors"))
+    preset = presets.get("cifar10")
+    preset = dataclasses.replace(
+        preset,
+        model_options=preset.model_options | SMALL,
+        depth=3,
+        grid=2,
+        base_epochs=1,
+        search_epochs=1,
+        finetune_epochs=1,
+        learning_rate=1e-6,
+        final_learning_rate=0.0,
+        search_learning_rate=1e-6,
+        retention_learning_rate=0.5,
+        full_penalties=(1.0,),
+    )
+    folder = tmp_path / "runs"
+    study = Study(preset, folder)
+    (base,), (search,) = study.prerequisites(needs(study, "figure 5a"))
+    assert base.pretrained and base.model_options["num_classes"] == 10 and search.start == base.name
+    protocol.execute(base, folder)
+    # At so low a learning rate the weights are still those of the pretrained model; the classifier is another one.
+    trained = load_file(protocol.weights_path(base.name, folder))
+    start = pretrained.state_dict()["blocks.0.attn.qkv.weight"]
+    assert trained["blocks.0.attn.qkv.weight"].sub(start).abs().max() < 1e-4 and trained["head.weight"].shape[0] == 10
+    protocol.execute(search, folder)
+    study = Study(preset, folder)
+    runs = [run for run in study.missing(needs(study, "figure 5a")) if run.downsampler == "wkmedoids"]
+    learned = results.read(protocol.result_path(search, folder))["metrics"]["learned_keep"]
+    assert [run.keep for run in runs] == [tuple(learned)]
+    outcome = protocol.execute(runs[0], folder)
+    assert outcome["metrics"]["images"] == 20 and outcome["setting"]["trainer_options"]["precision"] == "bf16-mixed"
+    assert str(tmp_path) not in protocol.result_path(runs[0], folder).read_text()
+
+
+def test_a_preset_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\n"
+        "from experiments.presets import digits\n"
+        "PRESET = replace(digits.PRESET, name='mine', base_epochs=7)\n"
+    )
+    preset = presets.get(str(path))
+    assert preset.name == "mine" and preset.base_epochs == 7 and preset.argument == str(path)
+    assert presets.get("digits").argument == "digits"
+
+
+@pytest.mark.parametrize("text", ["", "PRESET = 3", "from experiments.presets.digits import PRESET"])
+def test_a_file_that_is_no_preset_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine.py must define PRESET, a Preset with a name other than digits, "):
+        presets.get(str(path))
+    with pytest.raises(FileNotFoundError, match="no preset nowhere.py"):
+        presets.get("nowhere.py")
