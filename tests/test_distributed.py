@@ -45,3 +45,22 @@ def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: 
     for name in ("train-run-seed0", "train-run-seed0.ema"):
         first, second = (load_file(place / "weights" / f"{name}.safetensors") for place in (folder, tmp_path))
         assert all(np.allclose(first[key], second[key], atol=2e-4) for key in first)
+
+
+def test_an_evaluation_shared_out_unevenly_counts_each_image_once(alone, tmp_path: Path) -> None:
+    """450 images on four processes, of which two have a batch more than the others."""
+    folder, _ = alone
+    found = []
+    for processes in (1, 4):
+        command = [sys.executable, "-W", "ignore", "-m", "experiments", "evaluate", "--data=digits", "--batch-size=64"]
+        command += ["--model=deit_digits_patch2_16", *(f"--model-option={option}" for option in SMALL)]
+        command += [f"--weights={folder}/weights/train-run-seed0.safetensors", "--downsampler=wkmedoids"]
+        command += ["--keep=9,4,1", "--name=run", f"--output={tmp_path}/{processes}"]
+        command += ["--trainer=accelerator=cpu", f"--trainer=devices={processes}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(results.read(tmp_path / str(processes) / "evaluate-run-seed0.json")["metrics"])
+    one, four = found
+    assert one["images"] == four["images"] == 450
+    assert four["top1"] == pytest.approx(one["top1"], abs=0.01) and four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert four["relative_error"] == pytest.approx(one["relative_error"], rel=1e-4)
