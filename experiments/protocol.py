@@ -530,8 +530,8 @@ class _Record(Checkpoint):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._print(
             trainer,
-            f"training from step {trainer.global_step}, {trainer.num_training_batches} batches an epoch, "
-            f"{trainer.world_size} processes",
+            f"training from step {trainer.global_step}, with {trainer.num_training_batches} batches an epoch, in "
+            f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}",
         )
 
     def _print(self, trainer: Trainer, line: str) -> None:
