@@ -379,7 +379,14 @@ def train(
     chosen = presets.get(preset)
     model = model or chosen.model
     options = _options(option)
-    model_options = (chosen.model_options if model == chosen.model else {}) | _options(model_option)
+    taken = {
+        name: value
+        for name, value in chosen.model_options.items()
+        if model == chosen.model or name in ("num_classes", "drop_path_rate")  # the others are of its architecture
+    }
+    model_options = taken | _options(model_option)
+    if not _given(epochs, chosen.base_epochs):
+        raise ValueError(f"preset {preset} trains nothing; give --epochs")
     run = Run(
         stage="train",
         label=name or "-".join(filter(None, [downsampler, _file_name(keep, gmacs)])),
@@ -391,7 +398,7 @@ def train(
         qk_norm=qk_norm,
         alpha=alpha,
         learn_alpha=learn_alpha,
-        pretrained=pretrained or (chosen.pretrained and model == chosen.model and start is None),
+        pretrained=pretrained or (chosen.pretrained and start is None),
         start=_path(start),
         epochs=_given(epochs, chosen.base_epochs),
         batch_size=_given(batch_size, chosen.batch_size),

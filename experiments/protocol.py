@@ -329,7 +329,11 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
             raise KeyboardInterrupt from error
         raise
     except FloatingPointError as error:
-        last = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+        last = (
+            f"the last checkpoint with finite weights is {checkpoint}"
+            if checkpoint.exists()
+            else "there is no checkpoint yet"
+        )
         raise FloatingPointError(f"{error}; {last}. Try a lower learning rate") from error
 
 
@@ -411,10 +415,10 @@ def _batches(run: Run) -> dict[str, Any]:
 
 
 def _workers() -> int:
-    """Processes that load data for one that trains: $TOKENPOOL_WORKERS, as many as Slurm has given it cores, or 2."""
+    """Processes that load data for one that trains: $TOKENPOOL_WORKERS; one for each other core from Slurm; or 2."""
     if parent_process():
         return 0  # a study has processes enough, and starting more costs it seconds a run
-    return _number(WORKERS, int(os.environ.get("SLURM_CPUS_PER_TASK", 2)))
+    return _number(WORKERS, max(int(os.environ.get("SLURM_CPUS_PER_TASK", 3)) - 1, 0))
 
 
 def _minutes() -> float:
@@ -483,10 +487,8 @@ def _trainer(
     }
     if SLURMEnvironment.detect():
         # Nodes and tasks are as sbatch was told. Lightning's own requeueing can hang (its issue 21406).
-        defaults |= {
-            "devices": int(os.environ.get("SLURM_NTASKS_PER_NODE", 1)),
-            "num_nodes": int(os.environ.get("SLURM_NNODES", 1)),
-        }
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        defaults |= {"num_nodes": nodes, "devices": int(os.environ.get("SLURM_NTASKS", nodes)) // nodes}
         defaults["plugins"].append(SLURMEnvironment(auto_requeue=False))
     try:
         return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
@@ -508,6 +510,7 @@ class _Record(Checkpoint):
         self.images = 0  # trained on, and the seconds that it took, validation left out
         self.busy = 0.0
         self.processes = self.restarts = 0
+        self._mark, self._validated = time.perf_counter(), False
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -527,7 +530,11 @@ class _Record(Checkpoint):
             "epochs": self.epochs,
         }
 
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.processes = trainer.world_size
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._mark = time.perf_counter()
         self._print(
             trainer,
             f"training from step {trainer.global_step}, with {trainer.num_training_batches} batches an epoch, in "
@@ -538,20 +545,27 @@ class _Record(Checkpoint):
         if self.prints and trainer.is_global_zero:
             print(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self.run.name}: {line}", flush=True)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
-    ) -> None:
-        self._batch_started = time.perf_counter()
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._mark = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         self.images += len(batch[0]) * trainer.world_size
-        self.busy += time.perf_counter() - self._batch_started
+        now = time.perf_counter()
+        self.busy += now - self._mark  # with the time that it took to load the batch
+        self._mark = now
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.processes = trainer.world_size
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("train_") or (name.startswith("val_") and self._validated)  # in this epoch
+        }
+        self._validated = False
         self.epochs.append(
             {"epoch": trainer.current_epoch + 1, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
             | {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data.auto_augment import RandAugment
 
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted
+from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
 from tokenpool.images import load_image
 
 
@@ -74,6 +75,17 @@ def test_image_folder(folder: Path) -> None:
     assert torch.equal((images[:, 0].mean((1, 2)) > images[:, 1].mean((1, 2))).long(), labels)  # red is class 1
 
 
+def test_augmentation_of_any_magnitude_is_possible() -> None:
+    """RandAugment's magnitudes are normally distributed and cut at 10, where Pillow 13 refuses to posterise."""
+    transform = training_transform(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    augment = next(step for step in transform.transforms if isinstance(step, RandAugment))
+    image = Image.new("RGB", (32, 32), "teal")
+    assert len(augment.ops) == 15
+    for operation in augment.ops:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 11, 0.0
+        assert operation(image).size == (32, 32)
+
+
 def test_processes_that_load_data_do_not_die_of_a_requeue(folder: Path) -> None:
     data = ImageFolderDataModule(folder, image_size=32, batch_size=2, workers=2)
     data.setup("fit")
@@ -82,6 +94,7 @@ def test_processes_that_load_data_do_not_die_of_a_requeue(folder: Path) -> None:
     next(batches)
     for worker in loader._iterator._workers:
         os.kill(worker.pid, signal.SIGUSR1)
+        os.kill(worker.pid, signal.SIGTERM)
     assert len(list(batches)) == 5
 
 

@@ -80,6 +80,21 @@ def test_a_preset_from_a_file(tmp_path: Path) -> None:
     assert presets.get("digits").argument == "digits"
 
 
+def test_a_broken_preset_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    digits = "from dataclasses import replace\nfrom experiments.presets.digits import PRESET\nPRESET = replace(PRESET, "
+    for text, complaint in (
+        ("PRESET = (", "cannot read preset .*mine.py: SyntaxError"),
+        ("PRESET = nothing", "cannot read preset .*mine.py: NameError: name 'nothing'"),
+        (f"{digits}epochs=3)", "cannot read preset .*mine.py: TypeError: .*epochs"),
+        (f"{digits}name='a/b')", "mine.py: the name 'a/b' must consist of letters"),
+        (f"{digits}name='a', clustered_level=9)", "mine.py: clustered_level = 9, but there are 4 penalties"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            presets.get(str(path))
+
+
 @pytest.mark.parametrize("text", ["", "PRESET = 3", "from experiments.presets.digits import PRESET"])
 def test_a_file_that_is_no_preset_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mine.py"

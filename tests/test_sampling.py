@@ -58,7 +58,7 @@ def test_repeated_augmentation_repeats_images_with_other_augmentations() -> None
     pairs = [set(found[i : i + 6]) for i in range(0, 60, 6)]
     for batch, half in itertools.product(pairs, (3,)):
         images = [number % 60 for number in sorted(batch, key=found.index)]
-        assert not set(images[:half]) & set(images[half:])  # mixup pairs no image with itself
+        assert not set(images[:half]) & set(images[half:])  # mixup pairs no image of so large a batch with itself
 
 
 @pytest.mark.parametrize("count, ranks", [(450, 4), (9, 2), (1, 2), (0, 3)])

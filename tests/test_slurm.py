@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +163,26 @@ def test_a_killed_process_is_replaced_from_the_last_checkpoint(whole: Study, clu
     assert_same_base(study, whole)
 
 
+def test_a_preempted_job_goes_on_and_a_cancelled_one_does_not(whole: Study, cluster: Path, tmp_path: Path) -> None:
+    study, run = Study(cluster, tmp_path), "base-seed0"
+    job = re.search(r"as job (\d+)", study.submit("--all", "--only", run))[1]
+    wait_for(lambda: "epoch 3/30" in study.log(run), study, run)
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    wait_for(lambda: "waiting for Slurm to requeue or to end the job" in study.log(run), study, run)
+    wait_for(lambda: "training from" in study.log(run).partition("restart 1, on")[2], study, run)
+
+    subprocess.run(["scancel", f"{job}_0"], check=True)
+    wait_for(lambda: f"failed {run}, job {job}_0" in study.status(), study, run)
+    time.sleep(3)
+    assert "restart 2, on" not in study.log(run)
+
+    study.submit("--all", "--only", run)  # which goes on where the cancelled one has saved its state
+    wait_for(lambda: study.result(run).exists(), study, run)
+    assert results.read(study.result(run))["restarts"] == 2
+    assert_same_base(study, whole)
+
+
 def test_a_failed_run_is_shown_and_holds_back_what_needs_it(cluster: Path, tmp_path: Path) -> None:
     study = Study(cluster, tmp_path, rate="1e30")
     study.submit("--all")
@@ -187,7 +206,10 @@ def test_what_slurm_would_not_take_is_said_before_anything_is_queued(cluster: Pa
     assert subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout == before
 
 
-def test_slurm_is_there_where_it_was_asked_for() -> None:
-    """`.ci/run` installs it: were all of these tests skipped there, nobody would notice."""
+def test_slurm_runs_where_it_must(request: pytest.FixtureRequest) -> None:
+    """`.ci/run` says so where it is installed: were all of these tests skipped there, nobody would notice."""
     if os.environ.get("TOKENPOOL_NEEDS_SLURM"):
-        assert shutil.which("sbatch") and shutil.which("munged")
+        try:
+            request.getfixturevalue("cluster")
+        except pytest.skip.Exception as skipped:
+            pytest.fail(f"skipped: {skipped}")

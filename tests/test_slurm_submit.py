@@ -255,8 +255,11 @@ def test_without_slurm(quick: Study, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (lambda text: text + "{% if %}", "my template.sh: Expected an expression"),
         (lambda text: text + "{{ runs.nothing }}", "my template.sh: 'list object' has no attribute 'nothing'"),
         (lambda text: text.replace("##SBATCH --partition=gpu", "#SBATCH --partition=nowhere"), "nowhere"),
-        (lambda text: text.replace("4 if trains", "3 if trains"), "1 x 3 tasks, which cannot share the batch of 32"),
-        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 4 tasks, which cannot share"),
+        (
+            lambda text: text.replace("node={{ processes }}", "node=3"),
+            "1 x 3 tasks, which cannot share the batch of 32",
+        ),
+        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 1 tasks, which cannot share"),
     ],
 )
 def test_templates_are_checked_before_anything_is_queued(

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,10 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
+from torchvision.transforms import Compose
 
 from tokenpool.images import open_images
 from tokenpool.mixing import mixed
@@ -27,7 +30,6 @@ class _DataModule(LightningDataModule):
     num_classes: int
     train_set: Dataset
     test_set: Dataset
-    allow_zero_length_dataloader_with_multiple_devices = True  # there may be fewer images to evaluate than processes
 
     def __init__(self, batch_size: int, workers: int, seed: int, mixup: float, cutmix: float, repeats: int) -> None:
         super().__init__()
@@ -51,6 +53,8 @@ class _DataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         rank, ranks = self._processes
+        if len(self.test_set) < ranks:
+            raise ValueError(f"{len(self.test_set)} images to evaluate are fewer than the {ranks} processes")
         sampler = EvaluationSampler(self.test_set, rank, ranks)
         return self._loader(DataLoader, self.test_set, max(self.batch_size // ranks, 1), sampler)
 
@@ -99,14 +103,15 @@ class _DataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
-            worker_init_fn=_ignore_requeueing,
+            persistent_workers=self.workers > 0 and kind is ResumableLoader,  # not those of both at once
+            worker_init_fn=_ignore_signals,
         )
 
 
-def _ignore_requeueing(worker: int) -> None:
-    """Slurm sends SIGUSR1 to all processes of a job; those that load data would die of it."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    """Signals to all processes of a job must not end those that load data: the one that trains has them end."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class DigitsDataModule(_DataModule):
@@ -219,16 +224,7 @@ class ImageFolderDataModule(_DataModule):
         self.test_set = open_images(self.root, "val", evaluate)
         self.num_classes = len(self.test_set.classes)
         if stage == "fit":
-            train = create_transform(
-                **self.transforms,
-                is_training=True,
-                interpolation="bicubic",
-                auto_augment="rand-m9-mstd0.5-inc1",
-                color_jitter=None,
-                re_prob=0.25,
-                re_mode="pixel",
-            )
-            folder = open_images(self.root, "train", train)
+            folder = open_images(self.root, "train", training_transform(**self.transforms))
             if folder.classes != self.test_set.classes:
                 raise ValueError(f"the classes of train and val of {self.root} differ")
             self.train_set = SeededDataset(folder, self.seed)
@@ -236,6 +232,29 @@ class ImageFolderDataModule(_DataModule):
         if 0 < self.limit < len(order):
             order = torch.linspace(0, len(order) - 1, self.limit).long().tolist()
         self.test_set = Subset(self.test_set, order[self.part])
+
+
+def training_transform(**options: Any) -> Compose:
+    """DeiT's augmentation (Touvron et al. 2021, Table 9), by timm.
+
+    Args:
+        options: of timm's `create_transform`: `input_size`, `mean`, `std`.
+    """
+    transform = create_transform(
+        **options,
+        is_training=True,
+        interpolation="bicubic",
+        auto_augment="rand-m9-mstd0.5-inc1",
+        color_jitter=None,
+        re_prob=0.25,
+        re_mode="pixel",
+    )
+    augment = next(step for step in transform.transforms if isinstance(step, RandAugment))
+    for operation in augment.ops:
+        if operation.name == "PosterizeIncreasing":
+            # At a magnitude of 10 timm asks for 0 bits, which Pillow refuses since its version 13. Below, it is 1 bit.
+            operation.magnitude_max = 9.99
+    return transform
 
 
 def _part(text: str) -> slice:

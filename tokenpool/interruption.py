@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from tokenpool import files
 
+MOST_MINUTES = 30  # that a preempted job waits for its end
 SAVE, STOP, REQUEUE = 1, 2, 3  # what a process wants at the end of a batch; of different wishes the greatest is done
 
 
@@ -75,6 +76,9 @@ class InterruptibleCheckpoint(Checkpoint):
     `sbatch --signal=USR1@300` sends before the time limit, the first one has the job requeued. With the data modules of
     this package training then goes on at the next batch, and ends with the same weights as without an interruption.
 
+    SIGTERM comes from Slurm when it preempts a job and when somebody cancels it. Slurm knows which of the two it is:
+    with the state saved, the job waits to be requeued or ended.
+
     Args:
         path: of the file; each save replaces it, whole (see `WholeCheckpoints`).
         signals: what `listening` yields.
@@ -83,6 +87,7 @@ class InterruptibleCheckpoint(Checkpoint):
     Raises:
         Interrupted: in `trainer.fit` and `trainer.test`, when training has stopped.
         RuntimeError: if Slurm refuses to requeue the job; the state is saved.
+        FloatingPointError: if weights are not finite; the file stays as it was.
     """
 
     def __init__(self, path: str | Path, signals: Signals, minutes: float = 10.0) -> None:
@@ -91,6 +96,7 @@ class InterruptibleCheckpoint(Checkpoint):
         self.minutes = minutes
         self._saved = time.monotonic()
         self._handlers: dict[int, Any] = {}
+        self._test_batches = 0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self._saved = time.monotonic()
@@ -104,9 +110,22 @@ class InterruptibleCheckpoint(Checkpoint):
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.on_train_start(trainer, module)
-        wish = self._agreed(trainer)
-        if wish >= STOP:  # training, if there was any, is saved since its last epoch's end
-            self._stop(trainer, wish)
+        # Processes may have different numbers of batches; they can agree while all of them have one.
+        batches = torch.tensor(sum(trainer.num_test_batches), device=trainer.strategy.root_device)
+        self._test_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))
+        self._stop_if_asked(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx < self._test_batches:
+            self._stop_if_asked(trainer)  # training, if there was any, is saved since its last epoch's end
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -116,14 +135,11 @@ class InterruptibleCheckpoint(Checkpoint):
         wish = self._agreed(trainer)
         if wish:
             self._save(trainer)
-        if wish >= STOP:
             self._stop(trainer, wish)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
-        wish = self._agreed(trainer)
-        if wish >= STOP:
-            self._stop(trainer, wish)
+        self._stop_if_asked(trainer)
 
     def _agreed(self, trainer: Trainer) -> int:
         """The greatest of the processes' wishes, the same in all of them."""
@@ -135,11 +151,21 @@ class InterruptibleCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(shared, reduce_op="max"))
 
     def _save(self, trainer: Trainer) -> None:
+        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+            raise FloatingPointError(f"the weights are not finite after step {trainer.global_step}")
         trainer.save_checkpoint(self.path)
         self._saved = time.monotonic()
 
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        self._stop(trainer, self._agreed(trainer))
+
     def _stop(self, trainer: Trainer, wish: int) -> None:
+        """Stop if the wish is to; with the state saved."""
+        if wish < STOP:
+            return
         job = slurm_job()
+        if wish == STOP and job is not None:
+            self._wait(trainer)
         if wish == STOP or job is None:
             raise Interrupted(f"stopped by a signal at step {trainer.global_step}", requeued=False)
         error = _requeue(job) if trainer.is_global_zero else ""
@@ -147,6 +173,14 @@ class InterruptibleCheckpoint(Checkpoint):
         if error:
             raise RuntimeError(f"Slurm does not requeue job {job} ({error}); its state is saved in {self.path}")
         raise Interrupted(f"stopped at step {trainer.global_step}; Slurm will go on with job {job}", requeued=True)
+
+    def _wait(self, trainer: Trainer) -> None:
+        """For Slurm to kill this process, as it does some time after its SIGTERM."""
+        if trainer.is_global_zero:
+            print(f"stopped at step {trainer.global_step}; waiting for Slurm to requeue or to end the job", flush=True)
+        end = time.monotonic() + 60 * MOST_MINUTES
+        while time.monotonic() < end:
+            time.sleep(1)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

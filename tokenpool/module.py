@@ -167,8 +167,9 @@ class ClassificationModule(LightningModule):
             finite = self.trainer.strategy.reduce(finite, reduce_op="min")
         if not finite:
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            value = "not finite in another process" if loss.isfinite() else loss.item()
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}, at a learning rate of {rate:.3g}"
+                f"the loss is {value} at step {self.global_step}, at a learning rate of {rate:.3g}"
             )
 
     def configure_optimizers(self) -> dict:

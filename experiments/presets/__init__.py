@@ -1,10 +1,13 @@
 """Presets: what to train, on what, for how long. Each module states command, cost and expected result at its top."""
 
+import re
 import runpy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tokenpool.schedules import LEVELS
 
 NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
 
@@ -72,6 +75,7 @@ class Preset:
         family: the paper's other models or their stand-ins, by the paper's names ("deit_tiny", "deit_e252", ...).
         normalised: the model with normalised queries and keys (Figure 10), by the figure's number.
         grid: tokens along the image's shorter side, which limits convolutions.
+        processes: that train one model on a cluster, each with a GPU of its own.
         clustered_level: number of the schedule that Figure 1c shows.
         redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
         budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
@@ -91,6 +95,7 @@ class Preset:
     stands_for: str
     depth: int
     grid: int
+    processes: int = 1
     pretrained: bool = False
     base_epochs: int = 0
     search_epochs: int = 0
@@ -153,7 +158,15 @@ def get(name: str) -> Preset:
 def _read(path: Path) -> Preset:
     if not path.is_file():
         raise FileNotFoundError(f"no preset {path}")
-    preset = runpy.run_path(str(path)).get("PRESET")
+    try:
+        preset = runpy.run_path(str(path)).get("PRESET")
+    except Exception as error:  # whatever the code in it raises
+        raise ValueError(f"cannot read preset {path}: {type(error).__name__}: {error}") from error
     if not isinstance(preset, Preset) or preset.name in NAMES:
         raise ValueError(f"{path} must define PRESET, a Preset with a name other than {', '.join(NAMES)}")
+    if not re.fullmatch(r"[A-Za-z0-9_]+", preset.name):
+        raise ValueError(f"{path}: the name {preset.name!r} must consist of letters, digits and _")
+    levels = LEVELS if preset.main.schedules else min(len(preset.penalties), len(preset.full_penalties))
+    if not 0 <= preset.clustered_level < levels:
+        raise ValueError(f"{path}: clustered_level = {preset.clustered_level}, but there are {levels} penalties")
     return replace(preset, file=path.resolve())

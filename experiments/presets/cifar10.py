@@ -6,8 +6,9 @@
 FOLDER holds train/<class>/* and test/<class>/*, or is hf:uoft-cs/cifar10; without --weights, timm downloads them. The
 nearest thing to the paper's own fine-tuning that one GPU can do in a day.
 
-Cost and expected result: no GPU was at hand to measure them. The preset was proven on 40 training and 20 test images:
-`figure 5a --quick` takes 6 minutes on a CPU with them, and its accuracies mean nothing.
+Cost and expected result: no GPU was at hand to measure them; estimates take a minute an epoch for granted. The preset
+was proven on 40 training and 20 test images: `figure 5a --quick` takes 6 minutes on a CPU with them, and its accuracies
+mean nothing.
 """
 
 from experiments.presets import Preset, Variant

@@ -23,6 +23,7 @@ PRESET = Preset(
     model="deit_small_patch16_224",
     depth=12,
     grid=14,
+    processes=4,
     clustered_level=3,
     redundancy_images=1000,
     base_epochs=300,

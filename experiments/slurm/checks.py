@@ -1,7 +1,7 @@
 """What would make runs fail on the cluster is said here, before anything is queued."""
 
 import os
-import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,10 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
     Raises:
         ValueError: if not; the message names the template.
     """
-    nodes, tasks = _option(script, "nodes", "N"), _option(script, "ntasks-per-node")
+    nodes, tasks = _number(script, "--nodes", "-N"), _number(script, "--ntasks-per-node")
+    if not tasks and _number(script, "--ntasks", "-n"):
+        raise ValueError(f"{template} has --ntasks: expected --ntasks-per-node, which says what runs where")
+    nodes, tasks = nodes or 1, tasks or 1
     for run in runs:
         pairs = 2 if run.mixup or run.cutmix else 1
         if run.epochs and run.batch_size % (nodes * tasks * pairs):
@@ -76,8 +79,12 @@ def _classes(run: Run) -> int:
     return run.model_options.get("num_classes", config.num_classes)
 
 
-def _option(script: str, name: str, letter: str = "") -> int:
-    """The number that a script's last #SBATCH line of this option gives; 1 if there is none."""
-    names = f"--{name}[= ]" + (f"|-{letter} ?" if letter else "")
-    found = re.findall(rf"^#SBATCH\s+(?:{names})\s*(\d+)", script, flags=re.MULTILINE)
-    return int(found[-1]) if found else 1
+def _number(script: str, *names: str) -> int:
+    """What a script's last #SBATCH option of these names gives; 0 if there is none."""
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    words = [word for line in lines for word in shlex.split(line.removeprefix("#SBATCH"), comments=True)]
+    pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=True)]
+    pairs += [tuple(word.split("=", 1)) for word in words if "=" in word]
+    pairs += [(word[:2], word[2:]) for word in words if not word.startswith("--")]
+    found = [value for name, value in pairs if name in names and value.isdecimal()]
+    return int(found[-1]) if found else 0

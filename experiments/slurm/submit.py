@@ -3,8 +3,10 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +24,7 @@ from tokenpool.images import HUB
 
 TEMPLATE = Path(__file__).with_name("template.sh")
 _NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template
-_OPTIONAL = {"directory", "timed", "trains"}
+_OPTIONAL = {"directory", "processes", "timed", "trains"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def submit(
             yield f"nothing was submitted; the scripts are in {scripts}"
             return
         for array in found:
-            job = _submit(array, _script(array, scripts), queued)
             names = [run.name for run in array.runs]
-            queue.remember(names, job, study.folder)
+            with _undisturbed():  # an array that is queued and not remembered would be queued again
+                job = _submit(array, _script(array, scripts), queued)
+                queue.remember(names, job, study.folder)
             queued |= {name: f"{job}_{index}" for index, name in enumerate(names)}
             yield f"submitted {array.name} as job {job}"
 
@@ -159,11 +162,12 @@ def describe(found: Sequence[Array], study: Study) -> str:
         for array, used in zip(found, hours, strict=True)
     ]
     rows.append([f"{len(found)} in all", sum(len(array.runs) for array in found), f"{sum(hours):.1f}", ""])
-    header = ["job array", "runs", "hours", "each task waits for"]
+    unit = "GPU-hours" if study.preset.trainer_options else "core-hours"
+    header = ["job array", "runs", unit, "each task waits for"]
     return (
         tabulate(rows, header, disable_numparse=True, colalign=("left", "right", "right", "left"))
-        + "\n\nhours: of one GPU, or of one core where there is none; as finished runs of this folder took, else\n"
-        "on the machine that the preset's docstring names. Downsampled models are counted as plain ones.\n"
+        + f"\n\n{unit}: as finished runs of this folder took, else as the preset's docstring says;\n"
+        "downsampled models are counted as plain ones\n"
     )
 
 
@@ -182,6 +186,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
         "command": shlex.join(command if study.full else [*command, "--quick"]),
         "variables": {name: _absolute(path) for name, path in paths.items() if path},
         "trains": any(run.epochs for run in array.runs),
+        "processes": study.preset.processes if any(run.epochs for run in array.runs) else 1,
         "timed": array.runs[0].stage in TIMED,
     }
 
@@ -231,6 +236,16 @@ def _submit(array: Array, script: Path, queued: dict[str, str]) -> str:
     """The id of the new job."""
     after = [f"--dependency=afterok:{':'.join(queued[name] for name in array.waits)}"] if array.waits else []
     return queue.call("sbatch", "--parsable", *after, str(script)).strip().partition(";")[0]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals that would end this process wait until the block ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listed(names: set[str]) -> str:

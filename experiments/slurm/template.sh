@@ -5,14 +5,14 @@
 # ---- edit: what your cluster needs (an option with two # is off) ----
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
-# One task a GPU. Runs that do not train take one GPU.
+# One task a GPU; as many as the preset names, and one for runs that do not train.
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node={{ 4 if trains else 1 }}
-#SBATCH --gpus-per-node={{ 4 if trains else 1 }}
+#SBATCH --ntasks-per-node={{ processes }}
+#SBATCH --gpus-per-node={{ processes }}
 #SBATCH --cpus-per-task=10
-#SBATCH --mem={{ "240G" if trains else "60G" }}
-#SBATCH --time=24:00:00
-# At most so many runs of this array at once.
+#SBATCH --mem={{ 60 * processes }}G
+#SBATCH --time={{ "24:00:00" if trains else "02:00:00" }}
+# At most so many runs of this array at once. Other arrays run beside it, within the limits of your account.
 #SBATCH --array={{ array }}%16
 
 # ---- filled in by submit ----
@@ -25,8 +25,9 @@
 #SBATCH --requeue
 #SBATCH --kill-on-invalid-dep=yes
 {% if timed %}
-# It measures time, so that nothing else may run on the node.
+# It measures time, so that nothing else may run on the node. Name one kind of GPU, to compare runs with each other.
 #SBATCH --exclusive
+##SBATCH --constraint=kind
 {% endif %}
 
 # ---- edit: environment (not needed where the Python that called submit is there on the nodes) ----
