@@ -104,6 +104,31 @@ def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, ki
     assert not protocol.checkpoint_path(run, tmp_path / "kicked").exists()
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Poison(Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:
+            if trainer.current_epoch == 1:
+                module.model.head.bias.data[0] = torch.nan
+
+    make = protocol._trainer
+    monkeypatch.setattr(
+        protocol, "_trainer", lambda run, folder, callbacks, *rest: make(run, folder, [Poison(), *callbacks], *rest)
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"not finite after step 20; the last checkpoint with finite weights is"
+    ):
+        protocol.execute(RUN, tmp_path)
+    state = torch.load(protocol.checkpoint_path(RUN, tmp_path), weights_only=True)
+    assert state["global_step"] == 10 and state["state_dict"]["model.head.bias"].isfinite().all()
+
+
+def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, epochs=4, trainer_options={"check_val_every_n_epoch": 2})
+    protocol.execute(run, tmp_path)
+    assert ["val_top1" in epoch for epoch in epochs(run, tmp_path)] == [False, True, False, True]
+    assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
+
+
 def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()

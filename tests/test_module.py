@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 import tokenpool
 from tokenpool.data import DigitsDataModule
@@ -70,3 +70,57 @@ def test_a_loss_that_is_not_finite_stops_training(tmp_path) -> None:
 
 def test_more_classes_than_five_are_not_needed() -> None:
     assert ClassificationModule(create(), num_classes=2).test_metrics["top5"].top_k == 2
+
+
+class Weights(Callback):
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.seen.append({name: value.clone() for name, value in module.model.state_dict().items()})
+
+
+def test_the_moving_average_is_one_and_is_tested_apart(tmp_path) -> None:
+    data, weights = DigitsDataModule(batch_size=128), Weights()
+    module = ClassificationModule(create(), 10, learning_rate=5e-3, warmup_epochs=0, ema_decay=0.8)
+    expected = {name: value.clone() for name, value in module.model.state_dict().items()}
+    fitted = trainer(tmp_path, max_epochs=1, callbacks=[weights])
+    fitted.fit(module, datamodule=data)
+    assert len(weights.seen) == 10
+    for seen in weights.seen:
+        expected = {name: 0.8 * expected[name] + 0.2 * seen[name] for name in expected}
+    averaged = module.ema.module.state_dict()
+    assert all(torch.allclose(averaged[name], expected[name], atol=1e-6) for name in expected)
+    measured = fitted.test(module, datamodule=data, verbose=False)[0]
+    images, labels = data.test_set.tensors
+    for name, model in (("test", module.model), ("test_ema", module.ema.module)):
+        with torch.no_grad():
+            logits = model.eval()(images)
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert measured[f"{name}_loss"] == pytest.approx(loss, rel=1e-4)
+        assert measured[f"{name}_top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-6)
+    assert measured["test_loss"] != pytest.approx(measured["test_ema_loss"], rel=1e-3)
+
+
+class Targets(Callback):
+    """The targets of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.seen.append(batch[1])
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_each_batch_is_mixed_at_a_ratio_of_its_own(tmp_path, accumulated: int) -> None:
+    targets = Targets()
+    options = {"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": accumulated}
+    module = ClassificationModule(create(), 10)
+    trainer(tmp_path, callbacks=[targets], **options).fit(
+        module, datamodule=DigitsDataModule(batch_size=128, mixup=0.8)
+    )
+    ratios = [round(batch.amax(1).min().item(), 5) for batch in targets.seen]
+    assert len(ratios) == len(set(ratios)) == 8
