@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenpool import results
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["embed_dim=16", "depth=3", "num_heads=2", "patch_size=4", "weight_init=jax"]
+SMALL = ["embed_dim=16", "depth=3", "num_heads=2", "patch_size=4", "weight_init=jax", "drop_path_rate=0.3"]
 
 
 def train(folder: Path, processes: int) -> dict:

@@ -31,21 +31,21 @@ def mixed(
         ranks: number of processes.
 
     Returns:
-        Images and targets (B, classes), in another order.
+        Images and targets (B, classes), in the same order.
     """
     half = len(images) // 2
     groups = -(-half * ranks // PAIRS)
     # Pair p of this process is number p * ranks + rank of them all.
     starts = [min(max(-(-(group * PAIRS - rank) // ranks), 0), half) for group in range(groups)] + [half]
-    parts = []
+    found = torch.empty_like(images)
+    targets = images.new_empty(len(images), mixup.num_classes, dtype=torch.float32)
     for group in range(groups):
         first = torch.arange(starts[group], starts[group + 1], device=images.device)
         if len(first):
             pairs = torch.cat([first, (half + first).flip(0)])  # timm mixes the i-th with the i-th from the end
             with _seeded(step_seed(seed, step, group)):
-                parts.append(mixup(images[pairs], labels[pairs]))
-    images, targets = zip(*parts, strict=True)
-    return torch.cat(images), torch.cat(targets)
+                found[pairs], targets[pairs] = mixup(images[pairs], labels[pairs])
+    return found, targets
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from tokenpool import soft_selection
+from tokenpool import soft_selection, stochastic_depth
 from tokenpool.seeding import step_seed
 
 
@@ -86,15 +86,24 @@ class ClassificationModule(LightningModule):
             measures.clone(prefix="val_ema_"),
             measures.clone(prefix="test_ema_"),
         )
+        self._shared_generator: torch.Generator | None = None
         self.searches = bool(soft_selection.layers(model))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def setup(self, stage: str) -> None:
+        ranks = self.trainer.world_size
+        if stage == "fit" and ranks > 1:
+            self._shared_generator = torch.Generator(self.device)
+            stochastic_depth.share(self.model, self._shared_generator, self.global_rank, ranks)
+
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         accumulated = self.trainer.accumulate_grad_batches
         step = self.global_step * accumulated + batch_idx % accumulated
         torch.manual_seed(step_seed(self.seed, step, self.global_rank))
+        if self._shared_generator is not None:
+            self._shared_generator.manual_seed(step_seed(self.seed, step))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
