@@ -24,6 +24,7 @@ _MODELS = (
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
     "deit_digits_patch2_16."
 )
+_INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 _PRESETS = f"Preset: {', '.join(presets.NAMES)}; or a file like theirs, my_preset.py, that defines PRESET."
 
 # Options that several verbs have.
@@ -512,8 +513,12 @@ def check_data(
     from experiments.check_data import PARTS
     from experiments.check_data import check_data as checked
 
-    for line in checked(data, part or PARTS, jobs or _cores(), output):
-        print(line)
+    try:
+        for line in checked(data, part or PARTS, jobs or _cores(), output):
+            print(line)
+    except KeyboardInterrupt:
+        print(_INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)  # all is written; Python would wait for threads that wait for processes that are gone
 
 
 def _execute(run: Any, folder: Path) -> None:
@@ -598,7 +603,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except SystemExit as error:
         if error.code == 130:  # what typer makes of Ctrl-C
-            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+            print(_INTERRUPTED, file=sys.stderr)
         raise
 
 
