@@ -24,7 +24,6 @@ _MODELS = (
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
     "deit_digits_patch2_16."
 )
-_INTERRUPTED = "interrupted; the same command goes on where this one stopped"
 _PRESETS = f"Preset: {', '.join(presets.NAMES)}; or a file like theirs, my_preset.py, that defines PRESET."
 
 # Options that several verbs have.
@@ -513,12 +512,8 @@ def check_data(
     from experiments.check_data import PARTS
     from experiments.check_data import check_data as checked
 
-    try:
-        for line in checked(data, part or PARTS, jobs or _cores(), output):
-            print(line)
-    except KeyboardInterrupt:
-        print(_INTERRUPTED, file=sys.stderr, flush=True)
-        os._exit(130)  # all is written; Python would wait for threads that wait for processes that are gone
+    for line in checked(data, part or PARTS, jobs or _cores(), output):
+        print(line)
 
 
 def _execute(run: Any, folder: Path) -> None:
@@ -603,7 +598,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except SystemExit as error:
         if error.code == 130:  # what typer makes of Ctrl-C
-            print(_INTERRUPTED, file=sys.stderr)
+            print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
         raise
 
 
