@@ -12,6 +12,7 @@ import yaml
 
 from experiments import presets
 from tokenpool.downsampling import METHODS
+from tokenpool.images import HUB
 from tokenpool.interruption import Interrupted
 
 _FOLDER_OR_HUB = (
@@ -290,7 +291,7 @@ def _study(preset: str, results: Path | None, quick: bool, data: Path | None, we
     chosen = presets.get(preset)
     for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
         if path is not None:
-            if not path.exists() and not str(path).startswith("hf:"):
+            if not path.exists() and not str(path).startswith(HUB):
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
     return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)

@@ -202,7 +202,8 @@ def execute(
     data = data_module(run)
     model = build_model(run, folder)
     data.setup("test")
-    check_classes(data, model)
+    if data.num_classes != model.num_classes:
+        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
     module = training_module(run, model)
     checkpoint = checkpoint_path(run, folder)
     if run.stage in MEASURES:
@@ -227,16 +228,6 @@ def execute(
         results.save(outcome, path)  # last: that it exists means that the run is done
         checkpoint.unlink(missing_ok=True)
     return outcome
-
-
-def check_classes(data: LightningDataModule, model: nn.Module) -> None:
-    """Compare the number of classes.
-
-    Raises:
-        ValueError: if data and model differ.
-    """
-    if data.num_classes != model.num_classes:
-        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
 
 
 def training_module(run: Run, model: nn.Module) -> ClassificationModule:
@@ -321,7 +312,11 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
         FloatingPointError: if the loss is not finite; the message says where to go on.
     """
     if checkpoint.exists():
-        check_same(run, read_checkpoint(checkpoint)["run"], checkpoint)
+        try:
+            before = torch.load(checkpoint, map_location="cpu", weights_only=True)["run"]
+        except Exception as error:
+            raise ValueError(f"cannot read checkpoint {checkpoint} ({error}); delete it to start anew") from error
+        check_same(run, before, checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except SystemExit as error:  # what Lightning makes of an interrupt
@@ -335,20 +330,6 @@ def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, ru
             else "there is no checkpoint yet"
         )
         raise FloatingPointError(f"{error}; {last}. Try a lower learning rate") from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of a training that was interrupted.
-
-    Raises:
-        ValueError: if the file cannot be read; the message names it.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["run"]
-    except Exception as error:
-        raise ValueError(f"cannot read checkpoint {path} ({error}); delete it to start anew") from error
-    return state
 
 
 def build_model(run: Run, folder: Path) -> nn.Module:

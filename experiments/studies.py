@@ -19,6 +19,21 @@ from tokenpool import results, schedules
 
 CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
 SELECTIONS = ("random", "importance", "power_bert")
+# What a run takes from its preset as it stands.
+_RECIPE = (
+    "batch_size",
+    "learning_rate",
+    "warmup_epochs",
+    "weight_decay",
+    "label_smoothing",
+    "final_learning_rate",
+    "mixup",
+    "cutmix",
+    "repeats",
+    "ema_decay",
+    "crop_pct",
+    "trainer_options",
+)
 
 
 @dataclass(frozen=True)
@@ -380,18 +395,7 @@ class Study:
             "qk_norm": variant.qk_norm,
             "alpha": variant.alpha,
             "learn_alpha": variant.learn_alpha,
-            "batch_size": preset.batch_size,
-            "learning_rate": preset.learning_rate,
-            "warmup_epochs": preset.warmup_epochs,
-            "weight_decay": preset.weight_decay,
-            "label_smoothing": preset.label_smoothing,
-            "final_learning_rate": preset.final_learning_rate,
-            "mixup": preset.mixup,
-            "cutmix": preset.cutmix,
-            "repeats": preset.repeats,
-            "ema_decay": preset.ema_decay,
-            "crop_pct": preset.crop_pct,
-            "trainer_options": preset.trainer_options,
+            **{name: getattr(preset, name) for name in _RECIPE},
             "seed": seed,
             "split": seed,
         }
@@ -435,7 +439,7 @@ def command(study: Study, name: str, *options: str) -> str:
         parts.append(f"--results {study.folder}")
     if not study.full:
         parts.append("--quick")
-    if "--run" in options and study.preset.data in ("imagenet", "cifar10"):
+    if "--run" in options and study.preset.data in protocol.NAMED:
         parts.append("--data FOLDER")
     return " ".join([*parts, *options])
 

@@ -103,13 +103,16 @@ class InterruptibleCheckpoint(Checkpoint):
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._put_handlers_back()
+
+    def _put_handlers_back(self) -> None:
         # Lightning's handler of SIGTERM, set since, waits for other processes from within the handler.
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.on_train_start(trainer, module)
+        self._put_handlers_back()
         # Processes may have different numbers of batches; they can agree while all of them have one.
         batches = torch.tensor(sum(trainer.num_test_batches), device=trainer.strategy.root_device)
         self._test_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))

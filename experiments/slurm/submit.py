@@ -175,6 +175,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
     """What a template's placeholders stand for."""
     folder = study.folder.resolve()
     command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
+    trains = any(run.epochs for run in array.runs)
     paths = {name: os.environ.get(name) for name in (protocol.DATA, protocol.WEIGHTS)}
     return {
         "job": array.name,
@@ -185,8 +186,8 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
         "results": folder,
         "command": shlex.join(command if study.full else [*command, "--quick"]),
         "variables": {name: _absolute(path) for name, path in paths.items() if path},
-        "trains": any(run.epochs for run in array.runs),
-        "processes": study.preset.processes if any(run.epochs for run in array.runs) else 1,
+        "trains": trains,
+        "processes": study.preset.processes if trains else 1,
         "timed": array.runs[0].stage in TIMED,
     }
 
