@@ -502,6 +502,68 @@ def explain(
         print(line)
 
 
+@app.command()
+def throughput(
+    model: Annotated[list[str] | None, typer.Option(help=_MODELS + " Repeatable; default: DeiT-S.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable; default: wkmedoids.")] = None,
+    level: Annotated[
+        list[float] | None,
+        typer.Option(help="The paper's schedule for DeiT-S, scaled to the model. Repeatable; default: 3."),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Another schedule, as of train. Repeatable.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default: 32.")] = None,
+    image_size: Annotated[
+        list[int] | None, typer.Option(min=16, help="In pixels. Repeatable; default: the model's.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile both models.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time steps of training.")] = False,
+    carry: Carry = False,
+    option: Options = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="Of the CPU; 0: as PyTorch chooses.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each model.")] = 7,
+    output: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("runs/throughput"),
+) -> None:
+    """Time pooled models and timm's plain one in turns: is the speed-up what the FLOPs promise?
+
+    One JSON file a setting; what has been timed is not timed again.
+    """
+    import itertools
+
+    import torch
+
+    from experiments import figures, speed
+    from tokenpool import files
+
+    if threads:
+        torch.set_num_threads(threads)
+    schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
+    choices = itertools.product(
+        model or ["deit_small_patch16_224"],
+        method or ["wkmedoids"],
+        schedules,
+        batch_size or [32],
+        image_size or [None],
+    )
+    settings = [
+        speed.Setting(name, chosen, schedule, batch, size, precision, compiled, train, carry, _options(option))
+        for name, chosen, schedule, batch, size in choices
+    ]
+    found = []
+    for one in speed.run(settings, output, device, repeats):
+        found.append(one)
+        print(
+            f"{one['run']}: {one['images_per_second']:.1f} images/s, plain {one['plain_images_per_second']:.1f}; "
+            f"speed-up {one['speed_up']:.2f} of {one['flops_ratio']:.2f}, realised {one['realised_fraction']:.2f}",
+            flush=True,
+        )
+    with files.whole(output / "table.md") as path:
+        path.write_text(speed.table(found) + "\n")
+    pictures = figures.save(speed.picture(found), output / "speed-up")
+    print(f"\n{speed.table(found)}\n\nTable: {output / 'table.md'}\nPicture: {' and '.join(map(str, pictures))}")
+
+
 @app.command("check-data")
 def check_data(
     data: Annotated[str, typer.Option(help=_FOLDER_OR_HUB)],

@@ -1,11 +1,14 @@
-"""Images a second, of a model and of a plain one in turns, so that both meet the same machine."""
+"""Timing: calls in turns, so that all of them meet the same machine."""
 
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 
 def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 5, warm_up: int = 2) -> dict[str, Any]:
@@ -22,13 +25,43 @@ def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 5
         Images a second of both, by the median time, the ratio of the medians (`speed_up`), the spread of the model's
         times (`spread`: interquartile range over the median), batch size, device and threads.
     """
-    times: dict[str, list[float]] = {"model": [], "plain": []}
     with torch.inference_mode():
-        for index in range(warm_up + repeats):
-            for name, each in (("model", model), ("plain", plain)):
-                seconds = _seconds(each, images)
-                if index >= warm_up:
-                    times[name].append(seconds)
+        calls = {"model": lambda: model(images), "plain": lambda: plain(images)}
+        times = seconds(calls, images.device, repeats, warm_up)
+    return summary(times, images)
+
+
+def seconds(
+    calls: dict[str, Callable[[], Any]], device: torch.device, repeats: int = 5, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds that each of the calls takes, called in turns, `repeats` times each after `warm_up` times."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(warm_up + repeats):
+        for name, call in calls.items():
+            taken = _seconds(call, device)
+            if index >= warm_up:
+                times[name].append(taken)
+    return times
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call holds at most, beyond what was held before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(changes).max(initial=0))
+
+
+def summary(times: dict[str, list[float]], images: Tensor) -> dict[str, Any]:
+    """What `measure` returns, from the seconds of "model" and of "plain" for the same images."""
     own, other = median(times["model"]), median(times["plain"])
     quartiles = torch.tensor(times["model"]).quantile(torch.tensor([0.25, 0.75])).tolist()
     return {
@@ -42,11 +75,11 @@ def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 5
     }
 
 
-def _seconds(model: nn.Module, images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize()
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
