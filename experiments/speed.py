@@ -127,15 +127,13 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
     """
     for setting in settings:
         path = folder / f"{setting.name}-{device.replace(':', '')}.json"
-        if path.exists():
-            outcome = results.read(path)
-            before = outcome["setting"] | {"keep": outcome["setting"].get("schedule")}
-            wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
-            if {name: before.get(name) for name in wanted} != wanted:
-                raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
-        else:
-            outcome = compare(setting, device, repeats)
-            results.save(outcome, path)
+        if not path.exists():
+            results.save(compare(setting, device, repeats), path)
+        outcome = results.read(path)
+        before = outcome["setting"] | {"keep": outcome["setting"].get("schedule")}
+        wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
+        if {name: before.get(name) for name in wanted} != wanted:
+            raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
         yield {"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"]
 
 
