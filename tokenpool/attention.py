@@ -77,25 +77,36 @@ class ScoredAttention(nn.Module):
         bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None, :]  # (B, 1, 1, N)
 
         if with_scores:
-            # Head by head, where autograd need not keep the N x N matrices: on a CPU one head's fit into the cache.
-            heads = 1 if x.device.type == "cpu" and not torch.is_grad_enabled() else self.num_heads
-            parts = zip((q * scale).split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
-            outs, received = zip(*(self._attend(q, k, v, bias) for q, k, v in parts), strict=True)
-            out, scores = torch.cat(outs, dim=1), torch.stack(received).sum(0)
+            heads = self._heads_at_once(x)
+            parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
+            outs, received = zip(*(self._attend(q, k, v, bias, scale) for q, k, v in parts), strict=True)
+            out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
+            scores = torch.stack(received).sum(dim=0)
         else:
             scores = None
             dropout = self.attn_drop.p if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+            out = out.transpose(1, 2).flatten(2)
 
-        out = out.transpose(1, 2).reshape(batch, n, self.num_heads * self.head_dim)
         out = self.norm(out) if hasattr(self, "norm") else out
         out = out if gate is None else out * gate(x).sigmoid()
         keys = k.detach().mean(dim=1) if with_keys else None
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Output (B, h, N, d) and attention received (B, N) of some heads, from scaled queries."""
-        logits = q @ k.mT  # (B, h, N, N)
-        attention = (logits if bias is None else logits + bias).softmax(dim=-1)
+    def _heads_at_once(self, x: Tensor) -> int:
+        """Head by head, where autograd need not keep the N x N matrices: on a CPU one head's fit into the cache."""
+        batch, n, _ = x.shape
+        if x.device.type != "cpu" or torch.is_grad_enabled() or (batch == 1 and self.num_heads * n * n <= 2**19):
+            return self.num_heads
+        return 1
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, N, h d) and attention received (B, N) of h heads."""
+        batch, heads = q.shape[:2]
+        logits = torch.matmul(q, k.mT) * scale
+        attention = (logits if bias is None else logits + bias).softmax(dim=-1)  # (B, h, N, N)
         received = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
-        return self.attn_drop(attention).to(v.dtype) @ v, received
+        out = self.attn_drop(attention).to(v.dtype) @ v  # (B, h, N, d)
+        return out.transpose(1, 2).flatten(2), received

@@ -4,10 +4,13 @@ Marin et al. 2021, Algorithm 1, equations (10)-(12) and appendix A. Every image 
 the same time as the others, without a Python loop over images, clusters or tokens.
 """
 
+import math
+from itertools import repeat
 from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -90,25 +93,38 @@ def kmedoids(
     if chosen not in (None, "ward"):
         raise ValueError(f'init = {chosen!r} must be a tensor, None or "ward"')
     weights, init = _checked(tokens, k, weights, init, iterations, check_values)
-    by = tokens if by is None else by
-    if by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
+    if by is None:
+        by = tokens
+    elif by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
-    if check_values and _can_branch(tokens) and not by.isfinite().all():
+    elif check_values and _can_branch(tokens) and not by.isfinite().all():
         raise ValueError("by must be finite")
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        points, scale = _scaled(by)
-        distance = squared_distances(points)  # (B, N, N)
-        if chosen == "ward":
-            medoids = dearest_to_merge(distance, weights, k)
+        if _is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
+            assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
         else:
-            medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
-        for _ in range(iterations):
-            previous = medoids
-            assignment = _nearest_medoid(distance, medoids)
-            medoids = _best_members(distance, weights, assignment, previous)
-            if _can_branch(tokens) and torch.equal(medoids, previous):
-                break
-    return Clusters(_weighted_means(tokens, weights, assignment, previous), assignment)
+            starts = repeat(chosen) if chosen else init.split(at_once)
+            groups = zip(by.split(at_once), weights.split(at_once), starts, strict=False)
+            found = [_kmedoids(*group, k, iterations) for group in groups]
+            assignment, medoids = map(torch.cat, zip(*found, strict=True))
+    return Clusters(_weighted_means(tokens, weights, assignment, medoids), assignment)
+
+
+def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Assignment (B, N) of the points (B, N, E), and the medoids (B, K) that it was made from."""
+    points, scale = _scaled(by)
+    distance = squared_distances(points)  # (B, N, N)
+    if isinstance(init, str):
+        medoids = dearest_to_merge(distance, weights, k)
+    else:
+        medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
+    for _ in range(iterations):
+        previous = medoids
+        assignment = _nearest_medoid(distance, medoids)
+        medoids = _best_members(distance, weights, assignment, previous)
+        if _can_branch(by) and torch.equal(medoids, previous):
+            break
+    return assignment, previous
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -139,7 +155,7 @@ def squared_distances(points: Tensor) -> Tensor:
     """
     points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
     product = torch.bmm(points, points.mT)  # (B, N, N)
-    norm = product.diagonal(dim1=1, dim2=2)  # (B, N)
+    norm = product.diagonal(dim1=1, dim2=2).contiguous()  # (B, N)
     return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
 
 
@@ -152,7 +168,9 @@ def highest(weights: Tensor, k: int) -> Tensor:
 
 def sums(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Sum of the weights (B, N) over each cluster of the assignment (B, N): (B, K)."""
-    return _cluster_sums(torch.ones_like(weights)[:, :, None], weights, assignment, k).squeeze(2)
+    if weights.is_cuda:
+        return _memberships(weights, assignment, k).sum(dim=2)
+    return weights.new_zeros(weights.shape[0], k).scatter_add(1, assignment, weights)
 
 
 def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
@@ -180,7 +198,8 @@ def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previou
     k = previous.shape[1]
     cost = _cluster_sums(distance, weights, assignment, k).gather(1, assignment[:, None, :]).squeeze(1)  # (B, N)
     lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
-    candidate = torch.where(cost == lowest.gather(1, assignment), torch.arange(n, device=cost.device), n)
+    candidate = torch.arange(n, device=cost.device).expand(batch, n)
+    candidate = candidate.masked_fill(cost > lowest.gather(1, assignment), n)
     best = assignment.new_full((batch, k), n - 1).scatter_reduce(1, assignment, candidate, "amin")
     return torch.where(sums(weights, assignment, k) > 0, best, previous)
 
@@ -193,9 +212,11 @@ def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previou
     k = previous.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
         total = sums(weights, assignment, k)  # (B, K)
-        share = weights / torch.where(total > 0, total, 1).gather(1, assignment)  # (B, N)
+        all_weigh = _can_branch(tokens) and total.numel() > 0 and total.amin().item() > 0
+        divisor = total if all_weigh else torch.where(total > 0, total, 1)
+        share = weights / divisor.gather(1, assignment)  # (B, N)
         means = _cluster_sums(_full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
-        if _can_branch(tokens) and (total > 0).all():
+        if all_weigh:
             return means
         stayed = _take(tokens, previous) if previous.dim() == 2 else previous
         return torch.where(total[:, :, None] > 0, means, stayed.to(tokens.dtype))
@@ -204,11 +225,27 @@ def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previou
 def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Weighted sum of the rows of values (B, N, E) over each cluster: (B, K, E)."""
     batch, n, width = values.shape
-    if values.is_cuda:  # index_add_ is not repeatable there: the order of its additions is left to chance
-        share = weights.new_zeros(batch, k, n).scatter(1, assignment[:, None, :], weights[:, None, :])
-        return torch.bmm(share.to(values.dtype), values)
+    if values.is_cuda:
+        return torch.bmm(_memberships(weights, assignment, k).to(values.dtype), values)
+    target = _flat(assignment, k)
+    if values.device.type == "cpu" and _can_branch(values) and not (values.requires_grad and torch.is_grad_enabled()):
+        # Several times as fast as index_add: the rows are read where they lie, on all cores.
+        target, order = target.sort(stable=True)
+        start = torch.searchsorted(target, torch.arange(batch * k))
+        share = weights.flatten()[order].to(values.dtype)
+        rows = values.reshape(batch * n, width)
+        return F.embedding_bag(order, rows, start, mode="sum", per_sample_weights=share).view(batch, k, width)
     rows = (values * weights[:, :, None]).reshape(batch * n, width)
-    return rows.new_zeros(batch * k, width).index_add(0, _flat(assignment, k), rows).view(batch, k, width)
+    return rows.new_zeros(batch * k, width).index_add(0, target, rows).view(batch, k, width)
+
+
+def _memberships(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """The weights (B, N) as a matrix (B, K, N), zero but in the row of the token's own cluster.
+
+    On a GPU sums are products with it: the order in which index_add and scatter_add add is left to chance there.
+    """
+    zeros = weights.new_zeros(weights.shape[0], k, weights.shape[1])
+    return zeros.scatter(1, assignment[:, None, :], weights[:, None, :])
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -219,6 +256,8 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, size: int) -> Tensor:
     """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
+    if index.shape[0] == 1:
+        return index.flatten()
     return (index + size * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
 
@@ -227,7 +266,11 @@ def _can_branch(tokens: Tensor) -> bool:
 
     Where it may not, nothing but time is lost: iterating past a fixed point, for instance, changes nothing.
     """
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.is_cuda)
+    return not (_is_in_graph() or tokens.is_cuda)
+
+
+def _is_in_graph() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,10 +279,14 @@ def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
     The scale is a power of two, so that nothing is rounded.
     """
     points = _full_precision(tokens)
-    low, high = points.flatten(1).aminmax(dim=1)  # (B,)
-    largest = torch.maximum(-low, high).clamp(min=torch.finfo(points.dtype).tiny)
-    scale = largest.log2().floor().exp2()[:, None, None]
+    largest = torch.maximum(-points.amin(dim=(1, 2)), points.amax(dim=(1, 2)))  # (B,)
+    scale = largest.clamp(min=torch.finfo(points.dtype).tiny).log2().floor().exp2()[:, None, None]
     return points / scale, scale
+
+
+def _images_at_once(points: Tensor) -> int:
+    """How many images' distance matrices are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
+    return max((2**28 if points.is_cuda else 2**19) // points.shape[1] ** 2, 1)
 
 
 def _full_precision(tokens: Tensor) -> Tensor:
@@ -266,7 +313,7 @@ def _checked(
         shape = (batch, k, width) if init.is_floating_point() else (batch, k)
         if init.shape != shape:
             raise ValueError(f"init must have shape {shape}, got {tuple(init.shape)}")
-    if check_values and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+    if check_values and not _is_in_graph():
         _check_values(tokens, weights, init)
 
     precision = _full_precision(tokens).dtype
@@ -279,21 +326,25 @@ def _checked(
     return weights, highest(weights, k) if init is None else init
 
 
+def _usable(weights: Tensor) -> bool:
+    largest = weights.amax(dim=1)
+    return weights.amin().item() >= 0 and largest.amin().item() > 0 and largest.amax().item() < torch.inf  # not if NaN
+
+
 def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -> None:
     # Where the sum is finite, all tokens are: one pass instead of several, and the exact look only in need.
-    if not tokens.sum().isfinite() and not tokens.isfinite().all():
+    if not math.isfinite(tokens.sum().item()) and not tokens.isfinite().all():
         image = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"tokens must be finite, but those of image {image} of the batch hold NaN or infinity")
-    if weights is not None:
+    if weights is not None and weights.numel() and not _usable(weights):
         good = (weights.isfinite() & (weights >= 0)).all(1) & (weights > 0).any(1)  # (B,)
-        if not good.all():
-            image = int((~good).nonzero()[0])
-            raise ValueError(
-                "weights must be finite, not negative, and not all zero, "
-                f"but those of image {image} of the batch lie in {weights[image].min():g}..{weights[image].max():g}"
-            )
+        image = int((~good).nonzero()[0])
+        raise ValueError(
+            "weights must be finite, not negative, and not all zero, "
+            f"but those of image {image} of the batch lie in {weights[image].min():g}..{weights[image].max():g}"
+        )
     if init is not None and not init.is_floating_point():
-        if init.numel() and (init.min() < 0 or init.max() >= tokens.shape[1]):
+        if init.numel() and (init.amin().item() < 0 or init.amax().item() >= tokens.shape[1]):
             raise ValueError(f"init must hold token indices in 0..{tokens.shape[1] - 1}")
     elif init is not None and not init.isfinite().all():
         raise ValueError("init must be finite")

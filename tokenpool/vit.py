@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -33,6 +34,18 @@ class Stream(NamedTuple):
     sizes: Tensor | None
     assignment: Tensor | None
 
+    def split(self, images: int) -> list["Stream"]:
+        """Streams of that many images each, the last of as many as are left."""
+        parts = [itertools.repeat(None) if part is None else part.split(images) for part in self]
+        return [Stream(*part) for part in zip(*parts, strict=False)]
+
+    @staticmethod
+    def cat(streams: Sequence["Stream"]) -> "Stream":
+        """One stream of all the images."""
+        if len(streams) == 1:
+            return streams[0]
+        return Stream(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*streams, strict=True)))
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -47,6 +60,10 @@ class Setting:
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+
+# On a CPU, images go through the blocks a few at a time: their tokens, and what is computed from them, then stay in the
+# cache, and in memory that the process has already. Measured in docs/performance.md.
+_FLOATS_AT_ONCE = 3 * 2**19
 
 _NEEDS_PLAIN = (
     "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
@@ -120,17 +137,43 @@ class PooledBlocks(nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        batch, n, _ = tokens.shape
+        batch, n, width = tokens.shape
         with_sizes = self.setting.carry or any(block.downsampler and block.downsampler.uses_sizes for block in self)
         sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
         patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
         stream = Stream(tokens, sizes, patches)
-        for block in self:
-            stream = block(stream)
+        if tokens.device.type == "cpu" and self._can_split():
+            streams = stream.split(max(_FLOATS_AT_ONCE // (n * width), 1))
+            for block in self:
+                streams = _joined([block(part) for part in streams])
+            stream = Stream.cat(streams)
+        else:
+            for block in self:
+                stream = block(stream)
         if not self.unpools:
             return stream.tokens
         back = unpool(stream.tokens[:, self.prefix :], stream.assignment)
         return torch.cat([stream.tokens[:, : self.prefix], back], dim=1)
+
+    def _can_split(self) -> bool:
+        """Whether the images may go through the blocks a few at a time.
+
+        With gradients it would save nothing, in a graph it would be unrolled, and hooks expect a whole batch.
+        """
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return not (graph or torch.is_grad_enabled() or hooked)
+
+
+def _joined(streams: list[Stream]) -> list[Stream]:
+    """Neighbours put together as long as no more than `_FLOATS_AT_ONCE` travel at once."""
+    joined: list[list[Stream]] = []
+    for stream in streams:
+        if joined and sum(part.tokens.numel() for part in [*joined[-1], stream]) <= _FLOATS_AT_ONCE:
+            joined[-1].append(stream)
+        else:
+            joined.append([stream])
+    return [Stream.cat(parts) for parts in joined]
 
 
 def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
