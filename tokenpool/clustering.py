@@ -97,7 +97,7 @@ def kmedoids(
         by = tokens
     elif by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
-    elif check_values and _can_branch(tokens) and not by.isfinite().all():
+    elif check_values and _can_branch(tokens) and not _all_finite(by):
         raise ValueError("by must be finite")
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         if _is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
@@ -326,14 +326,18 @@ def _checked(
     return weights, highest(weights, k) if init is None else init
 
 
+def _all_finite(values: Tensor) -> bool:
+    # Where the sum is finite, all are: one pass in place of several, and the exact look only in need.
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
+
+
 def _usable(weights: Tensor) -> bool:
     largest = weights.amax(dim=1)
     return weights.amin().item() >= 0 and largest.amin().item() > 0 and largest.amax().item() < torch.inf  # not if NaN
 
 
 def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -> None:
-    # Where the sum is finite, all tokens are: one pass instead of several, and the exact look only in need.
-    if not math.isfinite(tokens.sum().item()) and not tokens.isfinite().all():
+    if not _all_finite(tokens):
         image = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"tokens must be finite, but those of image {image} of the batch hold NaN or infinity")
     if weights is not None and weights.numel() and not _usable(weights):

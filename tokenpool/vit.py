@@ -63,7 +63,7 @@ class Setting:
 
 # On a CPU, images go through the blocks a few at a time: their tokens, and what is computed from them, then stay in the
 # cache, and in memory that the process has already. Measured in docs/performance.md.
-_FLOATS_AT_ONCE = 3 * 2**19
+_FLOATS_AT_ONCE = 2**21
 
 _NEEDS_PLAIN = (
     "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
@@ -137,13 +137,14 @@ class PooledBlocks(nn.Sequential):
         return super().__getitem__(index)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        batch, n, width = tokens.shape
+        batch, n, _ = tokens.shape
         with_sizes = self.setting.carry or any(block.downsampler and block.downsampler.uses_sizes for block in self)
         sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
         patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
         stream = Stream(tokens, sizes, patches)
         if tokens.device.type == "cpu" and self._can_split():
-            streams = stream.split(max(_FLOATS_AT_ONCE // (n * width), 1))
+            parts = min(math.ceil(tokens.numel() / _FLOATS_AT_ONCE), batch)
+            streams = stream.split(math.ceil(batch / max(parts, 1)) or 1)
             for block in self:
                 streams = _joined([block(part) for part in streams])
             stream = Stream.cat(streams)
