@@ -166,7 +166,7 @@ def _kmedoids(
     if batch:
         with _device(points):
             _kmedoids_kernel[(batch,)](
-                *(points, weights.contiguous(), *found, scratch, offset),
+                *(points, weights.float().contiguous(), *found, scratch, offset),
                 *(n, k, width, iterations, points.stride(0), points.stride(1), row_length),
                 **_medoid_shape(n, points.element_size()),
             )
@@ -205,17 +205,20 @@ def _means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, sta
     tokens = tokens if tokens.stride(2) == 1 else tokens.contiguous()
     out = tokens.new_empty(batch, k, width)
     if out.numel():
-        columns = min(max(triton.next_power_of_2(width), 32), 512)
+        shape = _mean_shape(width)
         with _device(tokens):
-            _means_kernel[(batch * k, triton.cdiv(width, columns))](
-                *(tokens, share.contiguous(), order.contiguous(), start.contiguous(), out),
+            _means_kernel[(batch * k, triton.cdiv(width, shape["WIDTH"]))](
+                *(tokens, share.float().contiguous(), order.contiguous(), start.contiguous(), out),
                 *(n, k, width, tokens.stride(0), tokens.stride(1)),
-                ROWS=4,
-                WIDTH=columns,
-                num_warps=4,
-                enable_fp_fusion=True,
+                **shape,
             )
     return out
+
+
+def _mean_shape(width: int) -> dict[str, int | bool]:
+    """Sizes of the blocks of the kernel of the means, and how it is compiled."""
+    columns = min(max(1 << (width - 1).bit_length(), 32), 512)
+    return {"ROWS": 4, "WIDTH": columns, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @_means.register_fake
