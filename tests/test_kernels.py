@@ -71,7 +71,8 @@ def objective(tokens: Tensor, weights: Tensor, assignment: Tensor) -> Tensor:
 @runs
 @pytest.mark.parametrize("n", SIZES)
 def test_kmedoids_equals_the_plain_one_to_the_last_tie(n: int) -> None:
-    for seed, (dtype, k) in enumerate(zip(kernels.DTYPES * 2, (n, 1, n // 2, n // 3, n - 1, n // 5), strict=True)):
+    sizes = (n, 1, n // 2) if n in (7, 65) else (n // 3, n // 2, n // 5)
+    for seed, (dtype, k) in enumerate(zip(kernels.DTYPES, sizes, strict=True)):
         tokens, weights = whole(2, n, 5, dtype, seed)
         found, plain = kmedoids(tokens, max(k, 1), weights)
         assert torch.equal(found.assignment, plain.assignment), (dtype, k)
@@ -103,6 +104,18 @@ def test_kmedoids_is_as_good_where_numbers_are_rounded(dtype: torch.dtype, n: in
     torch.testing.assert_close(
         objective(tokens, weights, found.assignment), objective(tokens, weights, plain.assignment), rtol=1e-5, atol=0
     )
+
+
+@runs
+def test_float32_has_more_digits_than_a_tensor_core() -> None:
+    """Odd numbers of twelve binary digits lie between even ones, which come from the largest down."""
+    odd, even = torch.arange(2049, 2300, 2), torch.arange(2300, 2044, -4)
+    points = torch.cat([odd, even, -even, -odd]).to(DEVICE)
+    medoids = torch.arange(len(odd), len(odd) + 2 * len(even), device=DEVICE)
+    weights = torch.ones(1, len(points), device=DEVICE)
+    found = kernels.kmedoids(points[None, :, None].float(), weights, medoids[None], 1)
+    nearest = (points[:, None] - points[medoids]).abs().min(1).indices
+    assert torch.equal(found.assignment[0], nearest)
 
 
 @runs
@@ -288,10 +301,12 @@ def test_attention_over_the_most_keys_reads_with_strides() -> None:
     expected, scores = explicit(q, k, v, None, 0.1)
     padded = q.new_full((3, 2, 600, 70), torch.nan)[1:, :, 3:515, 5:37]
     padded.copy_(v)
-    out, received = kernels.attention(q.contiguous(), k.mT.contiguous().mT, padded, None, 0.1)
+    out, received = kernels.attention(q.contiguous(), k, padded, None, 0.1)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=4e-3)
     torch.testing.assert_close(received.double(), scores, rtol=1e-5, atol=1e-5)
     assert out.transpose(1, 2).is_contiguous()
+    found = kernels.attention(q.mT.contiguous().mT, k.mT.contiguous().mT, v.mT.contiguous().mT, None, 0.1)
+    assert torch.equal(found[0], out) and torch.equal(found[1], received)
 
 
 @runs
@@ -395,21 +410,30 @@ def test_not_in_an_exported_model(chosen: None) -> None:
 def test_a_wrong_choice_is_named() -> None:
     with pytest.raises(ValueError, match="choice = 'cuda' must be one of auto, triton, plain"), kernels.using("cuda"):
         pass
-    done = python("import tokenpool.kernels", TOKENPOOL_KERNELS="fast")
-    assert "ValueError: TOKENPOOL_KERNELS = 'fast' must be one of auto, triton, plain" in done.stderr
-    assert "yes" in python("from tokenpool import kernels; kernels._choice == 'plain' and print('yes')", "plain").stdout
 
 
-def test_imports_without_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import torch; from tokenpool import kernels; "
-    code += "print(kernels.available, kernels.means_fits(torch.zeros(1, 2, 3)))"
-    assert python(code, TOKENPOOL_KERNELS="triton").stdout.split() == ["False", "False"]
+WITHOUT_TRITON = """
+import os, sys
+sys.modules["triton"] = None
+os.environ["TOKENPOOL_KERNELS"] = "fast"
+try:
+    from tokenpool import kernels
+except ValueError as error:
+    print(error)
+os.environ["TOKENPOOL_KERNELS"] = "triton"
+import torch
+from tokenpool import kernels
+print(kernels._choice, kernels.available, kernels.means_fits(torch.zeros(1, 2, 3)))
+"""
 
 
-def python(code: str, TOKENPOOL_KERNELS: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "TOKENPOOL_KERNELS": TOKENPOOL_KERNELS}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+def test_imports_without_triton_and_reads_the_environment() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "TOKENPOOL_KERNELS = 'fast' must be one of auto, triton, plain",
+        "triton False False",
+    ], done.stderr
 
 
 @needs_triton
@@ -423,7 +447,7 @@ def test_they_compile_for_gpus(tmp_path: Path) -> None:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
     compiled = json.loads(done.stdout)
-    assert len(compiled) == 2 * len(WORK)
+    assert len(compiled) == len(WORK)
     for name, kernel in compiled.items():
         assert kernel["bytes"] > 1000, name
         assert kernel["shared"] <= kernel["expected"] <= 227 * 1024, name
@@ -431,13 +455,14 @@ def test_they_compile_for_gpus(tmp_path: Path) -> None:
 
 
 WORK = (
-    ("kmedoids", torch.bfloat16, 196, 384),
-    ("kmedoids", torch.float32, 196, 384),
-    ("means", torch.bfloat16, 196, 384),
-    ("attention", torch.bfloat16, 197, 64),
-    ("attention", torch.float16, 100, 32),
-    ("received", torch.bfloat16, 197, 64),
-    ("received", torch.float32, 197, 64),
+    (HOPPER, "kmedoids", torch.bfloat16, 196, 384),
+    (HOPPER, "kmedoids", torch.float32, 196, 384),
+    (HOPPER, "means", torch.bfloat16, 196, 384),
+    (HOPPER, "attention", torch.bfloat16, 197, 64),
+    (HOPPER, "attention", torch.float16, 100, 32),
+    (HOPPER, "received", torch.float32, 197, 64),
+    (AMPERE, "kmedoids", torch.float16, 100, 384),
+    (AMPERE, "attention", torch.bfloat16, 197, 64),
 )
 
 
@@ -495,9 +520,4 @@ if __name__ == "__main__":
         from triton.backends.nvidia import compiler  # noqa: F401
     except ImportError:
         sys.exit("This Triton cannot compile for NVIDIA")
-    print(
-        json.dumps(
-            {f"{work} sm_{target}": compile_for(target, *work) for target in (HOPPER, AMPERE) for work in WORK},
-            default=str,
-        )
-    )
+    print(json.dumps({str(work): compile_for(*work) for work in WORK}))
