@@ -1,13 +1,14 @@
 # make reproduce   set everything up and run the protocol on the embedded digits
 # make test        set everything up and run the tests, in a process of one thread on each core
 # make test-slurm  the same for tests on a real Slurm of two nodes, where Debian's slurm-wlm and munge are installed
+# make benchmark   time what results/throughput holds anew; fails where less of the speed-up is realised than there
 # make lint        formatting and lint
 
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: install reproduce test test-slurm lint format clean
+.PHONY: install reproduce test test-slurm benchmark lint format clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +25,10 @@ test: install
 
 test-slurm: install
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm
+
+benchmark: install
+	rm -rf runs/benchmark
+	$(RUN) -W ignore -m experiments throughput --against results/throughput --output runs/benchmark
 
 lint: install
 	$(RUN) -m ruff check .

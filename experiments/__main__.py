@@ -523,7 +523,12 @@ def throughput(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int, typer.Option(min=0, help="Of the CPU; 0: as PyTorch chooses.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each model.")] = 7,
-    output: Annotated[Path, typer.Option(help="Folder for results, table and picture.")] = Path("runs/throughput"),
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Time what the results in this folder hold; fail where a realised fraction has fallen."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="By more than this share, with --against.")] = 0.15,
+    output: Annotated[Path, typer.Option(help="Folder for results, table and pictures.")] = Path("runs/throughput"),
 ) -> None:
     """Time pooled models and timm's plain one in turns: is the speed-up what the FLOPs promise?
 
@@ -550,6 +555,10 @@ def throughput(
         speed.Setting(name, chosen, schedule, batch, size, precision, compiled, train, carry, _options(option))
         for name, chosen, schedule, batch, size in choices
     ]
+    if against:
+        settings, before = speed.stored(against)
+        if output.resolve() == against.resolve():
+            raise ValueError(f"--output {output} is what it is compared with: choose another folder")
     found = []
     for one in speed.run(settings, output, device, repeats):
         found.append(one)
@@ -561,7 +570,31 @@ def throughput(
     with files.whole(output / "table.md") as path:
         path.write_text(speed.table(found) + "\n")
     pictures = figures.save(speed.picture(found), output / "speed-up")
-    print(f"\n{speed.table(found)}\n\nTable: {output / 'table.md'}\nPicture: {' and '.join(map(str, pictures))}")
+    if len({one["tokens"] for one in found}) > 1:
+        pictures = [*pictures, *figures.save(speed.growth(found), output / "growth")]
+    print(f"\n{speed.table(found)}\n\nTable: {output / 'table.md'}\nPictures: {', '.join(map(str, pictures))}")
+    if against and (lines := speed.fallen(found, before, tolerance)):
+        print("\nSlower than before:", *lines, sep="\n")
+        raise typer.Exit(1)
+
+
+@app.command("clustering-speed")
+def clustering_speed(
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an image, N.")] = 196,
+    clusters: Annotated[int, typer.Option(min=1, help="Of an image, K.")] = 98,
+    width: Annotated[int, typer.Option(min=1, help="Of a token, D.")] = 384,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each.")] = 7,
+) -> None:
+    """Time weighted K-Medoids against an implementation that loops over images and clusters in Python."""
+    from experiments import speed
+
+    if clusters > tokens:
+        raise ValueError(f"--clusters {clusters} are more than --tokens {tokens}")
+    taken = speed.clustering_speed(batch_size, tokens, clusters, width, device, repeats)
+    own, looped = (1000 * taken[name] for name in ("kmedoids", "looped"))
+    print(f"kmedoids {own:.2f} ms, looped in Python {looped:.1f} ms: {looped / own:.0f} times as fast")
 
 
 @app.command("check-data")

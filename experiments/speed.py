@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import tokenpool
 from experiments import protocol
 from experiments.throughput import peak_memory, seconds, summary
-from tokenpool import flops, results
+from tokenpool import clustering, flops, results
 from tokenpool.attention import ScoredAttention
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,7 +84,8 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         A result as `tokenpool.results` stores it. Its metrics are what `measure` returns, and: `latency_ms` and
         `plain_latency_ms`, medians; `peak_mib` and `plain_peak_mib`, the most memory that a pass allocates beyond
         weights and images; `flops_ratio`, plain over pooled, clustering counted in; `realised_fraction` = speed-up /
-        FLOPs ratio; for forward passes in eager mode `clustering_share` and `scoring_share` of the pass's time.
+        FLOPs ratio; `tokens`, the patches of an image; for forward passes in eager mode `clustering_share` and
+        `scoring_share` of the pass's time.
 
     Raises:
         ValueError: for an unknown model or precision.
@@ -116,6 +118,7 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         found |= shares(pooled, images, setting.precision, repeats)
     keep = pooled.blocks.setting.keep
     exact = asdict(setting) | {"schedule": setting.keep, "keep": None if keep is None else list(keep)}
+    found["tokens"] = plain.patch_embed.num_patches
     return {"setting": exact, "metrics": found, "cost": cost, "environment": protocol.environment()}
 
 
@@ -142,26 +145,104 @@ def shares(model: VisionTransformer, images: Tensor, precision: str = "float32",
 
     Scoring is what attention with scores takes beyond fused attention on the same tokens; it can be negative.
     """
-    inputs: list[tuple[nn.Module, tuple]] = []
+    inputs: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
+
+    def record(part: nn.Module, *given: Any, **named: Any) -> Any:
+        inputs.append((part, given, named))
+        return type(part).forward(part, *given, **named)
+
     parts = [part for block in model.blocks for part in (block.attn, block.downsampler) if part is not None]
-    handles = [part.register_forward_pre_hook(lambda part, given: inputs.append((part, given))) for part in parts]
+    for part in parts:  # no hooks: where there are any, a batch goes through the blocks whole
+        part.forward = partial(record, part)
     with torch.inference_mode(), _autocast(images.device, precision):
         try:
             model(images)
         finally:
-            for handle in handles:
-                handle.remove()
+            for part in parts:
+                del part.forward
         whole = _median(lambda: model(images), images.device, repeats)
-        clustering = scoring = 0.0
-        for part, given in inputs:
-            taken = _median(lambda part=part, given=given: part(*given), images.device, repeats)
+        pooling = scoring = 0.0
+        for part, given, named in inputs:
+            taken = _median(partial(part, *given, **named), images.device, repeats)
             if not isinstance(part, ScoredAttention):
-                clustering += taken
+                pooling += taken
             elif given[2]:  # with scores
                 x, sizes, _, with_keys = given
-                fused = (x, sizes, False, with_keys)
-                scoring += taken - _median(lambda part=part, fused=fused: part(*fused), images.device, repeats)
-    return {"clustering_share": clustering / whole, "scoring_share": scoring / whole}
+                scoring += taken - _median(partial(part, x, sizes, False, with_keys), images.device, repeats)
+    return {"clustering_share": pooling / whole, "scoring_share": scoring / whole}
+
+
+def fallen(found: Sequence[dict[str, Any]], stored: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
+    """A line for each setting whose realised fraction is less than (1 - tolerance) of the stored one.
+
+    Ratios are compared, not times, so that results from another machine serve.
+    """
+    before = {one["run"]: one["realised_fraction"] for one in stored}
+    return [
+        f"{one['run']}: realised {one['realised_fraction']:.2f}, {before[one['run']]:.2f} before"
+        for one in found
+        if one["realised_fraction"] < (1 - tolerance) * before[one["run"]]
+    ]
+
+
+def stored(folder: Path) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """Settings and rows, as `run` gives them, of the results in a folder.
+
+    Raises:
+        ValueError: if the folder holds none, or a file that `run` has not written; the message names it.
+    """
+    settings, rows = [], []
+    for path in sorted(folder.glob("*.json")):
+        outcome = results.read(path)
+        known = {name: outcome["setting"].get(name) for name in Setting.__dataclass_fields__}
+        if "realised_fraction" not in outcome["metrics"]:
+            raise ValueError(f"{path} is no result of throughput")
+        settings.append(Setting(**known | {"keep": outcome["setting"]["schedule"]}))
+        rows.append({"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"])
+    if not settings:
+        raise ValueError(f"{folder} holds no results of throughput")
+    return settings, rows
+
+
+def clustering_speed(batch: int, n: int, k: int, width: int, device: str = "cpu", repeats: int = 7) -> dict[str, float]:
+    """Seconds of weighted K-Medoids on random tokens: `kmedoids`, and `looped`, a loop over images and clusters.
+
+    The same on both sides: the tokens of highest weight as first medoids, five iterations at most, an early end.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(batch, n, width, generator=generator).to(device)
+    weights = torch.rand(batch, n, generator=generator).to(device)
+    with torch.inference_mode():
+        calls = {
+            "kmedoids": lambda: clustering.kmedoids(tokens, k, weights),
+            "looped": lambda: looped_kmedoids(tokens, k, weights),
+        }
+        return {name: median(taken) for name, taken in seconds(calls, tokens.device, repeats).items()}
+
+
+def looped_kmedoids(tokens: Tensor, k: int, weights: Tensor, iterations: int = 5) -> Tensor:
+    """Means (B, K, D) of weighted K-Medoids as one would write it down, a baseline: Python goes over the clusters."""
+    means = []
+    for points, weight in zip(tokens, weights, strict=True):
+        distance = torch.cdist(points, points).square()  # (N, N)
+        medoids = weight.argsort(descending=True)[:k]
+        for _ in range(iterations):
+            assignment = distance[medoids].argmin(dim=0)  # (N,)
+            previous, medoids = medoids, medoids.clone()
+            for cluster in range(k):
+                members = (assignment == cluster).nonzero()[:, 0]
+                if len(members):
+                    cost = distance[members][:, members] @ weight[members]
+                    medoids[cluster] = members[cost.argmin()]
+            if torch.equal(medoids, previous):
+                break
+        rows = []
+        for cluster in range(k):
+            members = assignment == cluster
+            share = weight[members] / weight[members].sum()
+            rows.append(share @ points[members] if members.any() else points[previous[cluster]])
+        means.append(torch.stack(rows))
+    return torch.stack(means)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -199,6 +280,34 @@ def picture(found: Sequence[dict[str, Any]]) -> Figure:
     ax.plot([low, high], [low, high], color="grey", linewidth=1, linestyle="--", label="as counted")
     ax.set(xlim=(low, high), ylim=(low, high), xlabel="ratio of FLOPs, plain to pooled", ylabel="measured speed-up")
     ax.legend(fontsize="small")
+    return figure
+
+
+def growth(found: Sequence[dict[str, Any]]) -> Figure:
+    """Time and memory of an image over the number of its tokens, pooled and plain, both axes logarithmic."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    names = sorted({(one["model"], one["method"], one["batch_size"]) for one in found})
+    for model, method, batch in names:
+        chosen = [one for one in found if (one["model"], one["method"], one["batch_size"]) == (model, method, batch)]
+        chosen.sort(key=lambda one: one["tokens"])
+        tokens = [one["tokens"] for one in chosen]
+        for prefix, label, style in (("", method, "o-"), ("plain_", "plain", "s--")):
+            label = f"{model}, {label}, batch {batch}"
+            axes[0].plot(tokens, [one[f"{prefix}latency_ms"] / batch for one in chosen], style, label=label)
+            axes[1].plot(tokens, [one[f"{prefix}peak_mib"] / batch for one in chosen], style, label=label)
+        ends = tokens[0], tokens[-1]
+        for ax, key in zip(axes, ("latency_ms", "peak_mib"), strict=True):
+            first = chosen[0][key] / batch
+            for power, style in ((1, ":"), (2, "-.")):
+                guide = [first, first * (ends[1] / ends[0]) ** power]
+                label = {1: "as N", 2: "as N²"}[power] if (model, method, batch) == names[0] else None
+                ax.plot(ends, guide, style, color="grey", linewidth=1, label=label)
+    for ax, label in zip(axes, ("milliseconds an image", "peak MiB an image"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label)
+        ax.set_xticks(sorted({one["tokens"] for one in found}), minor=False)
+        ax.get_xaxis().set_major_formatter("{x:.0f}")
+        ax.minorticks_off()
+    axes[0].legend(fontsize="small")
     return figure
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
+import tokenpool
 from tokenpool.clustering import dearest_to_merge, highest, kmeans, kmedoids, means, squared_distances
 
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
@@ -366,3 +367,17 @@ def test_bad_options_of_kmedoids_are_named() -> None:
         kmedoids(tokens, 3, weights, by=tokens[:, :-1])
     with pytest.raises(ValueError, match="by must be finite"):
         kmedoids(tokens, 3, weights, by=tokens / 0)
+
+
+def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, weights = torch.randn(7, 30, 6, generator=generator), torch.rand(7, 30, generator=generator)
+    points = torch.randn(7, 8, 6, generator=generator)
+    for init in (None, "ward", points, highest(weights, 8)):
+        expected = kmedoids(tokens, 8, weights, init)
+        for at_once in (1, 3, 7):
+            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda points, at_once=at_once: at_once)
+            found = kmedoids(tokens, 8, weights, init)
+            assert torch.equal(found.assignment, expected.assignment)
+            torch.testing.assert_close(found.centers, expected.centers)
+        monkeypatch.undo()

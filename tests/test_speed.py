@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tokenpool
 from experiments import speed, throughput
+from experiments.__main__ import app
 from experiments.speed import Setting
-from tokenpool import results
+from tokenpool import clustering, results
 
 TINY = {"model": "deit_digits_patch2_16", "method": "wkmedoids", "keep": (40, 30, 20, 10, 5, 0), "batch_size": 2}
 
@@ -61,3 +63,62 @@ def test_calls_take_turns() -> None:
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
     times = throughput.seconds(calls, torch.device("cpu"), repeats=2, warm_up=1)
     assert order == list("ababab") and all(len(taken) == 2 for taken in times.values())
+
+
+@pytest.mark.parametrize("method", ["wkmedoids", "key_medoids", "tome", "power_bert"])
+def test_shares_of_every_kind_of_method(method: str) -> None:
+    model = tokenpool.create_model("deit_digits_patch2_16", method, [40, 30, 20, 10, 5, 1], carry=True).eval()
+    found = speed.shares(model, torch.randn(2, 1, 16, 16), repeats=1)
+    assert 0 < found["clustering_share"] < 1
+    assert (found["scoring_share"] == 0) == (method == "tome")
+    assert all("forward" not in vars(part) for part in model.modules())
+
+
+def test_what_has_fallen_is_named(tmp_path: Path) -> None:
+    setting = Setting(**TINY, options={"iterations": 2})
+    (one,) = speed.run([setting], tmp_path, repeats=1)
+    settings, rows = speed.stored(tmp_path)
+    assert settings[0].name == setting.name and rows == [one]
+    assert list(speed.run(settings, tmp_path)) == [one]  # the same setting: read, not timed
+    assert speed.fallen([one], rows, 0.1) == []
+    slower = one | {"realised_fraction": 0.8 * one["realised_fraction"]}
+    assert speed.fallen([slower], rows, 0.25) == []
+    (line,) = speed.fallen([slower], rows, 0.15)
+    assert line.startswith(f"{one['run']}: realised ")
+    with pytest.raises(ValueError, match="holds no results of throughput"):
+        speed.stored(tmp_path / "nothing")
+
+
+def test_the_command_fails_where_less_is_realised(tmp_path: Path) -> None:
+    runner, folder, arguments = CliRunner(), tmp_path / "before", ["throughput", "--repeats", "1"]
+    small = ["--model", "deit_digits_patch2_16", "--keep", "40,30,20,10,5,0", "--batch-size", "2"]
+    assert runner.invoke(app, [*arguments, *small, "--output", str(folder)]).exit_code == 0
+    again = [*arguments, "--against", str(folder), "--output", str(tmp_path / "after"), "--tolerance", "1"]
+    assert runner.invoke(app, again).exit_code == 0
+    (path,) = (tmp_path / "after").glob("*.json")
+    result = json.loads(path.read_text())
+    result["metrics"]["realised_fraction"] = 0.0
+    path.write_text(json.dumps(result))
+    fallen = runner.invoke(app, [*again[:-1], "0.15"])
+    assert fallen.exit_code == 1 and "Slower than before" in fallen.stdout
+    same = runner.invoke(app, [*arguments, "--against", str(folder), "--output", str(folder)])
+    assert same.exit_code != 0
+
+
+def test_growth_is_drawn_over_tokens(tmp_path: Path) -> None:
+    settings = [Setting("deit_tiny_patch16_224", "wkmedoids", 0.5, 1, size) for size in (32, 64)]
+    found = list(speed.run(settings, tmp_path, repeats=1))
+    assert [one["tokens"] for one in found] == [4, 16]
+    left, right = speed.growth(found).axes
+    assert list(left.lines[0].get_xdata()) == [4, 16] and right.get_ylabel() == "peak MiB an image"
+
+
+def test_the_loop_that_it_is_compared_with_does_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, weights = torch.randn(2, 40, 5, generator=generator), torch.rand(2, 40, generator=generator)
+    centers = clustering.kmedoids(tokens, 9, weights).centers
+    torch.testing.assert_close(speed.looped_kmedoids(tokens, 9, weights), centers, rtol=0, atol=1e-5)
+    taken = speed.clustering_speed(1, 8, 2, 3, repeats=1)
+    assert sorted(taken) == ["kmedoids", "looped"] and min(taken.values()) > 0
+    result = CliRunner().invoke(app, ["clustering-speed", "--tokens", "8", "--clusters", "2", "--repeats", "1"])
+    assert result.exit_code == 0 and "times as fast" in result.stdout

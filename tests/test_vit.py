@@ -7,6 +7,8 @@ import timm
 import torch
 
 import tokenpool
+from experiments.throughput import peak_memory
+from tokenpool import kernels
 from tokenpool.downsampling import METHODS
 
 TOKEN_METHODS = [name for name in METHODS if name not in ("none", "convolution")]
@@ -478,3 +480,78 @@ def test_without_any_attention_all_tokens_count_the_same(method: str) -> None:
     found, expected = (layer(tokens, scores, **hints) for scores in (torch.zeros(2, 10), torch.ones(2, 10)))
     assert torch.equal(found.assignment, expected.assignment)
     torch.testing.assert_close(found.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("at_once", [1, 48 * 37, 2 * 48 * 37])
+def test_a_few_images_at_a_time_give_the_same(small, photos, monkeypatch, method: str, carry: bool, at_once) -> None:
+    tokenpool.patch(small, method, KEEP, carry=carry)
+    with torch.no_grad():
+        expected = small(photos)
+        monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", at_once)
+        torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-5)
+        assert small(photos[:0]).shape == (0, 7)
+
+
+def test_a_few_images_at_a_time_travel_together_when_they_are_few_tokens(small, photos, monkeypatch) -> None:
+    calls = []
+    tokenpool.patch(small, "power_bert", KEEP)
+    for block in small.blocks:
+        block.forward = lambda stream, block=block: (
+            calls.append(len(stream.tokens)) or type(block).forward(block, stream)
+        )
+    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 2 * 48 * 37)
+    images = torch.cat([photos, photos])[:5]
+    with torch.no_grad():
+        small(images)
+    assert calls == [2, 2, 1, 2, 2, 1, 4, 1, 5]  # 36 + 1 tokens, 30 + 1, 17 + 1, 5 + 1
+    calls.clear()
+    small(images)
+    assert calls == [5, 5, 5, 5]  # with gradients, all at once
+
+
+def test_hooks_see_whole_batches(small, photos, monkeypatch) -> None:
+    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 1)
+    tokenpool.patch(small, "wkmedoids", KEEP)
+    seen = []
+    handle = small.blocks[2].attn.register_forward_hook(lambda module, given, out: seen.append(len(out.output)))
+    with torch.no_grad():
+        small(photos)
+        assert seen == [len(photos)]
+        assert len(tokenpool.trace(small, photos).blocks[1].assignment) == len(photos)
+    handle.remove()
+
+
+def test_many_tokens_fit_into_memory() -> None:
+    """4096 tokens: three matrices of the distances of one image at once, not of the batch."""
+    tokens = torch.randn(4, 2048, 8)
+    with torch.no_grad():
+        peak = peak_memory(lambda: tokenpool.clustering.kmedoids(tokens, 1024, iterations=1), tokens.device)
+    assert peak < 5 * 4 * 2048**2
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("qk_norm", [None, "l2"])
+def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) -> None:
+    if not kernels.available or not kernels.INTERPRETED.value:
+        pytest.skip("needs Triton's interpreter")
+    tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2], carry=carry, qk_norm=qk_norm)
+    with torch.no_grad():
+        expected = small(photos)
+        with kernels.using("triton"):
+            torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-4)
+
+
+def test_kernels_give_the_same_gradients(small, photos) -> None:
+    if not kernels.available or not kernels.INTERPRETED.value:
+        pytest.skip("needs Triton's interpreter")
+    tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2])
+    found = []
+    for choice in ("plain", "triton"):
+        small.zero_grad()
+        with kernels.using(choice):
+            small(photos[:2]).square().sum().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in small.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
+from tokenpool import kernels
+
 
 class Attended(NamedTuple):
     """What an attention gives.
@@ -74,18 +76,23 @@ class ScoredAttention(nn.Module):
         if self.normalise:
             q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
             scale = 1.0
-        bias = None if sizes is None else sizes.log().to(q.dtype)[:, None, None, :]  # (B, 1, 1, N)
+        bias = None if sizes is None else sizes.log().to(q.dtype)  # (B, N)
+        dropout = self.attn_drop.p if self.training else 0.0
 
-        if with_scores:
+        fits = with_scores and kernels.attention_fits(q, k, v)
+        if fits and dropout == 0.0 and not torch.is_grad_enabled():
+            out, scores = kernels.attention(q, k, v, bias, scale)
+            out = out.transpose(1, 2).flatten(2)
+        elif with_scores and not fits:
             heads = self._heads_at_once(x)
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
             outs, received = zip(*(self._attend(q, k, v, bias, scale) for q, k, v in parts), strict=True)
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
             scores = torch.stack(received).sum(dim=0)
         else:
-            scores = None
-            dropout = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+            scores = kernels.received(q, k, bias, scale) if with_scores else None
+            mask = None if bias is None else bias[:, None, None, :]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
 
         out = self.norm(out) if hasattr(self, "norm") else out
@@ -94,19 +101,23 @@ class ScoredAttention(nn.Module):
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
     def _heads_at_once(self, x: Tensor) -> int:
-        """Head by head, where autograd need not keep the N x N matrices: on a CPU one head's fit into the cache."""
+        """How many heads' N x N matrices are held at once: on a CPU what fits into its cache, on a GPU 1 GiB.
+
+        All of them where autograd would keep them anyway.
+        """
         batch, n, _ = x.shape
-        if x.device.type != "cpu" or torch.is_grad_enabled() or (batch == 1 and self.num_heads * n * n <= 2**19):
+        if torch.is_grad_enabled():
             return self.num_heads
-        return 1
+        if x.device.type == "cpu":
+            return self.num_heads if batch == 1 and self.num_heads * n * n <= 2**19 else 1
+        return max(min(2**28 // (batch * n * n), self.num_heads), 1)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """Output (B, N, h d) and attention received (B, N) of h heads."""
-        batch, heads = q.shape[:2]
-        logits = torch.matmul(q, k.mT) * scale
-        attention = (logits if bias is None else logits + bias).softmax(dim=-1)  # (B, h, N, N)
+        logits = (q * scale) @ k.mT
+        attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)  # (B, h, N, N)
         received = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
         out = self.attn_drop(attention).to(v.dtype) @ v  # (B, h, N, d)
         return out.transpose(1, 2).flatten(2), received

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenpool import kernels
+
 
 class Clusters(NamedTuple):
     """K clusters of the N tokens of each image.
@@ -99,6 +101,10 @@ def kmedoids(
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
     elif check_values and _can_branch(tokens) and not _all_finite(by):
         raise ValueError("by must be finite")
+    if isinstance(init, Tensor) and init.dim() == 2 and kernels.kmedoids_fits(by) and kernels.means_fits(tokens):
+        found = kernels.kmedoids(by, weights, init, iterations)
+        members = (found.order, found.start)
+        return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         if _is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
             assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
@@ -113,11 +119,10 @@ def kmedoids(
 def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Assignment (B, N) of the points (B, N, E), and the medoids (B, K) that it was made from."""
     points, scale = _scaled(by)
-    distance = squared_distances(points)  # (B, N, N)
-    if isinstance(init, str):
-        medoids = dearest_to_merge(distance, weights, k)
-    else:
-        medoids = init if init.dim() == 2 else _nearest_center(init.to(points) / scale, points)
+    if isinstance(init, Tensor) and init.dim() == 3:
+        init = _nearest_center(init.to(points) / scale, points)
+    distance = _distances(points.sub_(points.mean(dim=1, keepdim=True)))  # (B, N, N)
+    medoids = init if isinstance(init, Tensor) else dearest_to_merge(distance, weights, k)
     for _ in range(iterations):
         previous = medoids
         assignment = _nearest_medoid(distance, medoids)
@@ -153,7 +158,11 @@ def squared_distances(points: Tensor) -> Tensor:
     Symmetric and zero on the diagonal to the last bit, whatever order a matrix product adds in: in a cluster of two
     both members cost the same, and which becomes the medoid must not be left to rounding.
     """
-    points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
+    return _distances(points - points.mean(dim=1, keepdim=True))  # a common offset would only cost digits
+
+
+def _distances(points: Tensor) -> Tensor:
+    """`squared_distances` of points whose mean is zero."""
     product = torch.bmm(points, points.mT)  # (B, N, N)
     norm = product.diagonal(dim1=1, dim2=2).contiguous()  # (B, N)
     return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
@@ -204,18 +213,31 @@ def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previou
     return torch.where(sums(weights, assignment, k) > 0, best, previous)
 
 
-def _weighted_means(tokens: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
+def _weighted_means(
+    tokens: Tensor,
+    weights: Tensor,
+    assignment: Tensor,
+    previous: Tensor,
+    members: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Weighted mean (B, K, D) of each cluster's tokens.
 
-    A cluster without weight stays at its `previous` centre, a point (B, K, D) or the index (B, K) of a token.
+    A cluster without weight stays at its `previous` centre, a point (B, K, D) or the index (B, K) of a token. Where
+    `members` are given, order and start of `kernels.Medoids`, the kernel sums them.
     """
     k = previous.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
-        total = sums(weights, assignment, k)  # (B, K)
+        if members is None:
+            total = sums(weights, assignment, k)  # (B, K)
+        else:
+            total = kernels.means(weights[:, :, None], torch.ones_like(weights), assignment, *members).squeeze(2)
         all_weigh = _can_branch(tokens) and total.numel() > 0 and total.amin().item() > 0
         divisor = total if all_weigh else torch.where(total > 0, total, 1)
         share = weights / divisor.gather(1, assignment)  # (B, N)
-        means = _cluster_sums(_full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
+        if members is None:
+            means = _cluster_sums(_full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
+        else:
+            means = kernels.means(tokens, share, assignment, *members)
         if all_weigh:
             return means
         stayed = _take(tokens, previous) if previous.dim() == 2 else previous
