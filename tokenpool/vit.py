@@ -63,7 +63,7 @@ class Setting:
 
 # On a CPU, images go through the blocks a few at a time: their tokens, and what is computed from them, then stay in the
 # cache, and in memory that the process has already. Measured in docs/performance.md.
-_FLOATS_AT_ONCE = 2**21
+_FLOATS_AT_ONCE = 3 * 2**19
 
 _NEEDS_PLAIN = (
     "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
