@@ -474,20 +474,22 @@ def compile_for(capability: int, name: str, dtype: torch.dtype, n: int, width: i
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from tokenpool import triton_kernels
+
     item, expected = dtype.itemsize, 227 * 1024
     number = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     pointers = {"weights": "*fp32", "scratch": "*fp32", "offset": "*fp32", "share": "*fp32", "bias": "*fp32"}
     pointers |= {"assignment": "*i64", "medoids": "*i64", "order": "*i32", "start": "*i32", "received": "*fp32"}
     pointers |= dict.fromkeys(("points", "tokens", "q", "k", "v", "out"), number)
     if name == "kmedoids":
-        kernel, shape = kernels._kmedoids_kernel, kernels._medoid_shape(n, item)
+        kernel, shape = triton_kernels.kmedoids_kernel, kernels._medoid_shape(n, item)
     elif name == "means":
-        kernel, shape = kernels._means_kernel, kernels._mean_shape(width)
+        kernel, shape = triton_kernels.means_kernel, kernels._mean_shape(width)
     else:
-        kernel, shape = kernels._attention_kernel, kernels._attention_shape(n, width, item)
+        kernel, shape = triton_kernels.attention_kernel, kernels._attention_shape(n, width, item)
         shape |= {"WITH_BIAS": True, "WITH_OUTPUT": name == "attention"}
         expected = kernels._attention_memory(n, width, item)
-    if kernel is not kernels._attention_kernel:
+    if kernel is not triton_kernels.attention_kernel:
         pointers.pop("k")  # there, the number of clusters
 
     constants = {key: value for key, value in shape.items() if key.isupper()}

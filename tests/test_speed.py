@@ -11,6 +11,7 @@ from experiments.__main__ import app
 from experiments.speed import Setting
 from tokenpool import clustering, results
 
+ROOT = Path(__file__).parents[1]
 TINY = {"model": "deit_digits_patch2_16", "method": "wkmedoids", "keep": (40, 30, 20, 10, 5, 0), "batch_size": 2}
 
 
@@ -122,3 +123,10 @@ def test_the_loop_that_it_is_compared_with_does_the_same() -> None:
     assert sorted(taken) == ["kmedoids", "looped"] and min(taken.values()) > 0
     result = CliRunner().invoke(app, ["clustering-speed", "--tokens", "8", "--clusters", "2", "--repeats", "1"])
     assert result.exit_code == 0 and "times as fast" in result.stdout
+
+
+@pytest.mark.parametrize("folder", ["results/throughput", "results/throughput/others", "results/throughput/growth"])
+def test_the_documented_tables_are_the_stored_results(folder: str) -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    _, rows = speed.stored(ROOT / folder)
+    assert speed.table(rows) in text

@@ -9,26 +9,18 @@ TOKENPOOL_KERNELS, or `using`, overrides this: "plain" never uses them; "triton"
 through Triton's slow interpreter, if TRITON_INTERPRET=1 is set before `tokenpool` is imported.
 """
 
-# ruff: noqa: ANN001, ANN202 (what a kernel takes are pointers and numbers, as the launches show)
-
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # not on every system
-    triton = None
-    tl = SimpleNamespace(constexpr=bool)  # what is mentioned outside of the kernels
+from tokenpool import triton_kernels
+from tokenpool.triton_kernels import INTERPRETED, available
 
-available = triton is not None
 CHOICES = ("auto", "triton", "plain")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_POINTS = 1024  # of an image, for K-Medoids: its tiles hold a whole row of the distance matrix
@@ -160,12 +152,12 @@ def _kmedoids(
     points = points if points.stride(2) == 1 else points.contiguous()
     found = _no_medoids(points, weights, medoids, iterations)
     found[1].copy_(medoids)
-    row_length = triton.cdiv(n, 16) * 16  # whole rows can then be read in pieces of 16 bytes
+    row_length = -(-n // 16) * 16  # whole rows can then be read in pieces of 16 bytes
     scratch = points.new_empty(batch, n + 2, row_length, dtype=torch.float32)  # distances, costs, lengths
     offset = points.new_empty(batch, width, dtype=torch.float32)
     if batch:
         with _device(points):
-            _kmedoids_kernel[(batch,)](
+            triton_kernels.kmedoids_kernel[(batch,)](
                 *(points, weights.float().contiguous(), *found, scratch, offset),
                 *(n, k, width, iterations, points.stride(0), points.stride(1), row_length),
                 **_medoid_shape(n, points.element_size()),
@@ -207,7 +199,7 @@ def _means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, sta
     if out.numel():
         shape = _mean_shape(width)
         with _device(tokens):
-            _means_kernel[(batch * k, triton.cdiv(width, shape["WIDTH"]))](
+            triton_kernels.means_kernel[(batch * k, -(-width // shape["WIDTH"]))](
                 *(tokens, share.float().contiguous(), order.contiguous(), start.contiguous(), out),
                 *(n, k, width, tokens.stride(0), tokens.stride(1)),
                 **shape,
@@ -226,13 +218,13 @@ def _no_means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, 
     return tokens.new_empty(tokens.shape[0], start.shape[1] - 1, tokens.shape[2])
 
 
-def _keep_for_gradient(ctx, inputs: tuple, output: Tensor) -> None:
+def _keep_for_gradient(ctx: Any, inputs: tuple, output: Tensor) -> None:
     tokens, share, assignment, _, _ = inputs
     ctx.dtype = tokens.dtype
     ctx.save_for_backward(share, assignment)
 
 
-def _gradient(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     share, assignment = ctx.saved_tensors
     rows = gradient.gather(1, assignment[:, :, None].expand(-1, -1, gradient.shape[2]))  # (B, N, D)
     return (rows * share[:, :, None]).to(ctx.dtype), None, None, None, None
@@ -305,7 +297,7 @@ def _launch_attention(
     by_head = q.new_empty(batch, heads, n, dtype=torch.float32)
     if by_head.numel():
         with _device(q):
-            _attention_kernel[(batch * heads,)](
+            triton_kernels.attention_kernel[(batch * heads,)](
                 *(q, k, q if v is None else v, q if bias is None else bias, q if out is None else out, by_head),
                 *(scale, heads, n, width, *q.stride()[:3], *k.stride()[:3], *(q if v is None else v).stride()[:3]),
                 WITH_BIAS=bias is not None,
@@ -348,295 +340,3 @@ def _attention_memory(n: int, width: int, item: int) -> int:
 def _device(values: Tensor) -> AbstractContextManager:
     """Triton launches on the current GPU, which need not be the tensors' own."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _jit(*sizes: str) -> Callable:
-    """`triton.jit`; not compiled anew for special values of these sizes, which differ from layer to layer."""
-    return triton.jit(do_not_specialize=sizes) if available else lambda function: function
-
-
-@_jit()
-def _rounded_to_tf32(value):
-    return ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-INTERPRETED = tl.constexpr(available and not isinstance(_rounded_to_tf32, triton.JITFunction))
-
-
-@_jit()
-def _operand(value):
-    """Triton's interpreter cannot multiply matrices of bfloat16. In float32 the products are the same."""
-    if INTERPRETED:
-        value = value.to(tl.float32)
-    return value
-
-
-@_jit("n", "k", "iterations")
-def _kmedoids_kernel(
-    points, weights, assignment, medoids, order, start, scratch, offset,
-    n, k, width, iterations, image_stride, row_stride, row_length,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """One image a program. What its threads tell each other goes through memory, with a barrier between."""
-    image = tl.program_id(0).to(tl.int64)
-    points += image * image_stride
-    weights += image * n
-    assignment += image * n
-    medoids += image * k
-    order += image * n
-    start += image * (k + 1)
-    offset += image * width
-    distance = scratch + image * (n + 2) * row_length
-    cost = distance + n * row_length
-    length = cost + row_length
-
-    _distances(points, distance, length, offset, n, width, row_stride, row_length, TILE, WIDTH)
-    tl.debug_barrier()
-    _assign(distance, medoids, assignment, n, k, row_length, TOKENS, ROWS)
-    tl.debug_barrier()
-    moved = 1
-    for _ in range(1, iterations):
-        if moved > 0:  # else nothing would change any more
-            _costs(distance, weights, assignment, cost, n, row_length, TOKENS, ROWS)
-            tl.debug_barrier()
-            moved = _update(weights, assignment, cost, medoids, n, k, TOKENS, ROWS)
-            tl.debug_barrier()
-            _assign(distance, medoids, assignment, n, k, row_length, TOKENS, ROWS)
-            tl.debug_barrier()
-    _sort(assignment, order, start, n, k, TOKENS, ROWS)
-
-
-@_jit()
-def _distances(
-    points, distance, length, offset, n, width, row_stride, row_length, TILE: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Squared distances (n, n), as rows of `row_length`: symmetric and zero on the diagonal to the last bit.
-
-    Each product of two points is computed once, and in the same order of additions wherever it stands, so that two
-    equal points are at no distance and equally far from any other.
-    """
-    inverse = _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE, WIDTH)
-    tl.debug_barrier()
-    lane = tl.arange(0, TILE)
-    blocks = tl.cdiv(n, TILE)
-    for step in range(blocks):
-        first = blocks - 1 - step  # from the end, so that the squared lengths of later points are known
-        row = first * TILE + lane
-        product = _products(points, offset, inverse, row, row, n, width, row_stride, TILE, WIDTH)
-        row_square = tl.sum(tl.where(lane[:, None] == lane[None, :], product, 0.0), 1)
-        tl.store(length + row, row_square, mask=row < n)
-        tl.debug_barrier()
-        for second in range(first, blocks):
-            column = second * TILE + lane
-            if second > first:
-                product = _products(points, offset, inverse, row, column, n, width, row_stride, TILE, WIDTH)
-            column_square = tl.load(length + column, mask=column < n, other=0.0)
-            squared = tl.maximum(row_square[:, None] + column_square[None, :] - 2 * product, 0.0)
-            upper = (row[:, None] <= column[None, :]) & (column[None, :] < n)
-            tl.store(distance + row[:, None] * row_length + column[None, :], squared, mask=upper)
-            tl.store(distance + column[None, :] * row_length + row[:, None], squared, mask=upper)
-
-
-@_jit()
-def _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Inverse of the power of two that brings the largest value below 2; the mean point goes to `offset`.
-
-    Squares of float16 fit into float32 anyway: no scale. Products of 16-bit numbers are exact in float32: taking out
-    the mean would gain no more digits than rounding to 16 bits has lost. So only float32 needs it.
-    """
-    inverse = 1.0
-    if points.dtype.element_ty != tl.float16:
-        largest = tl.zeros((WIDTH,), tl.float32)
-        for first in range(0, width, WIDTH):
-            column = first + tl.arange(0, WIDTH)
-            total = tl.zeros((WIDTH,), tl.float32)
-            for top in range(0, n, TILE):
-                row = top + tl.arange(0, TILE)
-                inside = (row[:, None] < n) & (column[None, :] < width)
-                value = tl.load(points + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
-                value = value.to(tl.float32)
-                largest = tl.maximum(largest, tl.max(tl.abs(value), 0))
-                total += tl.sum(value / 1024, 0)  # cannot overflow
-            tl.store(offset + column, total * (1024 / n), mask=column < width)
-        exponent = tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23
-        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return inverse
-
-
-@_jit()
-def _products(points, offset, inverse, row, column, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Products (TILE, TILE) of the points `row` with the points `column`.
-
-    Tensor cores multiply float32 as TF32, of eleven binary digits. A number is the sum of two of these; of the four
-    products the one of the two remainders is dropped (CUTLASS's 3xTF32). Each has a sum of its own, so that swapping
-    the two points gives the same to the last bit, which `input_precision="tf32x3"` does not.
-    """
-    product = tl.zeros((TILE, TILE), tl.float32)
-    if points.dtype.element_ty == tl.float32:
-        left_rest = tl.zeros((TILE, TILE), tl.float32)
-        right_rest = tl.zeros((TILE, TILE), tl.float32)
-        for first in range(0, width, WIDTH):
-            left = _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
-            right = _some_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
-            left_high, right_high = _rounded_to_tf32(left), _rounded_to_tf32(right)
-            product = tl.dot(left_high, tl.trans(right_high), product, input_precision="tf32")
-            left_rest = tl.dot(left - left_high, tl.trans(right_high), left_rest, input_precision="tf32")
-            right_rest = tl.dot(left_high, tl.trans(right - right_high), right_rest, input_precision="tf32")
-        product += left_rest + right_rest
-    else:
-        for first in range(0, width, WIDTH):
-            left = _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
-            right = _some_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
-            product = tl.dot(_operand(left), tl.trans(_operand(right)), product)
-    return product
-
-
-@_jit()
-def _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH: tl.constexpr):
-    """Columns from `first` on of the points `row`, scaled and centred."""
-    column = first + tl.arange(0, WIDTH)
-    inside = (row[:, None] < n) & (column[None, :] < width)
-    value = tl.load(points + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
-    if points.dtype.element_ty == tl.float32:
-        value = value * inverse - (tl.load(offset + column, mask=column < width, other=0.0) * inverse)[None, :]
-    elif points.dtype.element_ty == tl.bfloat16:
-        value = (value.to(tl.float32) * inverse).to(tl.bfloat16)  # a power of two: nothing is rounded
-    return value
-
-
-@_jit()
-def _assign(distance, medoids, assignment, n, k, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Each token to the nearest medoid, in a tie to the first."""
-    token = tl.arange(0, TOKENS)
-    nearest = tl.full((ROWS, TOKENS), float("inf"), tl.float32)
-    index = tl.zeros((ROWS, TOKENS), tl.int32)
-    for first in range(0, k, ROWS):
-        cluster = first + tl.arange(0, ROWS)
-        medoid = tl.load(medoids + cluster, mask=cluster < k, other=0).to(tl.int32)
-        inside = (cluster[:, None] < k) & (token[None, :] < n)
-        away = tl.load(distance + medoid[:, None] * row_length + token[None, :], mask=inside, other=float("inf"))
-        closer = away < nearest
-        nearest = tl.where(closer, away, nearest)
-        index = tl.where(closer, cluster[:, None], index)
-    candidate = tl.where(nearest == tl.min(nearest, 0)[None, :], index, k)
-    tl.store(assignment + token, tl.min(candidate, 0).to(tl.int64), mask=token < n)
-
-
-@_jit()
-def _costs(distance, weights, assignment, cost, n, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """What each token would cost as the medoid of its cluster."""
-    token = tl.arange(0, TOKENS)
-    own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
-    total = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in range(0, n, ROWS):
-        row = first + tl.arange(0, ROWS)
-        cluster = tl.load(assignment + row, mask=row < n, other=-2).to(tl.int32)
-        weight = tl.load(weights + row, mask=row < n, other=0.0)
-        inside = (row[:, None] < n) & (token[None, :] < n)
-        away = tl.load(distance + row[:, None] * row_length + token[None, :], mask=inside, other=0.0)
-        total += tl.where(cluster[:, None] == own[None, :], weight[:, None] * away, 0.0)
-    tl.store(cost + token, tl.sum(total, 0), mask=token < n)
-
-
-@_jit()
-def _update(weights, assignment, cost, medoids, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Each cluster's medoid to its cheapest member, in a tie to the first; how many medoids moved."""
-    token = tl.arange(0, TOKENS)
-    own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
-    weight = tl.load(weights + token, mask=token < n, other=0.0)
-    price = tl.load(cost + token, mask=token < n, other=0.0)
-    moved = 0
-    for first in range(0, k, ROWS):
-        cluster = first + tl.arange(0, ROWS)
-        member = cluster[:, None] == own[None, :]
-        lowest = tl.min(tl.where(member, price[None, :], float("inf")), 1)
-        candidate = tl.where(member & (price[None, :] == lowest[:, None]), token[None, :], n - 1)
-        weighs = tl.max(tl.where(member, weight[None, :], 0.0), 1) > 0
-        old = tl.load(medoids + cluster, mask=cluster < k, other=0).to(tl.int32)
-        new = tl.where(weighs, tl.min(candidate, 1), old)
-        moved += tl.sum((new != old).to(tl.int32), 0)
-        tl.debug_barrier()  # several threads may hold the same medoid: all must have read the old one
-        tl.store(medoids + cluster, new.to(tl.int64), mask=cluster < k)
-    return moved
-
-
-@_jit()
-def _sort(assignment, order, start, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens sorted by cluster: a token's place is the number of tokens that come before it."""
-    token = tl.arange(0, TOKENS)
-    own = tl.load(assignment + token, mask=token < n, other=k).to(tl.int32)
-    rank = own * TOKENS + token
-    before = tl.zeros((ROWS, TOKENS), tl.int32)
-    for first in range(0, n, ROWS):
-        row = first + tl.arange(0, ROWS)
-        other = tl.load(assignment + row, mask=row < n, other=k).to(tl.int32) * TOKENS + row
-        before += (other[:, None] < rank[None, :]).to(tl.int32)
-    tl.store(order + tl.sum(before, 0), token, mask=token < n)
-    for first in range(0, k + 1, ROWS):
-        cluster = first + tl.arange(0, ROWS)
-        tl.store(start + cluster, tl.sum((own[None, :] < cluster[:, None]).to(tl.int32), 1), mask=cluster <= k)
-
-
-@_jit("n", "k")
-def _means_kernel(
-    tokens, share, order, start, out, n, k, width, image_stride, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """One cluster of one image a program, and WIDTH of its columns."""
-    program = tl.program_id(0).to(tl.int64)
-    image, cluster = program // k, program % k
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    first = tl.load(start + image * (k + 1) + cluster)
-    end = tl.load(start + image * (k + 1) + cluster + 1)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for place in range(first, end, ROWS):
-        member = place + tl.arange(0, ROWS)
-        token = tl.load(order + image * n + member, mask=member < end, other=0)
-        part = tl.load(share + image * n + token, mask=member < end, other=0.0)
-        inside = (member[:, None] < end) & (column[None, :] < width)
-        address = tokens + image * image_stride + token[:, None] * row_stride + column[None, :]
-        total += part[:, None] * tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + program * width + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
-
-
-@_jit("n", "heads")
-def _attention_kernel(
-    q, k, v, bias, out, received, scale, heads, n, width,
-    q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
-):  # fmt: skip
-    """One head of one image a program: blocks of queries, one after the other, against all keys at once."""
-    program = tl.program_id(0).to(tl.int64)
-    image, head = program // heads, program % heads
-    key, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    real = (key[:, None] < n) & (column[None, :] < width)
-    address = k + image * k_image + head * k_head + key[:, None] * k_row + column[None, :]
-    keys = _operand(tl.load(address, mask=real, other=0.0))
-    if WITH_OUTPUT:
-        address = v + image * v_image + head * v_head + key[:, None] * v_row + column[None, :]
-        values = _operand(tl.load(address, mask=real, other=0.0))
-    log2_e: tl.constexpr = 1.4426950408889634  # exp(x) = exp2(x log2(e)), and exp2 is what the GPU has
-    added = tl.where(key < n, 0.0, float("-inf"))
-    if WITH_BIAS:
-        added += tl.load(bias + image * n + key, mask=key < n, other=0.0) * log2_e
-    total = tl.zeros((ROWS, KEYS), tl.float32)
-    for first in range(0, n, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row[:, None] < n) & (column[None, :] < width)
-        source = q + image * q_image + head * q_head + row[:, None] * q_row + column[None, :]
-        queries = _operand(tl.load(source, mask=inside, other=0.0))
-        logits = tl.dot(queries, tl.trans(keys), input_precision="tf32x3") * (scale * log2_e) + added[None, :]
-        weight = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        inverse = 1 / tl.sum(weight, 1)
-        total += weight * tl.where(row < n, inverse, 0.0)[:, None]
-        if WITH_OUTPUT:
-            rounded = _operand(weight.to(v.dtype.element_ty))
-            result = tl.dot(rounded, values, input_precision="tf32x3") * inverse[:, None]
-            target = out + ((image * n + row[:, None]) * heads + head) * width + column[None, :]
-            tl.store(target, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(received + program * n + key, tl.sum(total, 0), mask=key < n)
