@@ -593,8 +593,11 @@ def clustering_speed(
     if clusters > tokens:
         raise ValueError(f"--clusters {clusters} are more than --tokens {tokens}")
     taken = speed.clustering_speed(batch_size, tokens, clusters, width, device, repeats)
-    own, looped = (1000 * taken[name] for name in ("kmedoids", "looped"))
-    print(f"kmedoids {own:.2f} ms, looped in Python {looped:.1f} ms: {looped / own:.0f} times as fast")
+    own = taken["kmedoids"]
+    print(f"kmedoids: {1000 * own:.2f} ms")
+    print(f"looped in Python: {1000 * taken['looped']:.1f} ms, {taken['looped'] / own:.0f} times that")
+    early = taken["looped_ending_early"]
+    print(f"looped in Python, ending early as kmedoids does: {1000 * early:.1f} ms, {early / own:.0f} times that")
 
 
 @app.command("check-data")

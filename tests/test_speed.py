@@ -118,11 +118,13 @@ def test_the_loop_that_it_is_compared_with_does_the_same() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens, weights = torch.randn(2, 40, 5, generator=generator), torch.rand(2, 40, generator=generator)
     centers = clustering.kmedoids(tokens, 9, weights).centers
-    torch.testing.assert_close(speed.looped_kmedoids(tokens, 9, weights), centers, rtol=0, atol=1e-5)
+    for early in (False, True):
+        found = speed.looped_kmedoids(tokens, 9, weights, ends_early=early)
+        torch.testing.assert_close(found, centers, rtol=0, atol=1e-5)
     taken = speed.clustering_speed(1, 8, 2, 3, repeats=1)
-    assert sorted(taken) == ["kmedoids", "looped"] and min(taken.values()) > 0
+    assert sorted(taken) == ["kmedoids", "looped", "looped_ending_early"] and min(taken.values()) > 0
     result = CliRunner().invoke(app, ["clustering-speed", "--tokens", "8", "--clusters", "2", "--repeats", "1"])
-    assert result.exit_code == 0 and "times as fast" in result.stdout
+    assert result.exit_code == 0 and "ending early" in result.stdout
 
 
 @pytest.mark.parametrize("folder", ["results/throughput", "results/throughput/others", "results/throughput/growth"])

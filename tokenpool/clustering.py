@@ -118,10 +118,12 @@ def kmedoids(
 
 def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Assignment (B, N) of the points (B, N, E), and the medoids (B, K) that it was made from."""
-    points, scale = _scaled(by)
     if isinstance(init, Tensor) and init.dim() == 3:
+        points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    distance = _distances(points.sub_(points.mean(dim=1, keepdim=True)))  # (B, N, N)
+    distance = squared_distances(_full_precision(by)) if _can_branch(by) else None  # (B, N, N)
+    if distance is None or not _is_in_range(distance):
+        distance = squared_distances(_scaled(by)[0])
     medoids = init if isinstance(init, Tensor) else dearest_to_merge(distance, weights, k)
     for _ in range(iterations):
         previous = medoids
@@ -158,11 +160,7 @@ def squared_distances(points: Tensor) -> Tensor:
     Symmetric and zero on the diagonal to the last bit, whatever order a matrix product adds in: in a cluster of two
     both members cost the same, and which becomes the medoid must not be left to rounding.
     """
-    return _distances(points - points.mean(dim=1, keepdim=True))  # a common offset would only cost digits
-
-
-def _distances(points: Tensor) -> Tensor:
-    """`squared_distances` of points whose mean is zero."""
+    points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
     product = torch.bmm(points, points.mT)  # (B, N, N)
     norm = product.diagonal(dim1=1, dim2=2).contiguous()  # (B, N)
     return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
@@ -308,7 +306,13 @@ def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _images_at_once(points: Tensor) -> int:
     """How many images' distance matrices are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
-    return max((2**28 if points.is_cuda else 2**19) // points.shape[1] ** 2, 1)
+    return max((2**28 if points.is_cuda else 2**18) // points.shape[1] ** 2, 1)
+
+
+def _is_in_range(distance: Tensor) -> bool:
+    """Whether the squared distances (B, N, N) have neither over- nor underflowed, so that scaling changes no bit."""
+    largest = distance.amax(dim=(1, 2))
+    return bool(((largest > 1e-20) & (largest < torch.inf)).all())  # not if NaN
 
 
 def _full_precision(tokens: Tensor) -> Tensor:
