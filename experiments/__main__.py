@@ -551,12 +551,31 @@ def throughput(
         batch_size or [32],
         image_size or [None],
     )
+    if "none" in (method or []):
+        raise ValueError("--method none is the plain model, which every method is compared with")
     settings = [
-        speed.Setting(name, chosen, schedule, batch, size, precision, compiled, train, carry, _options(option))
+        speed.Setting(
+            name,
+            chosen,
+            None if chosen == "convolution" else schedule,
+            batch,
+            size,
+            precision,
+            compiled,
+            train,
+            carry,
+            _options(option),
+        )
         for name, chosen, schedule, batch, size in choices
     ]
     if against:
         settings, before = speed.stored(against)
+        missing = {f"{one.name}-{device.replace(':', '')}" for one in settings} - {one["run"] for one in before}
+        if missing or before[0]["threads"] != torch.get_num_threads():
+            raise ValueError(
+                f"{against} holds results of {before[0]['threads']} threads on {before[0]['device']}: "
+                "only the same can be compared; see --threads and --device"
+            )
         if output.resolve() == against.resolve():
             raise ValueError(f"--output {output} is what it is compared with: choose another folder")
     found = []

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -405,6 +406,24 @@ def test_not_in_an_exported_model(chosen: None) -> None:
     assert (Pool()(tokens) == 1).all()
     assert (torch.export.export(Pool(), (tokens,)).module()(tokens) == -1).all()
     assert (torch.jit.trace(Pool(), tokens, check_trace=False)(tokens) == -1).all()
+
+
+@runs
+@pytest.mark.parametrize("broken", [None, "wrong", "error"])
+def test_kernels_that_do_not_work_on_a_device_are_not_used(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels._agree_with_plain.cache_clear()
+    means = kernels.means
+    if broken == "wrong":
+        monkeypatch.setattr(kernels, "means", lambda *given: means(*given) + 1)
+    elif broken == "error":
+        monkeypatch.setattr(kernels, "means", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert kernels._agree_with_plain(DEVICE, None if DEVICE == "cpu" else 0) == (broken is None)
+    assert [str(warning.message).split(":")[0] for warning in caught] == (
+        [] if broken is None else [f"The Triton kernels are not used on {DEVICE}"]
+    )
+    kernels._agree_with_plain.cache_clear()
 
 
 def test_a_wrong_choice_is_named() -> None:

@@ -486,7 +486,7 @@ def test_without_any_attention_all_tokens_count_the_same(method: str) -> None:
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("at_once", [1, 48 * 37, 2 * 48 * 37])
 def test_a_few_images_at_a_time_give_the_same(small, photos, monkeypatch, method: str, carry: bool, at_once) -> None:
-    tokenpool.patch(small, method, KEEP, carry=carry)
+    tokenpool.patch(small, method, KEEP, carry=carry, dense=METHODS[method].merges)
     with torch.no_grad():
         expected = small(photos)
         monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", at_once)
@@ -511,6 +511,13 @@ def test_a_few_images_at_a_time_travel_together_when_they_are_few_tokens(small, 
     assert calls == [5, 5, 5, 5]  # with gradients, all at once
 
 
+def test_a_model_traced_with_one_image_takes_more(small, photos) -> None:
+    tokenpool.patch(small, "wkmedoids", KEEP)
+    with torch.no_grad():
+        traced = torch.jit.trace(small, photos[:1], check_trace=False)
+        torch.testing.assert_close(traced(photos), small(photos), rtol=0, atol=1e-4)
+
+
 def test_hooks_see_whole_batches(small, photos, monkeypatch) -> None:
     monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 1)
     tokenpool.patch(small, "wkmedoids", KEEP)
@@ -524,7 +531,7 @@ def test_hooks_see_whole_batches(small, photos, monkeypatch) -> None:
 
 
 def test_many_tokens_fit_into_memory() -> None:
-    """4096 tokens: three matrices of the distances of one image at once, not of the batch."""
+    """Three or four matrices of the distances of one image at once, not of the batch."""
     tokens = torch.randn(4, 2048, 8)
     with torch.no_grad():
         peak = peak_memory(lambda: tokenpool.clustering.kmedoids(tokens, 1024, iterations=1), tokens.device)

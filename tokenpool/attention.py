@@ -103,18 +103,16 @@ class ScoredAttention(nn.Module):
     def _heads_at_once(self, x: Tensor) -> int:
         """How many heads' N x N matrices are held at once: on a CPU what fits into its cache, on a GPU 1 GiB.
 
-        All of them where autograd would keep them anyway.
+        All of them where autograd would keep them anyway, and in a graph, which must not depend on the batch.
         """
         batch, n, _ = x.shape
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.num_heads
         if x.device.type == "cpu":
             return self.num_heads if batch == 1 and self.num_heads * n * n <= 2**19 else 1
         return max(min(2**28 // (batch * n * n), self.num_heads), 1)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
         """Output (B, N, h d) and attention received (B, N) of h heads."""
         logits = (q * scale) @ k.mT
         attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)  # (B, h, N, N)

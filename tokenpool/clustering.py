@@ -251,7 +251,7 @@ def _cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -
     if values.device.type == "cpu" and _can_branch(values) and not (values.requires_grad and torch.is_grad_enabled()):
         # Several times as fast as index_add: the rows are read where they lie, on all cores.
         target, order = target.sort(stable=True)
-        start = torch.searchsorted(target, torch.arange(batch * k))
+        start = torch.searchsorted(target, torch.arange(batch * k, device=target.device))
         share = weights.flatten()[order].to(values.dtype)
         rows = values.reshape(batch * n, width)
         return F.embedding_bag(order, rows, start, mode="sum", per_sample_weights=share).view(batch, k, width)
@@ -276,7 +276,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, size: int) -> Tensor:
     """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
-    if index.shape[0] == 1:
+    if not _is_in_graph() and index.shape[0] == 1:
         return index.flatten()
     return (index + size * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
@@ -306,11 +306,11 @@ def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _images_at_once(points: Tensor) -> int:
     """How many images' distance matrices are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
-    return max((2**28 if points.is_cuda else 2**18) // points.shape[1] ** 2, 1)
+    return max((2**18 if points.device.type == "cpu" else 2**28) // points.shape[1] ** 2, 1)
 
 
 def _is_in_range(distance: Tensor) -> bool:
-    """Whether the squared distances (B, N, N) have neither over- nor underflowed, so that scaling changes no bit."""
+    """Whether the squared distances (B, N, N) lie where float32 neither over- nor underflows, and need no scale."""
     largest = distance.amax(dim=(1, 2))
     return bool(((largest > 1e-20) & (largest < torch.inf)).all())  # not if NaN
 

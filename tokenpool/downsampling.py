@@ -41,6 +41,8 @@ class Host(NamedTuple):
 class Downsampler(nn.Module):
     """At most `keep` of N tokens go on. With `keep >= N` nothing happens, with `keep = 0` all are dropped.
 
+    On a CPU without gradients a large batch comes in parts, so that no image may depend on others.
+
     Attributes:
         uses_scores: whether it needs significance scores.
         uses_sizes: whether it needs `sizes` (B, N), the number of original tokens that each token stands for.

@@ -1,15 +1,18 @@
 """Triton kernels for a GPU: weighted K-Medoids, the means of its clusters, and attention that also yields scores.
 
-Each does in one launch, and out of the cache of one processor of the GPU, what `clustering` and `attention` do in many
-passes over (B, N, N) matrices. The results are the same up to rounding. Every function here has a plain counterpart,
-and whether the kernel may take its place is asked first: `kmedoids_fits`, `means_fits`, `attention_fits`.
+Each does in one launch what `clustering` and `attention` do in many passes over (B, N, N) matrices. The results are the
+same up to rounding. Every function here has a plain counterpart, and whether the kernel may take its place is asked
+first: `kmedoids_fits`, `means_fits`, `attention_fits`.
 
-They are used on Nvidia GPUs of compute capability 8.0 and later where Triton is installed. The environment variable
+They are used on Nvidia GPUs of compute capability 8.0 and later where Triton is installed, if at their first use they
+find there what plain sums do. The environment variable
 TOKENPOOL_KERNELS, or `using`, overrides this: "plain" never uses them; "triton" also uses them for tensors on the CPU,
 through Triton's slow interpreter, if TRITON_INTERPRET=1 is set before `tokenpool` is imported.
 """
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -106,7 +109,57 @@ def _runs_on(kind: str, index: int | None, choice: str) -> bool:
         return False
     if INTERPRETED.value:
         return choice == "triton" and kind in ("cpu", "cuda")
-    return kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(index) >= (8, 0)
+    if kind != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    return choice == "triton" or _agree_with_plain(kind, index)
+
+
+@functools.cache
+def _agree_with_plain(kind: str, index: int | None) -> bool:
+    """Whether the kernels work on a device, and find there what the plain functions do; if not, warns.
+
+    Once for each device. Compiling needs a C compiler, and new GPUs may need a new Triton: neither must stop a user.
+    """
+    device = torch.device(kind, index)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            problem = None if all(_agrees(device, dtype) for dtype in DTYPES) else "their results are wrong"
+    except Exception as error:  # whatever a compiler, an assembler or a driver may raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(
+            f"The Triton kernels are not used on {device}: {problem}. The plain functions are, which are slower.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """The kernels against plain sums, on whole numbers, where each is exact, and on a little attention."""
+    batch, n, k, width = 64, 197, 50, 64
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randint(-3, 4, (batch, n // 2, width), generator=generator)
+    points = torch.cat([half, -half, half.new_zeros(batch, 1, width)], dim=1).to(device, dtype)  # their mean is zero
+    weights = torch.randint(1, 4, (batch, n), generator=generator).to(device, torch.float32)
+    medoids = torch.arange(k, device=device).expand(batch, k)
+    found = kmedoids(points, weights, medoids, 3)
+    distance = torch.cdist(points.double(), points.double()).square().round()  # (B, N, N)
+    rows = distance.gather(1, found.previous[:, :, None].expand(-1, -1, n))
+    shared = means(points, weights, found.assignment, found.order, found.start).float()
+    sums = shared.new_zeros(batch, k, width).index_put(
+        (torch.arange(batch, device=device)[:, None].expand(-1, n), found.assignment),
+        points.float() * weights[:, :, None],
+        accumulate=True,
+    )
+    q, key, v = (points[:, None] / 4, points[:, None].flip(2) / 4, points[:, None])
+    attended, scores = attention(q, key, v, weights, 0.5)
+    matrix = (q.double() @ key.double().mT * 0.5 + weights.double()[:, None, None]).softmax(-1)
+    return (
+        torch.equal(rows.min(dim=1).indices, found.assignment)
+        and torch.allclose(shared, sums, rtol=0.01, atol=0.01)
+        and torch.allclose(attended.double(), matrix @ v.double(), rtol=0.02, atol=0.02)
+        and torch.allclose(scores.double(), matrix.sum(dim=(1, 2)), rtol=0.02, atol=0.02)
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -128,7 +181,7 @@ def kmedoids(points: Tensor, weights: Tensor, medoids: Tensor, iterations: int) 
     Args:
         points: (B, N, E), float16, bfloat16 or float32; N is at most `MOST_POINTS`.
         weights: (B, N) float32, at most 1, not negative.
-        medoids: (B, K) integers in 0..N-1, the indices of the first medoids.
+        medoids: (B, K) integers in 0..N-1, the indices of the first medoids. They are not checked.
         iterations: how many assignments are made, at least 1.
     """
     return Medoids(*_kmedoids(points.detach(), weights.detach(), medoids, iterations))
@@ -149,16 +202,18 @@ def _kmedoids(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n, width = points.shape
     k = medoids.shape[1]
-    points = points if points.stride(2) == 1 else points.contiguous()
+    points, weights = _readable(points), weights.float().contiguous()
     found = _no_medoids(points, weights, medoids, iterations)
     found[1].copy_(medoids)
     row_length = -(-n // 16) * 16  # whole rows can then be read in pieces of 16 bytes
-    scratch = points.new_empty(batch, n + 2, row_length, dtype=torch.float32)  # distances, costs, lengths
-    offset = points.new_empty(batch, width, dtype=torch.float32)
-    if batch:
+    at_once = max(min(2**28 // (n * row_length), batch), 1)  # 1 GiB
+    scratch = points.new_empty(at_once, n + 2, row_length, dtype=torch.float32)  # distances, costs, lengths
+    offset = points.new_empty(at_once, width, dtype=torch.float32)
+    for first in range(0, batch, at_once):
+        some = [part[first : first + at_once] for part in (points, weights, *found)]
         with _device(points):
-            triton_kernels.kmedoids_kernel[(batch,)](
-                *(points, weights.float().contiguous(), *found, scratch, offset),
+            triton_kernels.kmedoids_kernel[(len(some[0]),)](
+                *(*some, scratch, offset),
                 *(n, k, width, iterations, points.stride(0), points.stride(1), row_length),
                 **_medoid_shape(n, points.element_size()),
             )
@@ -194,7 +249,7 @@ def _no_medoids(
 def _means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, start: Tensor) -> Tensor:
     batch, n, width = tokens.shape
     k = start.shape[1] - 1
-    tokens = tokens if tokens.stride(2) == 1 else tokens.contiguous()
+    tokens = _readable(tokens)
     out = tokens.new_empty(batch, k, width)
     if out.numel():
         shape = _mean_shape(width)
@@ -335,6 +390,12 @@ def _attention_memory(n: int, width: int, item: int) -> int:
     shape = _attention_shape(n, width, item)
     rows, keys, columns = shape["ROWS"], shape["KEYS"], shape["WIDTH"]
     return item * (2 * keys * columns + 2 * rows * columns + rows * keys) + 4096
+
+
+def _readable(points: Tensor) -> Tensor:
+    """Points (B, N, D) as a kernel reads them: each in one piece, at a distance from its image's first below 2^31."""
+    good = points.stride(2) == 1 and points.stride(1) * points.shape[1] < 2**31
+    return points if good else points.contiguous()
 
 
 def _device(values: Tensor) -> AbstractContextManager:

@@ -90,6 +90,12 @@ class PooledBlock(nn.Module):
     def forward(self, stream: Stream, **unsupported: Any) -> Stream:
         if not isinstance(stream, Stream) or unsupported:
             raise TypeError(f"a pooled block was called on its own; {_NEEDS_PLAIN}")
+        tokens, sizes, patches = self._attend_and_downsample(stream)
+        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        return Stream(tokens, sizes, patches)
+
+    def _attend_and_downsample(self, stream: Stream) -> Stream:
+        """What comes before the MLP: a method of its own, so that nothing of it takes memory during the MLP."""
         tokens, sizes, patches = stream
         downsampler, prefix = self.downsampler, self.prefix
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
@@ -99,20 +105,17 @@ class PooledBlock(nn.Module):
         with_keys = downsampler is not None and downsampler.uses_keys
         attended = self.attn(self.norm1(tokens), sizes if self.carry else None, with_scores, with_keys)
         tokens = tokens + self.drop_path1(self.ls1(attended.output))  # (B, P + N, D)
-        if downsampler is not None:
-            hints = {"sizes": sizes[:, prefix:]} if downsampler.uses_sizes else {}
-            hints |= {"keys": attended.keys[:, prefix:]} if with_keys else {}
-            scores = attended.scores[:, prefix:] if with_scores else None
-            kept, assignment = downsampler(tokens[:, prefix:], scores, **hints)
-            if sizes is not None:
-                sizes = torch.cat(
-                    [sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1
-                )
-            if patches is not None:
-                patches = compose(patches, assignment)
-            tokens = torch.cat([tokens[:, :prefix], kept], dim=1)  # (B, P + K, D)
-        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
-        return Stream(tokens, sizes, patches)
+        if downsampler is None:
+            return Stream(tokens, sizes, patches)
+        hints = {"sizes": sizes[:, prefix:]} if downsampler.uses_sizes else {}
+        hints |= {"keys": attended.keys[:, prefix:]} if with_keys else {}
+        scores = attended.scores[:, prefix:] if with_scores else None
+        kept, assignment = downsampler(tokens[:, prefix:], scores, **hints)
+        if sizes is not None:
+            sizes = torch.cat([sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1)
+        if patches is not None:
+            patches = compose(patches, assignment)
+        return Stream(torch.cat([tokens[:, :prefix], kept], dim=1), sizes, patches)  # (B, P + K, D)
 
 
 class PooledBlocks(nn.Sequential):
@@ -142,28 +145,28 @@ class PooledBlocks(nn.Sequential):
         sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
         patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
         stream = Stream(tokens, sizes, patches)
-        if tokens.device.type == "cpu" and self._can_split():
-            parts = min(math.ceil(tokens.numel() / _FLOATS_AT_ONCE), batch)
-            streams = stream.split(math.ceil(batch / max(parts, 1)) or 1)
-            for block in self:
-                streams = _joined([block(part) for part in streams])
-            stream = Stream.cat(streams)
-        else:
-            for block in self:
-                stream = block(stream)
+        streams = self._parts(stream)
+        for block in self:
+            streams = _joined([block(part) for part in streams])
+        stream = Stream.cat(streams)
         if not self.unpools:
             return stream.tokens
         back = unpool(stream.tokens[:, self.prefix :], stream.assignment)
         return torch.cat([stream.tokens[:, : self.prefix], back], dim=1)
 
-    def _can_split(self) -> bool:
-        """Whether the images may go through the blocks a few at a time.
+    def _parts(self, stream: Stream) -> list[Stream]:
+        """The stream, or on a CPU streams of a few images each.
 
-        With gradients it would save nothing, in a graph it would be unrolled, and hooks expect a whole batch.
+        With gradients that would save nothing, in a graph it would be unrolled, hooks expect a whole batch, and random
+        numbers of training are drawn for one.
         """
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        return not (graph or torch.is_grad_enabled() or hooked)
+        whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training
+        tokens = stream.tokens
+        if whole or tokens.device.type != "cpu" or tokens.numel() <= _FLOATS_AT_ONCE:
+            return [stream]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
+            return [stream]
+        return stream.split(math.ceil(len(tokens) / math.ceil(tokens.numel() / _FLOATS_AT_ONCE)))
 
 
 def _joined(streams: list[Stream]) -> list[Stream]:
