@@ -562,3 +562,20 @@ def test_kernels_give_the_same_gradients(small, photos) -> None:
         found.append({name: parameter.grad.clone() for name, parameter in small.named_parameters()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("most", [(1, 1), (1, 10), (2, 37), (3, 37)])
+@pytest.mark.parametrize("carry", [False, True])
+def test_attention_in_pieces_gives_the_same(small, photos, monkeypatch, most: tuple[int, int], carry: bool) -> None:
+    tokenpool.patch(small, "wkmedoids", KEEP, carry=carry)
+    expected = small(photos)  # with gradients, in one piece
+    monkeypatch.setattr(tokenpool.attention.ScoredAttention, "_at_once", lambda self, x: most)
+    torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-5)
+
+
+def test_attention_over_many_tokens_is_never_held_whole() -> None:
+    attention = tokenpool.attention.ScoredAttention(timm.layers.Attention(8, num_heads=2)).eval()
+    x = torch.randn(2, 2048, 8)
+    with torch.no_grad():
+        peak = peak_memory(lambda: attention(x, with_scores=True), x.device)
+    assert peak < 2 * 4 * 2**20  # two matrices of 2^19 numbers, and the small rest; one head's would take 2^22

@@ -84,9 +84,9 @@ class ScoredAttention(nn.Module):
             out, scores = kernels.attention(q, k, v, bias, scale)
             out = out.transpose(1, 2).flatten(2)
         elif with_scores and not fits:
-            heads = self._heads_at_once(x)
+            heads, rows = self._at_once(x)
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
-            outs, received = zip(*(self._attend(q, k, v, bias, scale) for q, k, v in parts), strict=True)
+            outs, received = zip(*(self._attend(*part, bias, scale, rows) for part in parts), strict=True)
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
             scores = torch.stack(received).sum(dim=0)
         else:
@@ -100,22 +100,29 @@ class ScoredAttention(nn.Module):
         keys = k.detach().mean(dim=1) if with_keys else None
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
-    def _heads_at_once(self, x: Tensor) -> int:
-        """How many heads' N x N matrices are held at once: on a CPU what fits into its cache, on a GPU 1 GiB.
+    def _at_once(self, x: Tensor) -> tuple[int, int]:
+        """For how many heads and queries the attention is held at once: on a CPU what fits into its cache, else 1 GiB.
 
-        All of them where autograd would keep them anyway, and in a graph, which must not depend on the batch.
+        All of it where autograd would keep it anyway, and in a graph, which must not depend on the batch.
         """
         batch, n, _ = x.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.num_heads
-        if x.device.type == "cpu":
-            return self.num_heads if batch == 1 and self.num_heads * n * n <= 2**19 else 1
-        return max(min(2**28 // (batch * n * n), self.num_heads), 1)
+            return self.num_heads, n
+        most = (2**19 if x.device.type == "cpu" else 2**28) // max(batch * n, 1)  # heads times queries
+        one_by_one = x.device.type == "cpu" and batch > 1  # the heads of several images do not lie side by side
+        heads = 1 if one_by_one else max(min(most // n, self.num_heads), 1)
+        return heads, max(min(most, n), 1) if heads == 1 else n
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-        """Output (B, N, h d) and attention received (B, N) of h heads."""
-        logits = (q * scale) @ k.mT
-        attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)  # (B, h, N, N)
-        received = attention.detach().sum(dim=(1, 2), dtype=torch.promote_types(attention.dtype, torch.float32))
-        out = self.attn_drop(attention).to(v.dtype) @ v  # (B, h, N, d)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, N, h d) and attention received (B, N) of h heads, for some rows of queries after the other."""
+        outs, received = [], 0
+        for some in (q * scale).split(rows, dim=2):
+            logits = some @ k.mT  # (B, h, rows, N)
+            attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
+            precise = torch.promote_types(attention.dtype, torch.float32)
+            received = received + attention.detach().sum(dim=(1, 2), dtype=precise)
+            outs.append(self.attn_drop(attention).to(v.dtype) @ v)  # (B, h, rows, d)
+        out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
         return out.transpose(1, 2).flatten(2), received
