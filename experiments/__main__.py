@@ -570,7 +570,7 @@ def throughput(
     ]
     if against:
         settings, before = speed.stored(against)
-        missing = {f"{one.name}-{device.replace(':', '')}" for one in settings} - {one["run"] for one in before}
+        missing = {one.run_name(device) for one in settings} - {one["run"] for one in before}
         if missing or before[0]["threads"] != torch.get_num_threads():
             raise ValueError(
                 f"{against} holds results of {before[0]['threads']} threads on {before[0]['device']}: "

@@ -63,12 +63,16 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Name of the result's file."""
+        """What a file is named after."""
         size = f"at{self.image_size}" if self.image_size else ""
         keep = re.sub("[^0-9A-Za-z.]+", "_", str(self.keep)).strip("_") if self.keep is not None else ""
         flags = [flag for flag in ("compiled", "train", "carry") if getattr(self, flag)]
         parts = [self.model, size, self.method, keep, f"batch{self.batch_size}", self.precision, *flags]
         return "-".join(filter(None, parts))
+
+    def run_name(self, device: str) -> str:
+        """Name of the result's file, where the setting is timed on that device."""
+        return f"{self.name}-{device.replace(':', '')}"
 
 
 def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: int = 2) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
         ValueError: if a file is broken or holds another setting; the message names it.
     """
     for setting in settings:
-        path = folder / f"{setting.name}-{device.replace(':', '')}.json"
+        path = folder / f"{setting.run_name(device)}.json"
         if not path.exists():
             results.save(compare(setting, device, repeats), path)
         outcome = results.read(path)
@@ -137,7 +141,7 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
         wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
         if {name: before.get(name) for name in wanted} != wanted:
             raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
-        yield {"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"]
+        yield _row(path, outcome)
 
 
 def shares(model: VisionTransformer, images: Tensor, precision: str = "float32", repeats: int = 5) -> dict[str, float]:
@@ -198,7 +202,7 @@ def stored(folder: Path) -> tuple[list[Setting], list[dict[str, Any]]]:
         if "realised_fraction" not in outcome["metrics"]:
             raise ValueError(f"{path} is no result of throughput")
         settings.append(Setting(**known | {"keep": outcome["setting"]["schedule"]}))
-        rows.append({"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"])
+        rows.append(_row(path, outcome))
     if not settings:
         raise ValueError(f"{folder} holds no results of throughput")
     return settings, rows
@@ -311,6 +315,11 @@ def growth(found: Sequence[dict[str, Any]]) -> Figure:
         ax.minorticks_off()
     axes[0].legend(fontsize="small")
     return figure
+
+
+def _row(path: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A stored result as one flat row."""
+    return {"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"]
 
 
 def _models(setting: Setting, device: str) -> tuple[VisionTransformer, VisionTransformer]:

@@ -8,6 +8,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
 from tokenpool import kernels
+from tokenpool.clustering import is_in_graph
 
 
 class Attended(NamedTuple):
@@ -106,7 +107,7 @@ class ScoredAttention(nn.Module):
         All of it where autograd would keep it anyway, and in a graph, which must not depend on the batch.
         """
         batch, n, _ = x.shape
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or is_in_graph():
             return self.num_heads, n
         most = (2**19 if x.device.type == "cpu" else 2**28) // max(batch * n, 1)  # heads times queries
         one_by_one = x.device.type == "cpu" and batch > 1  # the heads of several images do not lie side by side

@@ -106,7 +106,7 @@ def kmedoids(
         members = (found.order, found.start)
         return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        if _is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
+        if is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
             assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
         else:
             starts = repeat(chosen) if chosen else init.split(at_once)
@@ -276,7 +276,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 def _flat(index: Tensor, size: int) -> Tensor:
     """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
-    if not _is_in_graph() and index.shape[0] == 1:
+    if not is_in_graph() and index.shape[0] == 1:
         return index.flatten()
     return (index + size * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()
 
@@ -286,10 +286,11 @@ def _can_branch(tokens: Tensor) -> bool:
 
     Where it may not, nothing but time is lost: iterating past a fixed point, for instance, changes nothing.
     """
-    return not (_is_in_graph() or tokens.is_cuda)
+    return not (is_in_graph() or tokens.is_cuda)
 
 
-def _is_in_graph() -> bool:
+def is_in_graph() -> bool:
+    """Whether what runs is being compiled, exported or traced, and must not depend on values or on the batch."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -339,7 +340,7 @@ def _checked(
         shape = (batch, k, width) if init.is_floating_point() else (batch, k)
         if init.shape != shape:
             raise ValueError(f"init must have shape {shape}, got {tuple(init.shape)}")
-    if check_values and not _is_in_graph():
+    if check_values and not is_in_graph():
         _check_values(tokens, weights, init)
 
     precision = _full_precision(tokens).dtype

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenpool import schedules
 from tokenpool.attention import ScoredAttention
+from tokenpool.clustering import is_in_graph
 from tokenpool.downsampling import Downsampler, Host, find
 
 
@@ -160,7 +161,7 @@ class PooledBlocks(nn.Sequential):
         With gradients that would save nothing, in a graph it would be unrolled, hooks expect a whole batch, and random
         numbers of training are drawn for one.
         """
-        whole = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or self.training
+        whole = is_in_graph() or torch.is_grad_enabled() or self.training
         tokens = stream.tokens
         if whole or tokens.device.type != "cpu" or tokens.numel() <= _FLOATS_AT_ONCE:
             return [stream]
