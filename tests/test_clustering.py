@@ -376,7 +376,7 @@ def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     for init in (None, "ward", points, highest(weights, 8)):
         expected = kmedoids(tokens, 8, weights, init)
         for at_once in (1, 3, 7):
-            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda points, at_once=at_once: at_once)
+            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda points, k, at_once=at_once: at_once)
             found = kmedoids(tokens, 8, weights, init)
             assert torch.equal(found.assignment, expected.assignment)
             torch.testing.assert_close(found.centers, expected.centers)

@@ -106,7 +106,7 @@ def kmedoids(
         members = (found.order, found.start)
         return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        if is_in_graph() or (at_once := _images_at_once(by)) >= by.shape[0]:
+        if is_in_graph() or (at_once := _images_at_once(by, None if chosen else k)) >= by.shape[0]:
             assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
         else:
             starts = repeat(chosen) if chosen else init.split(at_once)
@@ -121,17 +121,105 @@ def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iteration
     if isinstance(init, Tensor) and init.dim() == 3:
         points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    distance = squared_distances(_full_precision(by)) if _can_branch(by) else None  # (B, N, N)
-    if distance is None or not _is_in_range(distance):
-        distance = squared_distances(_scaled(by)[0])
-    medoids = init if isinstance(init, Tensor) else dearest_to_merge(distance, weights, k)
-    for _ in range(iterations):
+    distances = _OthersDistances.where_quicker(by, init) if isinstance(init, Tensor) and _can_branch(by) else None
+    distances = distances or _AllDistances(by)
+    medoids = init if isinstance(init, Tensor) else dearest_to_merge(distances.matrix, weights, k)
+    assignment = distances.assign(medoids)
+    for _ in range(iterations - 1):
         previous = medoids
-        assignment = _nearest_medoid(distance, medoids)
-        medoids = _best_members(distance, weights, assignment, previous)
+        medoids = _best_members(distances.costs(weights, assignment, previous), weights, assignment, previous)
         if _can_branch(by) and torch.equal(medoids, previous):
             break
-    return assignment, previous
+        assignment = distances.assign(medoids)
+    return assignment, medoids
+
+
+class _AllDistances:
+    """The squared distances between all points (B, N, E): N^2 E multiply-adds, once."""
+
+    def __init__(self, points: Tensor) -> None:
+        matrix = squared_distances(_full_precision(points)) if _can_branch(points) else None  # (B, N, N)
+        if matrix is None or not _is_in_range(matrix.amax(dim=(1, 2))):
+            matrix = squared_distances(_scaled(points)[0])
+        self.matrix = matrix
+
+    def assign(self, medoids: Tensor) -> Tensor:
+        """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
+        return _take(self.matrix, medoids).min(dim=1).indices
+
+    def costs(self, weights: Tensor, assignment: Tensor, medoids: Tensor) -> Tensor:
+        """What each point would cost its cluster as the medoid: (B, N)."""
+        sums = _cluster_sums(self.matrix, weights, assignment, medoids.shape[1])  # (B, K, N)
+        return sums.gather(1, assignment[:, None, :]).squeeze(1)
+
+
+class _OthersDistances:
+    """The squared distances from the points that are no medoids: (N - K) N E multiply-adds, in each iteration.
+
+    No others are needed: a medoid is nearest to itself, and a cluster is its medoid and some of the other points.
+    The paper's schedules take away few tokens at a time, and there it is much less than all distances.
+    """
+
+    @classmethod
+    def where_quicker(cls, points: Tensor, medoids: Tensor) -> "_OthersDistances | None":
+        """None where all distances take less time, or where squares could over- or underflow.
+
+        Also where two medoids are, or may be, at the same place. For then one of them goes to the cluster of the other.
+        """
+        if not _are_few_others(points.shape[1], medoids.shape[1]):
+            return None
+        distances = cls(_full_precision(points))
+        is_usable = _is_in_range(distances.norm.amax(dim=1)) and not distances.may_hold_copies()
+        are_distinct = _is_other(points, medoids).sum().item() == points.shape[0] * (points.shape[1] - medoids.shape[1])
+        return distances if is_usable and are_distinct else None
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points - points.mean(dim=1, keepdim=True)
+        self.norm = torch.linalg.vector_norm(self.points, dim=2).square()  # (B, N)
+
+    def may_hold_copies(self) -> bool:
+        """Whether two points of an image are equal; where three have the same length, they are not looked at."""
+        norm, order = self.norm.sort(dim=1)
+        same = norm[:, 1:] == norm[:, :-1]  # (B, N - 1)
+        if not same.any():
+            return False
+        image, place = same.nonzero(as_tuple=True)
+        first, second = (self.points[image, order[image, place + step]] for step in (0, 1))
+        return bool((first == second).all(dim=1).any() or (same[:, 1:] & same[:, :-1]).any())
+
+    def assign(self, medoids: Tensor) -> Tensor:
+        """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
+        batch, n, width = self.points.shape
+        k = medoids.shape[1]
+        place = (
+            _is_other(self.points, medoids).flatten().nonzero().squeeze(1)
+        )  # among the points of all images laid end to end
+        others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
+        distance = torch.baddbmm(self.norm[:, None, :], others, self.points.mT, alpha=-2)  # (B, N - K, N)
+        self.distance = distance.add_(self.norm.flatten()[place].view(batch, n - k, 1)).clamp_(min=0)
+        self.others = place.view(batch, n - k) - n * torch.arange(batch)[:, None]
+        self.nearest, self.cluster = _columns(self.distance, medoids).min(dim=2)  # (B, N - K)
+        assignment = torch.empty(batch, n, dtype=torch.int64)
+        assignment.scatter_(1, medoids, torch.arange(k).expand(batch, k))
+        return assignment.scatter_(1, self.others, self.cluster)
+
+    def costs(self, weights: Tensor, assignment: Tensor, medoids: Tensor) -> Tensor:
+        """What each point would cost its cluster as the medoid, if assigned by the last call of `assign`: (B, N)."""
+        weights = weights.to(self.norm.dtype)
+        weight = weights.gather(1, self.others)  # (B, N - K)
+        of_medoids = torch.zeros_like(medoids, dtype=weights.dtype)
+        of_medoids.scatter_add_(1, self.cluster, weight * self.nearest)
+        between = _columns(self.distance, self.others)  # (B, N - K, N - K)
+        between.mul_(self.cluster[:, :, None] == self.cluster[:, None, :]).diagonal(dim1=1, dim2=2).zero_()
+        to_medoid = weights.gather(1, medoids).gather(1, self.cluster) * self.nearest
+        of_others = torch.bmm(weight[:, None, :], between).squeeze(1).add_(to_medoid)
+        costs = torch.empty_like(weights).scatter_(1, medoids, of_medoids)
+        return costs.scatter_(1, self.others, of_others)
+
+
+def _is_other(points: Tensor, medoids: Tensor) -> Tensor:
+    """Which of the points (B, N, E) is no medoid: (B, N)."""
+    return torch.ones(points.shape[:2], dtype=torch.bool, device=points.device).scatter_(1, medoids, False)
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -194,16 +282,10 @@ def _nearest_center(points: Tensor, centers: Tensor) -> Tensor:
     return distance.min(dim=1).indices
 
 
-def _nearest_medoid(distance: Tensor, medoids: Tensor) -> Tensor:
-    """Index of the nearest medoid (B, K) for each token of the distance matrix (B, N, N), lowest in a tie: (B, N)."""
-    return _take(distance, medoids).min(dim=1).indices
-
-
-def _best_members(distance: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
-    """The medoid of each cluster, `previous` (B, K) where a cluster has no weight: (B, K)."""
+def _best_members(cost: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
+    """The member of lowest cost (B, N) of each cluster, `previous` (B, K) where a cluster has no weight: (B, K)."""
     batch, n = assignment.shape
     k = previous.shape[1]
-    cost = _cluster_sums(distance, weights, assignment, k).gather(1, assignment[:, None, :]).squeeze(1)  # (B, N)
     lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
     candidate = torch.arange(n, device=cost.device).expand(batch, n)
     candidate = candidate.masked_fill(cost > lowest.gather(1, assignment), n)
@@ -274,6 +356,11 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
 
 
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    """Columns `index` (B, K) of the values (B, M, N) of each image: (B, M, K)."""
+    return values.gather(2, index[:, None, :].expand(-1, values.shape[1], -1))
+
+
 def _flat(index: Tensor, size: int) -> Tensor:
     """Indices (B, M) into rows of length `size` as indices (B * M,) into all rows laid end to end."""
     if not is_in_graph() and index.shape[0] == 1:
@@ -305,15 +392,27 @@ def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return points / scale, scale
 
 
-def _images_at_once(points: Tensor) -> int:
-    """How many images' distance matrices are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
-    return max((2**18 if points.device.type == "cpu" else 2**28) // points.shape[1] ** 2, 1)
+def _are_few_others(n: int, k: int) -> bool:
+    """Whether `_OthersDistances` takes less time than `_AllDistances`: measured in docs/performance.md."""
+    return 2 * k >= n
 
 
-def _is_in_range(distance: Tensor) -> bool:
-    """Whether the squared distances (B, N, N) lie where float32 neither over- nor underflows, and need no scale."""
-    largest = distance.amax(dim=(1, 2))
-    return bool(((largest > 1e-20) & (largest < torch.inf)).all())  # not if NaN
+def _images_at_once(points: Tensor, k: int | None) -> int:
+    """How many images' distances are held at once: on a CPU what its cache holds, on a GPU 1 GiB.
+
+    Without k those between all points (B, N, E); else, where K of the N are medoids, what the quicker way needs.
+    """
+    _, n, width = points.shape
+    if points.device.type != "cpu":
+        return max(2**28 // n**2, 1)
+    if k is not None and _are_few_others(n, k):
+        return max(2**21 // (n * (n - k + width)), 1)
+    return max(2**18 // n**2, 1)
+
+
+def _is_in_range(largest: Tensor) -> bool:
+    """Whether squared distances, the largest of each image (B,), neither over- nor underflow, and need no scale."""
+    return largest.numel() == 0 or (largest.amin().item() > 1e-20 and largest.amax().item() < 1e37)  # not if NaN
 
 
 def _full_precision(tokens: Tensor) -> Tensor:
