@@ -162,38 +162,36 @@ class _OthersDistances:
 
     @classmethod
     def where_quicker(cls, points: Tensor, medoids: Tensor) -> "_OthersDistances | None":
-        """None where all distances take less time, or where squares could over- or underflow.
+        """None where all distances take less time, where squares could over- or underflow, or where medoids coincide.
 
-        Also where two medoids are, or may be, at the same place. For then one of them goes to the cluster of the other.
+        Of two medoids at the same place, one goes to the cluster of the other.
         """
         if not _are_few_others(points.shape[1], medoids.shape[1]):
             return None
         distances = cls(_full_precision(points))
-        is_usable = _is_in_range(distances.norm.amax(dim=1)) and not distances.may_hold_copies()
-        are_distinct = _is_other(points, medoids).sum().item() == points.shape[0] * (points.shape[1] - medoids.shape[1])
-        return distances if is_usable and are_distinct else None
+        is_usable = _is_in_range(distances.norm.amax(dim=1)) and not distances.may_coincide(medoids)
+        return distances if is_usable else None
 
     def __init__(self, points: Tensor) -> None:
         self.points = points - points.mean(dim=1, keepdim=True)
         self.norm = torch.linalg.vector_norm(self.points, dim=2).square()  # (B, N)
 
-    def may_hold_copies(self) -> bool:
-        """Whether two points of an image are equal; where three have the same length, they are not looked at."""
-        norm, order = self.norm.sort(dim=1)
-        same = norm[:, 1:] == norm[:, :-1]  # (B, N - 1)
+    def may_coincide(self, medoids: Tensor) -> bool:
+        """Whether two of an image's medoids (B, K) are equal. Three of one length count as such without a look."""
+        norm, order = self.norm.gather(1, medoids).sort(dim=1)
+        same = norm[:, 1:] == norm[:, :-1]  # (B, K - 1)
         if not same.any():
             return False
         image, place = same.nonzero(as_tuple=True)
-        first, second = (self.points[image, order[image, place + step]] for step in (0, 1))
+        first, second = (self.points[image, medoids[image, order[image, place + step]]] for step in (0, 1))
         return bool((first == second).all(dim=1).any() or (same[:, 1:] & same[:, :-1]).any())
 
     def assign(self, medoids: Tensor) -> Tensor:
         """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
         batch, n, width = self.points.shape
         k = medoids.shape[1]
-        place = (
-            _is_other(self.points, medoids).flatten().nonzero().squeeze(1)
-        )  # among the points of all images laid end to end
+        is_other = torch.ones(batch, n, dtype=torch.bool).scatter_(1, medoids, False)
+        place = is_other.flatten().nonzero().squeeze(1)  # among the points of all images laid end to end
         others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
         distance = torch.baddbmm(self.norm[:, None, :], others, self.points.mT, alpha=-2)  # (B, N - K, N)
         self.distance = distance.add_(self.norm.flatten()[place].view(batch, n - k, 1)).clamp_(min=0)
@@ -215,11 +213,6 @@ class _OthersDistances:
         of_others = torch.bmm(weight[:, None, :], between).squeeze(1).add_(to_medoid)
         costs = torch.empty_like(weights).scatter_(1, medoids, of_medoids)
         return costs.scatter_(1, self.others, of_others)
-
-
-def _is_other(points: Tensor, medoids: Tensor) -> Tensor:
-    """Which of the points (B, N, E) is no medoid: (B, N)."""
-    return torch.ones(points.shape[:2], dtype=torch.bool, device=points.device).scatter_(1, medoids, False)
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
