@@ -10,6 +10,7 @@ from experiments import speed, throughput
 from experiments.__main__ import app
 from experiments.speed import Setting
 from tokenpool import clustering, results
+from tokenpool.attention import ScoredAttention
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model": "deit_digits_patch2_16", "method": "wkmedoids", "keep": (40, 30, 20, 10, 5, 0), "batch_size": 2}
@@ -21,7 +22,7 @@ def test_what_is_reported_fits_together(tmp_path: Path) -> None:
     assert one["flops_ratio"] == pytest.approx(one["plain_gmacs"] / one["gmacs"]) and one["flops_ratio"] > 1
     assert one["realised_fraction"] == pytest.approx(one["speed_up"] / one["flops_ratio"])
     assert one["latency_ms"] == pytest.approx(2000 / one["images_per_second"])
-    assert min(one["clustering_share"], one["peak_mib"], one["plain_peak_mib"]) > 0
+    assert min(one["clustering_share"], one["peak_mib"], one["plain_peak_mib"], one["realised_against_parts"]) > 0
     model = tokenpool.create_model("deit_digits_patch2_16", "wkmedoids", list(TINY["keep"]))
     assert one["gmacs"] == pytest.approx(tokenpool.flops.count(model).gmacs)
     assert "| deit_digits_patch2_16 | wkmedoids" in speed.table([one])
@@ -44,9 +45,23 @@ def test_what_has_been_timed_is_not_timed_again(tmp_path: Path, monkeypatch: pyt
 def test_training_steps_and_low_precision(tmp_path: Path) -> None:
     settings = [Setting(**TINY, train=True), Setting(**TINY, precision="bfloat16")]
     train, low = speed.run(settings, tmp_path, repeats=1)
-    assert train["speed_up"] > 0 and "clustering_share" not in train and train["peak_mib"] > low["peak_mib"]
+    assert train["speed_up"] > 0 and train["peak_mib"] > low["peak_mib"]
+    assert not {"clustering_share", "realised_against_parts"} & train.keys()
     with pytest.raises(ValueError, match="precision = 'int8' must be one of float32, bfloat16, float16"):
         speed.compare(Setting(**TINY, precision="int8"))
+
+
+def test_the_stricter_baseline_is_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tokenpool.create_model(TINY["model"]).eval()
+    images = torch.randn(7, 1, 16, 16)
+    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 3 * 65 * plain.embed_dim)
+    batches = []
+    in_parts = speed.plain_in_parts(plain)
+    attend = ScoredAttention.forward
+    monkeypatch.setattr(ScoredAttention, "forward", lambda *given: batches.append(len(given[1])) or attend(*given))
+    with torch.inference_mode():
+        torch.testing.assert_close(in_parts(images), plain(images))
+    assert batches == [3, 3, 1] * len(plain.blocks) and not tokenpool.is_patched(plain)
 
 
 def test_peak_memory_is_what_a_call_holds_at_once() -> None:

@@ -121,9 +121,13 @@ def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iteration
     if isinstance(init, Tensor) and init.dim() == 3:
         points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    distances = _OthersDistances.where_quicker(by, init) if isinstance(init, Tensor) and _can_branch(by) else None
-    distances = distances or _AllDistances(by)
-    medoids = init if isinstance(init, Tensor) else dearest_to_merge(distances.matrix, weights, k)
+    if isinstance(init, Tensor):
+        every, medoids = None, init
+    else:
+        every = _AllDistances(by)
+        medoids = dearest_to_merge(every.matrix, weights, k)
+    distances = _OthersDistances.where_quicker(by, medoids, every) if _can_branch(by) else None
+    distances = distances or every or _AllDistances(by)
     assignment = distances.assign(medoids)
     for _ in range(iterations - 1):
         previous = medoids
@@ -161,18 +165,21 @@ class _OthersDistances:
     """
 
     @classmethod
-    def where_quicker(cls, points: Tensor, medoids: Tensor) -> "_OthersDistances | None":
+    def where_quicker(
+        cls, points: Tensor, medoids: Tensor, every: _AllDistances | None = None
+    ) -> "_OthersDistances | None":
         """None where all distances take less time, where squares could over- or underflow, or where medoids coincide.
 
         Of two medoids at the same place, one goes to the cluster of the other.
         """
         if not _are_few_others(points.shape[1], medoids.shape[1]):
             return None
-        distances = cls(_full_precision(points))
+        distances = cls(_full_precision(points), every)
         is_usable = _is_in_range(distances.norm.amax(dim=1)) and not distances.may_coincide(medoids)
         return distances if is_usable else None
 
-    def __init__(self, points: Tensor) -> None:
+    def __init__(self, points: Tensor, every: _AllDistances | None) -> None:
+        self.every = every
         self.points = points - points.mean(dim=1, keepdim=True)
         self.norm = torch.linalg.vector_norm(self.points, dim=2).square()  # (B, N)
 
@@ -192,9 +199,13 @@ class _OthersDistances:
         k = medoids.shape[1]
         is_other = torch.ones(batch, n, dtype=torch.bool).scatter_(1, medoids, False)
         place = is_other.flatten().nonzero().squeeze(1)  # among the points of all images laid end to end
-        others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
-        distance = torch.baddbmm(self.norm[:, None, :], others, self.points.mT, alpha=-2)  # (B, N - K, N)
-        self.distance = distance.add_(self.norm.flatten()[place].view(batch, n - k, 1)).clamp_(min=0)
+        if self.every is None:
+            others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
+            distance = torch.baddbmm(self.norm[:, None, :], others, self.points.mT, alpha=-2)
+            distance.add_(self.norm.flatten()[place].view(batch, n - k, 1)).clamp_(min=0)
+        else:
+            distance = self.every.matrix.view(batch * n, n).index_select(0, place).view(batch, n - k, n)
+        self.distance = distance  # (B, N - K, N)
         self.others = place.view(batch, n - k) - n * torch.arange(batch)[:, None]
         self.nearest, self.cluster = _columns(self.distance, medoids).min(dim=2)  # (B, N - K)
         assignment = torch.empty(batch, n, dtype=torch.int64)
@@ -227,12 +238,11 @@ def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
         weights: (B, N).
         k: how many.
     """
-    own, other = weights[:, :, None], weights[:, None, :]
-    index = torch.arange(distance.shape[1], device=distance.device)
-    ranks_higher = (other > own) | ((other == own) & (index[None, :] < index[:, None]))  # (B, N, N)
-    total = own + other
-    cost = own * other / torch.where(total > 0, total, 1) * distance
-    return highest(torch.where(ranks_higher, cost, torch.inf).amin(dim=2), k)
+    order = highest(weights, weights.shape[1])
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    inverse = weights.reciprocal()  # infinite where there is no weight, and the cost is zero then
+    cost = distance / (inverse[:, :, None] + inverse[:, None, :])
+    return highest(cost.masked_fill(rank[:, None, :] >= rank[:, :, None], torch.inf).amin(dim=2), k)
 
 
 def squared_distances(points: Tensor) -> Tensor:
