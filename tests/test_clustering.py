@@ -1,4 +1,6 @@
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,7 +8,16 @@ import torch
 from sklearn.cluster import KMeans
 
 import tokenpool
-from tokenpool.clustering import dearest_to_merge, highest, kmeans, kmedoids, means, squared_distances
+from tokenpool.clustering import (
+    Clusters,
+    _OthersDistances,
+    dearest_to_merge,
+    highest,
+    kmeans,
+    kmedoids,
+    means,
+    squared_distances,
+)
 
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
 
@@ -306,6 +317,9 @@ def test_distances_may_be_between_other_points() -> None:
     found = kmedoids(tokens, 7, weights, by=by)
     assert torch.equal(found.assignment, kmedoids(by, 7, weights).assignment)
     assert torch.allclose(found.centers, means(tokens, weights, found.assignment, 7), atol=1e-6)
+    for k in (7, 30):  # in another precision, too
+        found = kmedoids(tokens, k, weights, by=by.double())
+        assert torch.equal(found.assignment, kmedoids(by, k, weights).assignment)
 
 
 def test_distances_are_symmetric_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,6 +381,78 @@ def test_bad_options_of_kmedoids_are_named() -> None:
         kmedoids(tokens, 3, weights, by=tokens[:, :-1])
     with pytest.raises(ValueError, match="by must be finite"):
         kmedoids(tokens, 3, weights, by=tokens / 0)
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> tuple[Clusters, Clusters]:
+    """What K-Medoids finds by the distances of the other tokens, and by all distances."""
+    found = []
+    for few in (True, False):
+        monkeypatch.setattr(tokenpool.clustering, "_are_few_others", lambda n, k, few=few: few)
+        found.append(kmedoids(*arguments, **options))
+    return found
+
+
+@pytest.mark.parametrize("n, k", [(2, 1), (2, 2), (30, 30), (30, 29), (30, 20), (61, 31), (61, 7), (61, 1)])
+@pytest.mark.parametrize("init", [None, "ward"])
+def test_distances_of_other_tokens_are_all_that_is_needed(
+    n: int, k: int, init: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, weights = images(batch=5, n=n)
+    weights[:, 3::5] = 0
+    looked = []
+    monkeypatch.setattr(_OthersDistances, "assign", spied(_OthersDistances.assign, looked))
+    for iterations in (1, 2, 5):
+        few, every = both_ways(monkeypatch, tokens, k, weights, init, iterations)
+        assert torch.equal(few.assignment, every.assignment)
+        torch.testing.assert_close(few.centers, every.centers)
+    assert looked
+
+
+def spied(function: Callable, calls: list) -> Callable:
+    return lambda *given: calls.append(given) or function(*given)
+
+
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_ties_fall_alike_where_distances_are_exact(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers with mean zero: many are equal, or equally far."""
+    generator = torch.Generator().manual_seed(width)
+    for n, k in ((40, 8), (40, 25), (40, 39)):
+        half = torch.randint(-20, 21, (30, n // 2, width), generator=generator).float()
+        tokens = torch.cat([half, -half], 1)[:, torch.randperm(n, generator=generator)]
+        weights = torch.randint(0, 5, (30, n), generator=generator).float() / 4
+        weights[:, 0] = 1
+        for one, weight in zip(tokens.split(1), weights.split(1), strict=True):  # or one image decides for all
+            few, every = both_ways(monkeypatch, one, k, weight)
+            assert torch.equal(few.assignment, every.assignment)
+
+
+def test_medoids_at_the_same_place_are_found() -> None:
+    points = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+    medoids = torch.arange(8).expand(2, 8)
+    assert not _OthersDistances(points, None).may_coincide(medoids)
+    points[1, 9] = points[1, 2]  # no medoid
+    assert not _OthersDistances(points, None).may_coincide(medoids)
+    assert _OthersDistances(points, None).may_coincide(medoids.where(medoids != 7, 9))
+    assert _OthersDistances(points, None).may_coincide(medoids.where(medoids != 7, 3))  # one token twice
+    mirrored = torch.tensor([[[1.0, 0], [-1, 0], [0, 2], [0, -2]]])  # of the same length, but apart
+    assert not _OthersDistances(mirrored, None).may_coincide(torch.arange(4)[None])
+
+
+@pytest.mark.parametrize("repeated", [[0, 1, 1], [0, 0, 0]])
+def test_a_token_may_be_given_as_medoid_twice(repeated: list[int]) -> None:
+    found = kmedoids(torch.tensor([[[0.0], [1.0], [10.0], [11.0]]]), 3, init=torch.tensor([repeated]), iterations=1)
+    assert 2 not in found.assignment[0] and found.centers.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [3, 17])
+def test_where_squares_overflow_all_distances_are_scaled(k: int) -> None:
+    tokens, weights = images(n=20)
+    expected = kmedoids(tokens, k, weights)
+    for factor in (2.0**-80, 2.0**62, 2.0**70):
+        assert torch.equal(kmedoids(tokens * factor, k, weights).assignment, expected.assignment)
+    tokens[:, 0], weights[:, 0] = 8 * tokens[:, 0], 0  # the only one whose square overflows, and no medoid
+    found = kmedoids(tokens * 2.0**60, k, weights)
+    assert torch.equal(found.assignment, kmedoids(tokens, k, weights).assignment)
 
 
 def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ class _OthersDistances:
     def __init__(self, points: Tensor, every: _AllDistances | None) -> None:
         self.every = every
         self.points = points - points.mean(dim=1, keepdim=True)
-        self.norm = torch.linalg.vector_norm(self.points, dim=2).square()  # (B, N)
+        self.norm = self.points.square().sum(dim=2)  # (B, N), exact for whole numbers
 
     def may_coincide(self, medoids: Tensor) -> bool:
         """Whether two of an image's medoids (B, K) are equal. Three of one length count as such without a look."""
