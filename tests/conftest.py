@@ -2,9 +2,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ if not torch.cuda.is_available():  # the kernels then run in Triton's interprete
 
 import timm
 from timm.models.vision_transformer import VisionTransformer
+
+from tokenpool import kernels
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -25,6 +29,53 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared with photographs and weights, which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def triton_runs() -> None:
+    """Triton, on a GPU or in its interpreter."""
+    if not kernels.available:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        return
+    if not kernels.INTERPRETED.value:
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    import triton
+
+    counted = torch.zeros(1, dtype=torch.int32)
+    try:  # Triton 3.4's does not go with NumPy 2.4, for instance
+        triton.jit(_count)[(1,)](counted, 3)
+    except Exception as error:
+        pytest.skip(f"the interpreter of Triton {triton.__version__} fails on the simplest loop: {error}")
+    assert counted.item() == 3
+
+
+def _count(counted, n):
+    import triton.language as tl
+
+    for _ in range(n):
+        tl.store(counted, tl.load(counted) + 1)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., CompletedProcess]:
+    """`python -m experiments ARGUMENTS` without a new Python, whose imports take seconds."""
+    from experiments.__main__ import main
+
+    def run(*arguments: str) -> CompletedProcess:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+        capsys.readouterr()
+        code = None
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = capsys.readouterr()
+        said = f"{printed.err}{code}\n" if isinstance(code, str) else printed.err  # what Python does with a text
+        return CompletedProcess(arguments, 1 if isinstance(code, str) else code or 0, printed.out, said)
+
+    return run
 
 
 @pytest.fixture

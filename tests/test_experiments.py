@@ -324,8 +324,10 @@ def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_on_the_command_line_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = command(*arguments, f"--output={tmp_path / 'out'}")
+def test_mistakes_on_the_command_line_end_in_one_line(
+    tmp_path: Path, arguments: list[str], message: str, in_process
+) -> None:
+    done = in_process(*arguments, f"--output={tmp_path / 'out'}")
     assert done.returncode != 0
     assert f"error: {message}" in done.stderr or message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

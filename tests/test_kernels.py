@@ -21,10 +21,7 @@ SIZES = [1, 2, 7, 31, 33, 64, 65, 100, 196, 197, 256, 257]
 DTYPE = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 
 needs_triton = pytest.mark.skipif(not kernels.available, reason="Triton is not installed")
-runs = pytest.mark.skipif(
-    not kernels.available or (DEVICE == "cpu" and not kernels.INTERPRETED.value),
-    reason="needs Triton, and either a GPU or TRITON_INTERPRET=1",
-)
+runs = pytest.mark.usefixtures("triton_runs")
 
 
 @pytest.fixture
@@ -412,6 +409,8 @@ def test_not_in_an_exported_model(chosen: None) -> None:
 @pytest.mark.parametrize("broken", [None, "wrong", "error"])
 def test_kernels_that_do_not_work_on_a_device_are_not_used(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels._agree_with_plain.cache_clear()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels, "_IMAGES_TO_TRY", 2)  # the interpreter is slow
     means = kernels.means
     if broken == "wrong":
         monkeypatch.setattr(kernels, "means", lambda *given: means(*given) + 1)

@@ -158,21 +158,21 @@ def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> No
         assert figures.draw(one_study, "5a") is not None
 
 
-def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path) -> None:
+def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path, in_process) -> None:
     place = ["--results", str(one_study.folder), "--output", str(tmp_path / "out")]
     partial = command("figure", "5a", *place)
     assert partial.returncode == 0 and "partial, 21 of 87 runs" in partial.stdout and "--missing" in partial.stdout
     assert (tmp_path / "out" / "digits" / "figure-5a.png").exists()
-    listed = command("figure", "5a", *place, "--missing")
+    listed = in_process("figure", "5a", *place, "--missing")
     assert "finetune-wkmedoids-level0-seed0: about " in listed.stdout
     assert "runs are missing, about " in listed.stdout.splitlines()[-1]
-    nothing = command("figure", "9", *place)
+    nothing = in_process("figure", "9", *place)
     assert nothing.returncode == 1 and "none of the runs of figure 9" in nothing.stderr and "--run" in nothing.stderr
-    table = command("table", "3", *place)
+    table = in_process("table", "3", *place)
     assert table.returncode == 0 and (tmp_path / "out" / "digits" / "table-3-digits.tex").exists()
-    assert "unknown figure '13'; known are 1b, 1c" in command("figure", "13").stderr
-    assert "unknown table 'x'; known are 1, 2" in command("table", "x").stderr
-    assert "no file or folder nowhere" in command("figure", "9", "--data", "nowhere").stderr
+    assert "unknown figure '13'; known are 1b, 1c" in in_process("figure", "13").stderr
+    assert "unknown table 'x'; known are 1, 2" in in_process("table", "x").stderr
+    assert "no file or folder nowhere" in in_process("figure", "9", "--data", "nowhere").stderr
 
 
 def test_pretrained_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

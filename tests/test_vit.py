@@ -540,9 +540,8 @@ def test_many_tokens_fit_into_memory() -> None:
 
 @pytest.mark.parametrize("carry", [False, True])
 @pytest.mark.parametrize("qk_norm", [None, "l2"])
+@pytest.mark.usefixtures("triton_runs")
 def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) -> None:
-    if not kernels.available or not kernels.INTERPRETED.value:
-        pytest.skip("needs Triton's interpreter")
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2], carry=carry, qk_norm=qk_norm)
     with torch.no_grad():
         expected = small(photos)
@@ -550,9 +549,8 @@ def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) 
             torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("triton_runs")
 def test_kernels_give_the_same_gradients(small, photos) -> None:
-    if not kernels.available or not kernels.INTERPRETED.value:
-        pytest.skip("needs Triton's interpreter")
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2])
     found = []
     for choice in ("plain", "triton"):

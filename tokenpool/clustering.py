@@ -180,7 +180,7 @@ class _OthersDistances:
 
     def __init__(self, points: Tensor, every: _AllDistances | None) -> None:
         self.every = every
-        self.points = points - points.mean(dim=1, keepdim=True)
+        self.points = (points - points.mean(dim=1, keepdim=True)).contiguous()
         self.norm = self.points.square().sum(dim=2)  # (B, N), exact for whole numbers
 
     def may_coincide(self, medoids: Tensor) -> bool:

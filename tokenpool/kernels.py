@@ -114,6 +114,9 @@ def _runs_on(kind: str, index: int | None, choice: str) -> bool:
     return choice == "triton" or _agree_with_plain(kind, index)
 
 
+_IMAGES_TO_TRY = 64  # so that many programs run at a time
+
+
 @functools.cache
 def _agree_with_plain(kind: str, index: int | None) -> bool:
     """Whether the kernels work on a device, and find there what the plain functions do; if not, warns.
@@ -136,7 +139,7 @@ def _agree_with_plain(kind: str, index: int | None) -> bool:
 
 def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """The kernels against plain sums, on whole numbers, where each is exact, and on a little attention."""
-    batch, n, k, width = 64, 197, 50, 64
+    batch, n, k, width = _IMAGES_TO_TRY, 197, 50, 64
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(-3, 4, (batch, n // 2, width), generator=generator)
     points = torch.cat([half, -half, half.new_zeros(batch, 1, width)], dim=1).to(device, dtype)  # their mean is zero
