@@ -394,6 +394,23 @@ def test_what_does_not_fit(chosen: None) -> None:
 
 
 @runs
+@pytest.mark.parametrize("init", [None, "ward"])
+def test_chosen_where_the_first_medoids_are_looked_for(init: str | None, chosen: None, monkeypatch) -> None:
+    tokens, weights = random(2, 40, 6, torch.float32)
+    with kernels.using("plain"):
+        expected = clustering.kmedoids(tokens, 9, weights, init)
+    launched, kernel = [], kernels.kmedoids
+    monkeypatch.setattr(kernels, "kmedoids", lambda *given: launched.append(1) or kernel(*given))
+    leaf = tokens.clone().requires_grad_()
+    found = clustering.kmedoids(leaf, 9, weights, init)
+    assert launched and torch.equal(found.assignment, expected.assignment)
+    torch.testing.assert_close(found.centers, expected.centers)
+    assert found.centers.requires_grad
+    points = clustering.kmedoids(tokens, 9, weights, tokens[:, :9])  # points to start from: not for the kernel
+    assert launched == [1] and points.centers.shape == (2, 9, 6)
+
+
+@runs
 def test_not_in_an_exported_model(chosen: None) -> None:
     class Pool(torch.nn.Module):
         def forward(self, tokens: Tensor) -> Tensor:

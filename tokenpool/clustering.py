@@ -101,8 +101,10 @@ def kmedoids(
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
     elif check_values and _can_branch(tokens) and not _all_finite(by):
         raise ValueError("by must be finite")
-    if isinstance(init, Tensor) and init.dim() == 2 and kernels.kmedoids_fits(by) and kernels.means_fits(tokens):
-        found = kernels.kmedoids(by, weights, init, iterations)
+    has_indices = chosen is not None or init.dim() == 2
+    if has_indices and kernels.kmedoids_fits(by) and kernels.means_fits(tokens):
+        medoids = init if chosen is None else _dearest_to_merge(by, weights, k)[0]
+        found = kernels.kmedoids(by, weights, medoids, iterations)
         members = (found.order, found.start)
         return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
@@ -121,11 +123,7 @@ def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iteration
     if isinstance(init, Tensor) and init.dim() == 3:
         points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    if isinstance(init, Tensor):
-        every, medoids = None, init
-    else:
-        every = _AllDistances(by)
-        medoids = dearest_to_merge(every.matrix, weights, k)
+    medoids, every = (init, None) if isinstance(init, Tensor) else _dearest_to_merge(by, weights, k)
     distances = _OthersDistances.where_quicker(by, medoids, every) if _can_branch(by) else None
     distances = distances or every or _AllDistances(by)
     assignment = distances.assign(medoids)
@@ -197,7 +195,7 @@ class _OthersDistances:
         """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
         batch, n, width = self.points.shape
         k = medoids.shape[1]
-        is_other = torch.ones(batch, n, dtype=torch.bool).scatter_(1, medoids, False)
+        is_other = torch.ones_like(self.norm, dtype=torch.bool).scatter_(1, medoids, False)
         place = is_other.flatten().nonzero().squeeze(1)  # among the points of all images laid end to end
         if self.every is None:
             others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
@@ -206,10 +204,10 @@ class _OthersDistances:
         else:
             distance = self.every.matrix.view(batch * n, n).index_select(0, place).view(batch, n - k, n)
         self.distance = distance  # (B, N - K, N)
-        self.others = place.view(batch, n - k) - n * torch.arange(batch)[:, None]
+        self.others = place.view(batch, n - k) - n * torch.arange(batch, device=place.device)[:, None]
         self.nearest, self.cluster = _columns(self.distance, medoids).min(dim=2)  # (B, N - K)
-        assignment = torch.empty(batch, n, dtype=torch.int64)
-        assignment.scatter_(1, medoids, torch.arange(k).expand(batch, k))
+        assignment = torch.empty_like(self.norm, dtype=torch.int64)
+        assignment.scatter_(1, medoids, torch.arange(k, device=medoids.device).expand(batch, k))
         return assignment.scatter_(1, self.others, self.cluster)
 
     def costs(self, weights: Tensor, assignment: Tensor, medoids: Tensor) -> Tensor:
@@ -224,6 +222,14 @@ class _OthersDistances:
         of_others = torch.bmm(weight[:, None, :], between).squeeze(1).add_(to_medoid)
         costs = torch.empty_like(weights).scatter_(1, medoids, of_medoids)
         return costs.scatter_(1, self.others, of_others)
+
+
+@torch.no_grad()
+def _dearest_to_merge(points: Tensor, weights: Tensor, k: int) -> tuple[Tensor, _AllDistances]:
+    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds, and the distances."""
+    with torch.autocast(points.device.type, enabled=False):
+        every = _AllDistances(points)
+        return dearest_to_merge(every.matrix, weights, k), every
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
