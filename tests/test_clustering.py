@@ -387,7 +387,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) 
     """What K-Medoids finds by the distances of the other tokens, and by all distances."""
     found = []
     for few in (True, False):
-        monkeypatch.setattr(tokenpool.clustering, "_are_few_others", lambda n, k, few=few: few)
+        monkeypatch.setattr(tokenpool.clustering, "_are_few_others", lambda *given, few=few: few)
         found.append(kmedoids(*arguments, **options))
     return found
 
@@ -421,21 +421,39 @@ def test_ties_fall_alike_where_distances_are_exact(width: int, monkeypatch: pyte
         tokens = torch.cat([half, -half], 1)[:, torch.randperm(n, generator=generator)]
         weights = torch.randint(0, 5, (30, n), generator=generator).float() / 4
         weights[:, 0] = 1
-        for one, weight in zip(tokens.split(1), weights.split(1), strict=True):  # or one image decides for all
-            few, every = both_ways(monkeypatch, one, k, weight)
-            assert torch.equal(few.assignment, every.assignment)
+        few, every = both_ways(monkeypatch, tokens, k, weights)
+        assert torch.equal(few.assignment, every.assignment)
+        suits = _OthersDistances(tokens, None).suits(highest(weights, k))
+        assert any(suits) or width == 1 or (width, k) == (2, 39)
 
 
 def test_medoids_at_the_same_place_are_found() -> None:
     points = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
     medoids = torch.arange(8).expand(2, 8)
-    assert not _OthersDistances(points, None).may_coincide(medoids)
+    assert _OthersDistances(points, None).suits(medoids) == [True, True]
     points[1, 9] = points[1, 2]  # no medoid
-    assert not _OthersDistances(points, None).may_coincide(medoids)
-    assert _OthersDistances(points, None).may_coincide(medoids.where(medoids != 7, 9))
-    assert _OthersDistances(points, None).may_coincide(medoids.where(medoids != 7, 3))  # one token twice
+    distances = _OthersDistances(points, None)
+    assert distances.suits(medoids) == [True, True]
+    assert distances.suits(medoids.where(medoids != 7, 9)) == [True, False]
+    assert distances.suits(medoids.where(medoids != 7, 3)) == [False, False]  # one token twice
     mirrored = torch.tensor([[[1.0, 0], [-1, 0], [0, 2], [0, -2]]])  # of the same length, but apart
-    assert not _OthersDistances(mirrored, None).may_coincide(torch.arange(4)[None])
+    assert _OthersDistances(mirrored, None).suits(torch.arange(4)[None]) == [True]
+    assert _OthersDistances(torch.cat([points[:1] * 1e30, points[:1]]), None).suits(medoids) == [False, True]
+
+
+def test_an_image_does_not_depend_on_one_that_needs_all_distances() -> None:
+    """By all distances the first two tokens coincide, so near are they. The other image has equal tokens only."""
+    close = torch.tensor([[[4096], [4096 + 2**-11], [-4096], [-(4096 + 2**-11)]]])
+    init = torch.tensor([[0, 1]])
+    alone = kmedoids(close, 2, init=init, iterations=1)
+    together = kmedoids(torch.cat([close, torch.zeros(1, 4, 1)]), 2, init=init.expand(2, 2), iterations=1)
+    assert torch.equal(together.assignment[:1], alone.assignment) and torch.equal(together.centers[:1], alone.centers)
+    assert together.assignment[1].tolist() == [0, 0, 0, 0]
+
+
+def test_weights_of_minus_zero() -> None:
+    found = kmedoids(torch.tensor([[[0.0], [1], [5], [9]]]), 2, torch.tensor([[1.0, 0.5, 0.0, -0.0]]), "ward")
+    assert found.assignment.tolist() == [[0, 1, 1, 1]] and found.centers.tolist() == [[[0.0], [1.0]]]
 
 
 @pytest.mark.parametrize("repeated", [[0, 1, 1], [0, 0, 0]])
@@ -448,10 +466,10 @@ def test_a_token_may_be_given_as_medoid_twice(repeated: list[int]) -> None:
 def test_where_squares_overflow_all_distances_are_scaled(k: int) -> None:
     tokens, weights = images(n=20)
     expected = kmedoids(tokens, k, weights)
-    for factor in (2.0**-80, 2.0**62, 2.0**70):
+    for factor in (2.0**-80, 2.0**48, 2.0**62, 2.0**70):
         assert torch.equal(kmedoids(tokens * factor, k, weights).assignment, expected.assignment)
     tokens[:, 0], weights[:, 0] = 8 * tokens[:, 0], 0  # the only one whose square overflows, and no medoid
-    found = kmedoids(tokens * 2.0**60, k, weights)
+    found = kmedoids(tokens * 2.0**58, k, weights)
     assert torch.equal(found.assignment, kmedoids(tokens, k, weights).assignment)
 
 
@@ -462,7 +480,7 @@ def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     for init in (None, "ward", points, highest(weights, 8)):
         expected = kmedoids(tokens, 8, weights, init)
         for at_once in (1, 3, 7):
-            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda points, k, at_once=at_once: at_once)
+            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda *given, at_once=at_once: at_once)
             found = kmedoids(tokens, 8, weights, init)
             assert torch.equal(found.assignment, expected.assignment)
             torch.testing.assert_close(found.centers, expected.centers)

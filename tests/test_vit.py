@@ -13,6 +13,7 @@ from tokenpool.downsampling import METHODS
 
 TOKEN_METHODS = [name for name in METHODS if name not in ("none", "convolution")]
 KEEP = [30, 17, 5, 2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)
@@ -542,6 +543,7 @@ def test_many_tokens_fit_into_memory() -> None:
 @pytest.mark.parametrize("qk_norm", [None, "l2"])
 @pytest.mark.usefixtures("triton_runs")
 def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) -> None:
+    small, photos = small.to(DEVICE), photos.to(DEVICE)
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2], carry=carry, qk_norm=qk_norm)
     with torch.no_grad():
         expected = small(photos)
@@ -551,6 +553,7 @@ def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) 
 
 @pytest.mark.usefixtures("triton_runs")
 def test_kernels_give_the_same_gradients(small, photos) -> None:
+    small, photos = small.to(DEVICE), photos.to(DEVICE)
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2])
     found = []
     for choice in ("plain", "triton"):

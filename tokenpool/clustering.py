@@ -81,8 +81,9 @@ def kmedoids(
     """Weighted K-Medoids: alternate equations (16)-(18), which are (10) and (12) where all weights are 1.
 
     The medoid of a cluster is that member which minimises the *weighted* sum of squared distances to the members of
-    its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distance matrix is
-    computed once. The output is the weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
+    its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distances are computed
+    once; or, on a CPU and where most tokens are medoids, those from all others, in each iteration. The output is the
+    weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
 
     Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, but for these:
 
@@ -103,12 +104,12 @@ def kmedoids(
         raise ValueError("by must be finite")
     has_indices = chosen is not None or init.dim() == 2
     if has_indices and kernels.kmedoids_fits(by) and kernels.means_fits(tokens):
-        medoids = init if chosen is None else _dearest_to_merge(by, weights, k)[0]
+        medoids = _first_medoids(by, weights, k) if chosen else init
         found = kernels.kmedoids(by, weights, medoids, iterations)
         members = (found.order, found.start)
         return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        if is_in_graph() or (at_once := _images_at_once(by, None if chosen else k)) >= by.shape[0]:
+        if is_in_graph() or (at_once := _images_at_once(by, None if chosen else k, iterations)) >= by.shape[0]:
             assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
         else:
             starts = repeat(chosen) if chosen else init.split(at_once)
@@ -123,9 +124,19 @@ def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iteration
     if isinstance(init, Tensor) and init.dim() == 3:
         points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    medoids, every = (init, None) if isinstance(init, Tensor) else _dearest_to_merge(by, weights, k)
-    distances = _OthersDistances.where_quicker(by, medoids, every) if _can_branch(by) else None
-    distances = distances or every or _AllDistances(by)
+    every = None if isinstance(init, Tensor) else _AllDistances(by)
+    medoids = init if every is None else dearest_to_merge(every.matrix, weights, k)
+    distances = every
+    if _can_branch(by) and _are_few_others(by.shape[1], k, iterations):
+        distances = _OthersDistances(_full_precision(by), every)
+        suits = distances.suits(medoids)
+        if not all(suits):
+            if len(suits) > 1:  # image by image, so that none depends on the others: rare
+                images = zip(by.split(1), weights.split(1), medoids.split(1), strict=True)
+                found = [_kmedoids(*image, k, iterations) for image in images]
+                return tuple(map(torch.cat, zip(*found, strict=True)))
+            distances = every
+    distances = distances or _AllDistances(by)
     assignment = distances.assign(medoids)
     for _ in range(iterations - 1):
         previous = medoids
@@ -141,7 +152,7 @@ class _AllDistances:
 
     def __init__(self, points: Tensor) -> None:
         matrix = squared_distances(_full_precision(points)) if _can_branch(points) else None  # (B, N, N)
-        if matrix is None or not _is_in_range(matrix.amax(dim=(1, 2))):
+        if matrix is None or not _is_in_range(matrix.amax(dim=(1, 2))).all():
             matrix = squared_distances(_scaled(points)[0])
         self.matrix = matrix
 
@@ -162,34 +173,27 @@ class _OthersDistances:
     The paper's schedules take away few tokens at a time, and there it is much less than all distances.
     """
 
-    @classmethod
-    def where_quicker(
-        cls, points: Tensor, medoids: Tensor, every: _AllDistances | None = None
-    ) -> "_OthersDistances | None":
-        """None where all distances take less time, where squares could over- or underflow, or where medoids coincide.
-
-        Of two medoids at the same place, one goes to the cluster of the other.
-        """
-        if not _are_few_others(points.shape[1], medoids.shape[1]):
-            return None
-        distances = cls(_full_precision(points), every)
-        is_usable = _is_in_range(distances.norm.amax(dim=1)) and not distances.may_coincide(medoids)
-        return distances if is_usable else None
-
     def __init__(self, points: Tensor, every: _AllDistances | None) -> None:
         self.every = every
         self.points = (points - points.mean(dim=1, keepdim=True)).contiguous()
         self.norm = self.points.square().sum(dim=2)  # (B, N), exact for whole numbers
 
-    def may_coincide(self, medoids: Tensor) -> bool:
-        """Whether two of an image's medoids (B, K) are equal. Three of one length count as such without a look."""
+    def suits(self, medoids: Tensor) -> list[bool]:
+        """For each image, whether squares neither over- nor underflow and no two of its medoids (B, K) coincide.
+
+        Of two medoids at the same place one goes to the cluster of the other. Three that are equally far from the mean
+        count as such without a look.
+        """
+        largest = self.norm.amax(dim=1)
+        suits = _is_in_range(largest)  # (B,)
         norm, order = self.norm.gather(1, medoids).sort(dim=1)
         same = norm[:, 1:] == norm[:, :-1]  # (B, K - 1)
-        if not same.any():
-            return False
-        image, place = same.nonzero(as_tuple=True)
-        first, second = (self.points[image, medoids[image, order[image, place + step]]] for step in (0, 1))
-        return bool((first == second).all(dim=1).any() or (same[:, 1:] & same[:, :-1]).any())
+        if same.any():
+            image, place = same.nonzero(as_tuple=True)
+            first, second = (self.points[image, medoids[image, order[image, place + step]]] for step in (0, 1))
+            suits[image[(first == second).all(dim=1)]] = False
+            suits &= ~(same[:, 1:] & same[:, :-1]).any(dim=1)
+        return suits.tolist()
 
     def assign(self, medoids: Tensor) -> Tensor:
         """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
@@ -217,6 +221,7 @@ class _OthersDistances:
         of_medoids = torch.zeros_like(medoids, dtype=weights.dtype)
         of_medoids.scatter_add_(1, self.cluster, weight * self.nearest)
         between = _columns(self.distance, self.others)  # (B, N - K, N - K)
+        between = (between + between.mT).div_(2)  # symmetric, as `squared_distances`
         between.mul_(self.cluster[:, :, None] == self.cluster[:, None, :]).diagonal(dim1=1, dim2=2).zero_()
         to_medoid = weights.gather(1, medoids).gather(1, self.cluster) * self.nearest
         of_others = torch.bmm(weight[:, None, :], between).squeeze(1).add_(to_medoid)
@@ -225,11 +230,12 @@ class _OthersDistances:
 
 
 @torch.no_grad()
-def _dearest_to_merge(points: Tensor, weights: Tensor, k: int) -> tuple[Tensor, _AllDistances]:
-    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds, and the distances."""
+def _first_medoids(points: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds."""
+    at_once = len(points) if is_in_graph() else _images_at_once(points, None)
     with torch.autocast(points.device.type, enabled=False):
-        every = _AllDistances(points)
-        return dearest_to_merge(every.matrix, weights, k), every
+        groups = zip(points.split(at_once), weights.split(at_once), strict=True)
+        return torch.cat([dearest_to_merge(_AllDistances(some).matrix, weight, k) for some, weight in groups])
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -246,7 +252,7 @@ def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
     """
     order = highest(weights, weights.shape[1])
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    inverse = weights.reciprocal()  # infinite where there is no weight, and the cost is zero then
+    inverse = weights.abs().reciprocal()  # not of -0; infinite where there is no weight, and the cost is zero then
     cost = distance / (inverse[:, :, None] + inverse[:, None, :])
     return highest(cost.masked_fill(rank[:, None, :] >= rank[:, :, None], torch.inf).amin(dim=2), k)
 
@@ -401,12 +407,15 @@ def _scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return points / scale, scale
 
 
-def _are_few_others(n: int, k: int) -> bool:
-    """Whether `_OthersDistances` takes less time than `_AllDistances`: measured in docs/performance.md."""
-    return 2 * k >= n
+def _are_few_others(n: int, k: int, iterations: int) -> bool:
+    """Whether `_OthersDistances` takes less time than `_AllDistances`: see the log in docs/performance.md.
+
+    Medoids seldom move more often than three times.
+    """
+    return min(iterations, 4) * (n - k) <= 2 * n
 
 
-def _images_at_once(points: Tensor, k: int | None) -> int:
+def _images_at_once(points: Tensor, k: int | None, iterations: int = 1) -> int:
     """How many images' distances are held at once: on a CPU what its cache holds, on a GPU 1 GiB.
 
     Without k those between all points (B, N, E); else, where K of the N are medoids, what the quicker way needs.
@@ -414,14 +423,14 @@ def _images_at_once(points: Tensor, k: int | None) -> int:
     _, n, width = points.shape
     if points.device.type != "cpu":
         return max(2**28 // n**2, 1)
-    if k is not None and _are_few_others(n, k):
+    if k is not None and _are_few_others(n, k, iterations):
         return max(2**21 // (n * (n - k + width)), 1)
     return max(2**18 // n**2, 1)
 
 
-def _is_in_range(largest: Tensor) -> bool:
+def _is_in_range(largest: Tensor) -> Tensor:
     """Whether squared distances, the largest of each image (B,), neither over- nor underflow, and need no scale."""
-    return largest.numel() == 0 or (largest.amin().item() > 1e-20 and largest.amax().item() < 1e37)  # not if NaN
+    return (largest > 1e-20) & (largest < 1e30)  # not if NaN
 
 
 def _full_precision(tokens: Tensor) -> Tensor:

@@ -111,9 +111,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     """Count the multiply-adds of one image's forward pass through a (patched) timm VisionTransformer.
 
     Clustering that runs is counted: N^2 D for K-Medoids' distance matrix, at most `iterations` times K N D for
-    K-Means, at those blocks where tokens are clustered. Early stopping of K-Means is not counted on, nor that K-Medoids
-    on a CPU needs fewer distances where few tokens go: the paper counts all. (On a GPU sums over clusters are matrix
-    products too, for the sake of repeatability; they are not counted.)
+    K-Means, at those blocks where tokens are clustered. As in the paper: neither early stopping of K-Means is counted
+    on, nor that K-Medoids on a CPU mostly gets by with fewer distances where few tokens go. (On a GPU sums over
+    clusters are matrix products too, for the sake of repeatability; they are not counted.)
 
     Args:
         model: a timm VisionTransformer, patched or plain; it is copied, and stays as it is.
