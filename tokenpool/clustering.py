@@ -424,7 +424,7 @@ def _images_at_once(points: Tensor, k: int | None, iterations: int = 1) -> int:
     if points.device.type != "cpu":
         return max(2**28 // n**2, 1)
     if k is not None and _are_few_others(n, k, iterations):
-        return max(2**21 // (n * (n - k + width)), 1)
+        return max(2**20 // (n * (n - k + width)), 1)
     return max(2**18 // n**2, 1)
 
 
