@@ -451,6 +451,17 @@ def test_an_image_does_not_depend_on_one_that_needs_all_distances() -> None:
     assert together.assignment[1].tolist() == [0, 0, 0, 0]
 
 
+def test_two_of_one_weight_cost_the_same_to_the_last_bit() -> None:
+    """Beside a medoid without weight, which of them becomes the next is for the order to say, not for rounding."""
+    points = torch.randn(500, 4, 7, generator=torch.Generator().manual_seed(0))
+    medoids, weights = torch.tensor([[0, 1]]).expand(500, 2), torch.tensor([[0.0, 1, 1, 1]]).expand(500, 4)
+    distances = _OthersDistances(points, None)
+    assignment = distances.assign(medoids)
+    costs = distances.costs(weights, assignment, medoids)
+    both = (assignment[:, 2:] == 0).all(dim=1)
+    assert both.sum() > 50 and torch.equal(costs[both, 2], costs[both, 3])
+
+
 def test_weights_of_minus_zero() -> None:
     found = kmedoids(torch.tensor([[[0.0], [1], [5], [9]]]), 2, torch.tensor([[1.0, 0.5, 0.0, -0.0]]), "ward")
     assert found.assignment.tolist() == [[0, 1, 1, 1]] and found.centers.tolist() == [[[0.0], [1.0]]]
