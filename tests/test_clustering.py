@@ -8,8 +8,10 @@ import torch
 from sklearn.cluster import KMeans
 
 import tokenpool
+from experiments.throughput import peak_memory
 from tokenpool.clustering import (
     Clusters,
+    _first_medoids,
     _OthersDistances,
     dearest_to_merge,
     highest,
@@ -334,13 +336,20 @@ def test_distances_are_symmetric_to_the_last_bit(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(distance, distance.mT) and (distance.diagonal(dim1=1, dim2=2) == 0).all()
 
 
+@pytest.mark.parametrize("floats_at_once", [None, 20, 7 * 20, 19 * 20, 20**2, 2**18])
 @pytest.mark.parametrize("equal", [False, True])
-def test_dearest_to_merge_equals_a_loop(equal: bool) -> None:
+def test_dearest_to_merge_equals_a_loop(
+    equal: bool, floats_at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the whole matrix (None), and by some rows of it at a time."""
     generator = torch.Generator().manual_seed(2)
     points = torch.randn(3, 20, 4, generator=generator)
     weights = torch.ones(3, 20) if equal else torch.rand(3, 20, generator=generator)
-    distance = squared_distances(points)
-    found = dearest_to_merge(distance, weights, 6)
+    if floats_at_once is None:
+        found = dearest_to_merge(squared_distances(points), weights, 6)
+    else:
+        monkeypatch.setattr(tokenpool.clustering, "_floats_at_once", lambda points: floats_at_once)
+        found = _first_medoids(points, weights, 6)
     for image in range(3):
         w = weights[image].tolist()
         cheapest = []
@@ -352,6 +361,19 @@ def test_dearest_to_merge_equals_a_loop(equal: bool) -> None:
             ]
             cheapest.append(min(costs, default=float("inf")))
         assert found[image].tolist() == sorted(range(20), key=lambda i: -cheapest[i])[:6]
+
+
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**100])
+def test_wards_centres_do_not_depend_on_the_scale(factor: float) -> None:
+    tokens, weights = images(n=30)
+    found, expected = kmedoids(tokens * factor, 25, weights, "ward"), kmedoids(tokens, 25, weights, "ward")
+    assert torch.equal(found.assignment, expected.assignment)
+
+
+def test_wards_centres_take_no_matrix_of_all_distances() -> None:
+    tokens, weights = images(batch=1, n=2048)
+    taken = peak_memory(lambda: kmedoids(tokens, 2000, weights, "ward"), tokens.device)
+    assert taken < 2048**2 * 4 / 2
 
 
 def test_merging_raises_the_objective_by_wards_cost() -> None:
@@ -423,22 +445,28 @@ def test_ties_fall_alike_where_distances_are_exact(width: int, monkeypatch: pyte
         weights[:, 0] = 1
         few, every = both_ways(monkeypatch, tokens, k, weights)
         assert torch.equal(few.assignment, every.assignment)
-        suits = _OthersDistances(tokens, None).suits(highest(weights, k))
+        suits = _OthersDistances(tokens).suits(highest(weights, k))
         assert any(suits) or width == 1 or (width, k) == (2, 39)
 
 
 def test_medoids_at_the_same_place_are_found() -> None:
     points = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
     medoids = torch.arange(8).expand(2, 8)
-    assert _OthersDistances(points, None).suits(medoids) == [True, True]
+    assert _OthersDistances(points).suits(medoids) == [True, True]
     points[1, 9] = points[1, 2]  # no medoid
-    distances = _OthersDistances(points, None)
+    distances = _OthersDistances(points)
     assert distances.suits(medoids) == [True, True]
     assert distances.suits(medoids.where(medoids != 7, 9)) == [True, False]
     assert distances.suits(medoids.where(medoids != 7, 3)) == [False, False]  # one token twice
-    mirrored = torch.tensor([[[1.0, 0], [-1, 0], [0, 2], [0, -2]]])  # of the same length, but apart
-    assert _OthersDistances(mirrored, None).suits(torch.arange(4)[None]) == [True]
-    assert _OthersDistances(torch.cat([points[:1] * 1e30, points[:1]]), None).suits(medoids) == [False, True]
+    circle = torch.tensor([[3.0, 4], [-3, -4], [4, -3], [-4, 3], [5, 0], [-5, 0], [0, 5], [0, -5]])
+    assert _OthersDistances(circle[None]).suits(torch.arange(8)[None]) == [True]  # equally far from the mean, but apart
+    for first, second in itertools.combinations(range(8), 2):
+        repeated = torch.arange(8)[None].where(torch.arange(8) != second, first)
+        assert _OthersDistances(circle[None]).suits(repeated) == [False]
+    many = torch.eye(32)[None]
+    assert _OthersDistances(many).suits(torch.arange(9)[None]) == [True]
+    assert _OthersDistances(many).suits(torch.arange(20)[None]) == [False]  # too many to look at
+    assert _OthersDistances(torch.cat([points[:1] * 1e30, points[:1]])).suits(medoids) == [False, True]
 
 
 def test_an_image_does_not_depend_on_one_that_needs_all_distances() -> None:
@@ -455,7 +483,7 @@ def test_two_of_one_weight_cost_the_same_to_the_last_bit() -> None:
     """Beside a medoid without weight, which of them becomes the next is for the order to say, not for rounding."""
     points = torch.randn(500, 4, 7, generator=torch.Generator().manual_seed(0))
     medoids, weights = torch.tensor([[0, 1]]).expand(500, 2), torch.tensor([[0.0, 1, 1, 1]]).expand(500, 4)
-    distances = _OthersDistances(points, None)
+    distances = _OthersDistances(points)
     assignment = distances.assign(medoids)
     costs = distances.costs(weights, assignment, medoids)
     both = (assignment[:, 2:] == 0).all(dim=1)

@@ -109,7 +109,7 @@ def kmedoids(
         members = (found.order, found.start)
         return Clusters(_weighted_means(tokens, weights, found.assignment, found.previous, members), found.assignment)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        if is_in_graph() or (at_once := _images_at_once(by, None if chosen else k, iterations)) >= by.shape[0]:
+        if is_in_graph() or (at_once := _images_at_once(by, k, iterations)) >= by.shape[0]:
             assignment, medoids = _kmedoids(by, weights, chosen or init, k, iterations)
         else:
             starts = repeat(chosen) if chosen else init.split(at_once)
@@ -124,24 +124,31 @@ def _kmedoids(by: Tensor, weights: Tensor, init: Tensor | str, k: int, iteration
     if isinstance(init, Tensor) and init.dim() == 3:
         points, scale = _scaled(by)
         init = _nearest_center(init.to(points) / scale, points)
-    every = None if isinstance(init, Tensor) else _AllDistances(by)
-    medoids = init if every is None else dearest_to_merge(every.matrix, weights, k)
-    distances = every
-    if _can_branch(by) and _are_few_others(by.shape[1], k, iterations):
-        distances = _OthersDistances(_full_precision(by), every)
-        suits = distances.suits(medoids)
-        if not all(suits):
-            if len(suits) > 1:  # image by image, so that none depends on the others: rare
-                images = zip(by.split(1), weights.split(1), medoids.split(1), strict=True)
-                found = [_kmedoids(*image, k, iterations) for image in images]
-                return tuple(map(torch.cat, zip(*found, strict=True)))
-            distances = every
-    distances = distances or _AllDistances(by)
+    if not (_can_branch(by) and _are_few_others(by.shape[1], k, iterations)):
+        distances = _AllDistances(by)
+        medoids = init if isinstance(init, Tensor) else dearest_to_merge(distances.matrix, weights, k)
+        return _iterate(distances, weights, medoids, iterations)
+    medoids = init if isinstance(init, Tensor) else _first_medoids(by, weights, k)
+    distances = _OthersDistances(_full_precision(by))
+    suits = distances.suits(medoids)
+    if all(suits):
+        return _iterate(distances, weights, medoids, iterations)
+    if len(suits) == 1:
+        return _iterate(_AllDistances(by), weights, medoids, iterations)
+    images = zip(by.split(1), weights.split(1), medoids.split(1), strict=True)  # so that none depends on others: rare
+    found = [_kmedoids(*image, k, iterations) for image in images]
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _iterate(
+    distances: "_AllDistances | _OthersDistances", weights: Tensor, medoids: Tensor, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """What `_kmedoids` returns, from the first medoids (B, K) on."""
     assignment = distances.assign(medoids)
     for _ in range(iterations - 1):
         previous = medoids
         medoids = _best_members(distances.costs(weights, assignment, previous), weights, assignment, previous)
-        if _can_branch(by) and torch.equal(medoids, previous):
+        if _can_branch(medoids) and torch.equal(medoids, previous):
             break
         assignment = distances.assign(medoids)
     return assignment, medoids
@@ -173,26 +180,28 @@ class _OthersDistances:
     The paper's schedules take away few tokens at a time, and there it is much less than all distances.
     """
 
-    def __init__(self, points: Tensor, every: _AllDistances | None) -> None:
-        self.every = every
+    def __init__(self, points: Tensor) -> None:
         self.points = (points - points.mean(dim=1, keepdim=True)).contiguous()
         self.norm = self.points.square().sum(dim=2)  # (B, N), exact for whole numbers
 
     def suits(self, medoids: Tensor) -> list[bool]:
         """For each image, whether squares neither over- nor underflow and no two of its medoids (B, K) coincide.
 
-        Of two medoids at the same place one goes to the cluster of the other. Three that are equally far from the mean
-        count as such without a look.
+        Of two medoids at the same place one goes to the cluster of the other. Where very many are equally far from the
+        mean, some count as coinciding without a look.
         """
-        largest = self.norm.amax(dim=1)
-        suits = _is_in_range(largest)  # (B,)
+        suits = _is_in_range(self.norm.amax(dim=1))  # (B,)
         norm, order = self.norm.gather(1, medoids).sort(dim=1)
-        same = norm[:, 1:] == norm[:, :-1]  # (B, K - 1)
-        if same.any():
+        for step in range(1, medoids.shape[1]):  # those equally far are neighbours, then every other one, and so on
+            same = norm[:, step:] == norm[:, :-step]
+            if not same.any():
+                break
+            if step > 8:
+                suits &= ~same.any(dim=1)
+                break
             image, place = same.nonzero(as_tuple=True)
-            first, second = (self.points[image, medoids[image, order[image, place + step]]] for step in (0, 1))
+            first, second = (self.points[image, medoids[image, order[image, place + shift]]] for shift in (0, step))
             suits[image[(first == second).all(dim=1)]] = False
-            suits &= ~(same[:, 1:] & same[:, :-1]).any(dim=1)
         return suits.tolist()
 
     def assign(self, medoids: Tensor) -> Tensor:
@@ -201,13 +210,9 @@ class _OthersDistances:
         k = medoids.shape[1]
         is_other = torch.ones_like(self.norm, dtype=torch.bool).scatter_(1, medoids, False)
         place = is_other.flatten().nonzero().squeeze(1)  # among the points of all images laid end to end
-        if self.every is None:
-            others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
-            distance = torch.baddbmm(self.norm[:, None, :], others, self.points.mT, alpha=-2)
-            distance.add_(self.norm.flatten()[place].view(batch, n - k, 1)).clamp_(min=0)
-        else:
-            distance = self.every.matrix.view(batch * n, n).index_select(0, place).view(batch, n - k, n)
-        self.distance = distance  # (B, N - K, N)
+        others = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
+        norm = self.norm.flatten()[place].view(batch, n - k)
+        self.distance = _distances_between(others, norm, self.points, self.norm)  # (B, N - K, N)
         self.others = place.view(batch, n - k) - n * torch.arange(batch, device=place.device)[:, None]
         self.nearest, self.cluster = _columns(self.distance, medoids).min(dim=2)  # (B, N - K)
         assignment = torch.empty_like(self.norm, dtype=torch.int64)
@@ -231,11 +236,31 @@ class _OthersDistances:
 
 @torch.no_grad()
 def _first_medoids(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds."""
-    at_once = len(points) if is_in_graph() else _images_at_once(points, None)
+    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds, but without the whole matrix.
+
+    Behind one another by weight, each point looks at those before it only: half of the distances, some rows at a time.
+    """
     with torch.autocast(points.device.type, enabled=False):
+        at_once = len(points) if is_in_graph() else _images_at_once(points)
         groups = zip(points.split(at_once), weights.split(at_once), strict=True)
-        return torch.cat([dearest_to_merge(_AllDistances(some).matrix, weight, k) for some, weight in groups])
+        return torch.cat([highest(_merging_costs(_scaled(some)[0], weight), k) for some, weight in groups])
+
+
+def _merging_costs(points: Tensor, weights: Tensor) -> Tensor:
+    """What it costs to merge each of the points (B, N, E) into the best one of higher weight: (B, N)."""
+    n = points.shape[1]
+    order = highest(weights, n)
+    points = _take(points - points.mean(dim=1, keepdim=True), order)
+    norm, inverse = points.square().sum(dim=2), _inverse(weights).gather(1, order)
+    step = n if is_in_graph() else max(_floats_at_once(points) // n, 1)
+    costs = []
+    for start in range(0, n, step):
+        rows, before = slice(start, start + step), slice(start + step)
+        distance = _distances_between(points[:, rows], norm[:, rows], points[:, before], norm[:, before])
+        later = torch.ones(distance.shape[1:], dtype=torch.bool, device=points.device).triu(start)
+        costs.append(_cheapest(distance, inverse[:, rows], inverse[:, before], later))
+    costs = torch.cat(costs, dim=1)
+    return torch.empty_like(costs).scatter(1, order, costs)
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -252,9 +277,25 @@ def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
     """
     order = highest(weights, weights.shape[1])
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    inverse = weights.abs().reciprocal()  # not of -0; infinite where there is no weight, and the cost is zero then
-    cost = distance / (inverse[:, :, None] + inverse[:, None, :])
-    return highest(cost.masked_fill(rank[:, None, :] >= rank[:, :, None], torch.inf).amin(dim=2), k)
+    inverse = _inverse(weights)
+    return highest(_cheapest(distance, inverse, inverse, rank[:, None, :] >= rank[:, :, None]), k)
+
+
+def _inverse(weights: Tensor) -> Tensor:
+    """1 / weight; infinite where there is no weight (nor at -0), so that merging costs nothing there."""
+    return weights.abs().reciprocal()
+
+
+def _cheapest(distance: Tensor, inverse: Tensor, others: Tensor, barred: Tensor) -> Tensor:
+    """The least cost of merging, over all that are not barred: (B, R).
+
+    Args:
+        distance: (B, R, M), squared.
+        inverse: (B, R), 1 / weight.
+        others: (B, M), 1 / weight.
+        barred: (B, R, M) or (R, M).
+    """
+    return (distance / (inverse[:, :, None] + others[:, None, :])).masked_fill(barred, torch.inf).amin(dim=2)
 
 
 def squared_distances(points: Tensor) -> Tensor:
@@ -267,6 +308,12 @@ def squared_distances(points: Tensor) -> Tensor:
     product = torch.bmm(points, points.mT)  # (B, N, N)
     norm = product.diagonal(dim1=1, dim2=2).contiguous()  # (B, N)
     return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
+
+
+def _distances_between(some: Tensor, some_norm: Tensor, others: Tensor, others_norm: Tensor) -> Tensor:
+    """Squared distances (B, R, M) of points (B, R, E) to others (B, M, E), given squared lengths (B, R) and (B, M)."""
+    distance = torch.baddbmm(others_norm[:, None, :], some, others.mT, alpha=-2)
+    return distance.add_(some_norm[:, :, None]).clamp_(min=0)
 
 
 def highest(weights: Tensor, k: int) -> Tensor:
@@ -415,17 +462,17 @@ def _are_few_others(n: int, k: int, iterations: int) -> bool:
     return min(iterations, 4) * (n - k) <= 2 * n
 
 
-def _images_at_once(points: Tensor, k: int | None, iterations: int = 1) -> int:
-    """How many images' distances are held at once: on a CPU what its cache holds, on a GPU 1 GiB.
-
-    Without k those between all points (B, N, E); else, where K of the N are medoids, what the quicker way needs.
-    """
+def _images_at_once(points: Tensor, k: int | None = None, iterations: int = 1) -> int:
+    """How many images' distances are held at once, of points (B, N, E) of which K are medoids, or of all without k."""
     _, n, width = points.shape
-    if points.device.type != "cpu":
-        return max(2**28 // n**2, 1)
-    if k is not None and _are_few_others(n, k, iterations):
-        return max(2**20 // (n * (n - k + width)), 1)
-    return max(2**18 // n**2, 1)
+    if k is not None and points.device.type == "cpu" and _are_few_others(n, k, iterations):
+        return max(4 * _floats_at_once(points) // (n * (n - k + width)), 1)
+    return max(_floats_at_once(points) // n**2, 1)
+
+
+def _floats_at_once(points: Tensor) -> int:
+    """How many distances are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
+    return 2**18 if points.device.type == "cpu" else 2**28
 
 
 def _is_in_range(largest: Tensor) -> Tensor:
