@@ -106,6 +106,7 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
     parts = {"in_parts": plain_in_parts(plain)} if is_eager and images.device.type == "cpu" else {}
     networks = {"model": pooled, **parts, "plain": plain}  # so the pooled model follows the plain one
     if setting.compiled:
+        torch.compiler.reset()  # after eight models that share their code PyTorch would no longer compile, but go on
         networks = {name: torch.compile(network) for name, network in networks.items()}
     calls = {name: _pass(network, images, setting) for name, network in networks.items()}
     with nullcontext() if setting.train else torch.inference_mode():
@@ -272,6 +273,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         {
             "model": one["model"] + (f" at {one['image_size']}" if one["image_size"] else ""),
             "method": one["method"],
+            "setting": _in_words(one),
             "batch": one["batch_size"],
             "GMACs": f"{one['gmacs']:.2f} of {one['plain_gmacs']:.2f}",
             "images/s": f"{one['images_per_second']:.1f} / {one['plain_images_per_second']:.1f}",
@@ -287,6 +289,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         for one in found
     ]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """Schedule and mode of a row; float32, eager forward passes go without saying."""
+    precision = "" if row["precision"] == "float32" else row["precision"]
+    flags = [word for flag, word in (("compiled", "compiled"), ("train", "training"), ("carry", "carry")) if row[flag]]
+    options = [f"{name} = {value}" for name, value in row["options"].items()]
+    schedule = "" if row["schedule"] is None else str(row["schedule"])
+    return ", ".join(filter(None, [schedule, precision, *flags, *options]))
 
 
 def picture(found: Sequence[dict[str, Any]]) -> Figure:

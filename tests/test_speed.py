@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_training_steps_and_low_precision(tmp_path: Path) -> None:
     assert not {"clustering_share", "realised_against_parts"} & train.keys()
     with pytest.raises(ValueError, match="precision = 'int8' must be one of float32, bfloat16, float16"):
         speed.compare(Setting(**TINY, precision="int8"))
+
+
+def test_any_number_of_settings_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many models share their code, PyTorch would at some point go on without compiling, and time that."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    methods = ("wkmedoids", "kmeans", "power_bert")
+    found = list(
+        speed.run([Setting(**TINY | {"method": name}, compiled=True) for name in methods], tmp_path, repeats=1)
+    )
+    assert all(one["speed_up"] > 0 and "clustering_share" not in one for one in found)
+    assert "(40, 30, 20, 10, 5, 0), compiled" in speed.table(
+        found
+    ) or "[40, 30, 20, 10, 5, 0], compiled" in speed.table(found)
 
 
 def test_the_stricter_baseline_is_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
