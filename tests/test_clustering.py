@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_scale_of_weights_is_irrelevant(cluster) -> None:
         torch.testing.assert_close(found.centers, expected.centers)
 
 
-@BOTH
+@pytest.mark.parametrize("cluster", [kmeans, kmedoids, pytest.param(partial(kmedoids, init="ward"), id="ward")])
 @pytest.mark.parametrize("n, width, k", [(196, 384, 98), (64, 48, 16)])
 def test_an_image_does_not_depend_on_its_batch(cluster, n: int, width: int, k: int) -> None:
     tokens, weights = images(batch=9, n=n, width=width)
@@ -363,6 +364,23 @@ def test_dearest_to_merge_equals_a_loop(
         assert found[image].tolist() == sorted(range(20), key=lambda i: -cheapest[i])[:6]
 
 
+@pytest.mark.parametrize("floats_at_once", [7 * 30, 2**18])
+def test_of_equal_points_the_first_are_the_first_medoids(floats_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding has no say: what merging equal points costs is zero, and of equal costs the earlier wins."""
+    monkeypatch.setattr(tokenpool.clustering, "_floats_at_once", lambda points: floats_at_once)
+    generator = torch.Generator().manual_seed(5)
+    points = torch.randn(50, 10, 384, generator=generator).repeat(1, 3, 1)
+    for weights in (torch.ones(50, 30), torch.rand(50, 30, generator=generator)):
+        expected = dearest_to_merge(squared_distances(points), weights, 25)
+        assert torch.equal(_first_medoids(points, weights, 25), expected)
+
+
+def test_first_medoids_in_a_graph() -> None:
+    tokens, weights = images(n=30)
+    expected = _first_medoids(tokens, weights, 25)
+    assert torch.equal(torch.compile(_first_medoids, backend="eager", fullgraph=True)(tokens, weights, 25), expected)
+
+
 @pytest.mark.parametrize("factor", [2.0**-100, 2.0**100])
 def test_wards_centres_do_not_depend_on_the_scale(factor: float) -> None:
     tokens, weights = images(n=30)
@@ -516,11 +534,11 @@ def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     tokens, weights = torch.randn(7, 30, 6, generator=generator), torch.rand(7, 30, generator=generator)
     points = torch.randn(7, 8, 6, generator=generator)
-    for init in (None, "ward", points, highest(weights, 8)):
-        expected = kmedoids(tokens, 8, weights, init)
+    for k, init in ((8, None), (8, "ward"), (25, "ward"), (8, points), (8, highest(weights, 8))):
+        expected = kmedoids(tokens, k, weights, init)
         for at_once in (1, 3, 7):
             monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda *given, at_once=at_once: at_once)
-            found = kmedoids(tokens, 8, weights, init)
+            found = kmedoids(tokens, k, weights, init)
             assert torch.equal(found.assignment, expected.assignment)
             torch.testing.assert_close(found.centers, expected.centers)
         monkeypatch.undo()

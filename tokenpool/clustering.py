@@ -82,8 +82,8 @@ def kmedoids(
 
     The medoid of a cluster is that member which minimises the *weighted* sum of squared distances to the members of
     its own cluster, as objective (13) demands; equation (17) as printed omits the weight. The distances are computed
-    once; or, on a CPU and where most tokens are medoids, those from all others, in each iteration. The output is the
-    weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
+    once; or, on a CPU and where most tokens are medoids, those from all others, in each iteration, and "ward" looks at
+    distances of its own. The output is the weighted *mean* of each cluster (Algorithm 1, line 6), not the medoid.
 
     Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, but for these:
 
@@ -169,8 +169,11 @@ class _AllDistances:
 
     def costs(self, weights: Tensor, assignment: Tensor, medoids: Tensor) -> Tensor:
         """What each point would cost its cluster as the medoid: (B, N)."""
-        sums = _cluster_sums(self.matrix, weights, assignment, medoids.shape[1])  # (B, K, N)
-        return sums.gather(1, assignment[:, None, :]).squeeze(1)
+        if _can_branch(assignment):
+            sums = _cluster_sums(self.matrix, weights, assignment, medoids.shape[1])  # (B, K, N)
+            return sums.gather(1, assignment[:, None, :]).squeeze(1)
+        same = assignment[:, :, None] == assignment[:, None, :]  # (B, N, N): compiled, a single pass over the matrix
+        return (self.matrix * weights[:, None, :] * same).sum(dim=2)
 
 
 class _OthersDistances:
@@ -236,10 +239,7 @@ class _OthersDistances:
 
 @torch.no_grad()
 def _first_medoids(points: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds, but without the whole matrix.
-
-    Behind one another by weight, each point looks at those before it only: half of the distances, some rows at a time.
-    """
+    """Indices (B, K) of those of the points (B, N, E) that `dearest_to_merge` finds, for a few images at a time."""
     with torch.autocast(points.device.type, enabled=False):
         at_once = len(points) if is_in_graph() else _images_at_once(points)
         groups = zip(points.split(at_once), weights.split(at_once), strict=True)
@@ -247,20 +247,30 @@ def _first_medoids(points: Tensor, weights: Tensor, k: int) -> Tensor:
 
 
 def _merging_costs(points: Tensor, weights: Tensor) -> Tensor:
-    """What it costs to merge each of the points (B, N, E) into the best one of higher weight: (B, N)."""
+    """The least that it costs to merge each of the points (B, N, E) into one of higher weight: (B, N).
+
+    Of equal weights the earlier counts as higher; the highest of all gets infinity. Behind one another by weight, each
+    point looks at those before it only. Where the distances are more than are held at once, they come some rows at a
+    time: half of them are never computed then.
+    """
     n = points.shape[1]
     order = highest(weights, n)
     points = _take(points - points.mean(dim=1, keepdim=True), order)
-    norm, inverse = points.square().sum(dim=2), _inverse(weights).gather(1, order)
-    step = n if is_in_graph() else max(_floats_at_once(points) // n, 1)
-    costs = []
-    for start in range(0, n, step):
-        rows, before = slice(start, start + step), slice(start + step)
-        distance = _distances_between(points[:, rows], norm[:, rows], points[:, before], norm[:, before])
-        later = torch.ones(distance.shape[1:], dtype=torch.bool, device=points.device).triu(start)
-        costs.append(_cheapest(distance, inverse[:, rows], inverse[:, before], later))
-    costs = torch.cat(costs, dim=1)
-    return torch.empty_like(costs).scatter(1, order, costs)
+    norm, inverse = points.square().sum(dim=2), _inverse(weights).gather(1, order).to(points)
+    step = n if is_in_graph() else min(max(_floats_at_once(points) // n, 1), n)
+    barred = torch.ones(step, step, dtype=torch.bool, device=points.device).triu()
+    least = []
+    for start in (0,) if is_in_graph() else range(0, n, step):
+        rows, until = slice(start, start + step), slice(start + step)
+        distance = _distances_between(points[:, rows], norm[:, rows], points[:, until], norm[:, until])
+        cost = distance / (inverse[:, rows, None] + inverse[:, None, until])
+        last = min(step, n - start)
+        cost[:, :, start:].masked_fill_(barred[:last, :last], torch.inf)
+        least.append(cost.amin(dim=2))
+    least = torch.cat(least, dim=1)
+    # What rounding makes of the distance between equal points is no cost: of equal points the first are as good.
+    least = least.masked_fill(least * inverse < 32 * torch.finfo(norm.dtype).eps * norm, 0)
+    return torch.empty_like(least).scatter(1, order, least)
 
 
 def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
@@ -278,24 +288,13 @@ def dearest_to_merge(distance: Tensor, weights: Tensor, k: int) -> Tensor:
     order = highest(weights, weights.shape[1])
     rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     inverse = _inverse(weights)
-    return highest(_cheapest(distance, inverse, inverse, rank[:, None, :] >= rank[:, :, None]), k)
+    cost = distance / (inverse[:, :, None] + inverse[:, None, :])
+    return highest(cost.masked_fill(rank[:, None, :] >= rank[:, :, None], torch.inf).amin(dim=2), k)
 
 
 def _inverse(weights: Tensor) -> Tensor:
     """1 / weight; infinite where there is no weight (nor at -0), so that merging costs nothing there."""
     return weights.abs().reciprocal()
-
-
-def _cheapest(distance: Tensor, inverse: Tensor, others: Tensor, barred: Tensor) -> Tensor:
-    """The least cost of merging, over all that are not barred: (B, R).
-
-    Args:
-        distance: (B, R, M), squared.
-        inverse: (B, R), 1 / weight.
-        others: (B, M), 1 / weight.
-        barred: (B, R, M) or (R, M).
-    """
-    return (distance / (inverse[:, :, None] + others[:, None, :])).masked_fill(barred, torch.inf).amin(dim=2)
 
 
 def squared_distances(points: Tensor) -> Tensor:
@@ -463,7 +462,10 @@ def _are_few_others(n: int, k: int, iterations: int) -> bool:
 
 
 def _images_at_once(points: Tensor, k: int | None = None, iterations: int = 1) -> int:
-    """How many images' distances are held at once, of points (B, N, E) of which K are medoids, or of all without k."""
+    """How many images' distances are held at once, of points (B, N, E) of which K are medoids, or of all without k.
+
+    Where few distances are needed, points count too, and four times as much is best: there are fewer operations then.
+    """
     _, n, width = points.shape
     if k is not None and points.device.type == "cpu" and _are_few_others(n, k, iterations):
         return max(4 * _floats_at_once(points) // (n * (n - k + width)), 1)
@@ -471,7 +473,7 @@ def _images_at_once(points: Tensor, k: int | None = None, iterations: int = 1) -
 
 
 def _floats_at_once(points: Tensor) -> int:
-    """How many distances are held at once: on a CPU what its cache holds, on a GPU 1 GiB."""
+    """How many numbers one matrix of distances has at most: a CPU's cache holds 1 MiB or so, a GPU 1 GiB easily."""
     return 2**18 if points.device.type == "cpu" else 2**28
 
 

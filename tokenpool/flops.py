@@ -111,8 +111,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     """Count the multiply-adds of one image's forward pass through a (patched) timm VisionTransformer.
 
     Clustering that runs is counted: N^2 D for K-Medoids' distance matrix, at most `iterations` times K N D for
-    K-Means, at those blocks where tokens are clustered. As in the paper: neither early stopping of K-Means is counted
-    on, nor that K-Medoids on a CPU mostly gets by with fewer distances where few tokens go. (On a GPU sums over
+    K-Means, at those blocks where tokens are clustered. As in the paper: neither early stopping is counted on, nor how
+    K-Medoids gets at its distances on a CPU where few tokens go: those of few tokens, but anew in each iteration, and
+    apart from those by which `key_medoids` finds its first medoids. Mostly that is fewer. (On a GPU sums over
     clusters are matrix products too, for the sake of repeatability; they are not counted.)
 
     Args:
