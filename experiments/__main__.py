@@ -61,7 +61,13 @@ TrainerOptions = Annotated[
     typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
 ]
 
-Results = Annotated[Path | None, typer.Option(help="Folder of the runs. Default: results/<preset>.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the runs. Default: results/<preset>, as shipped; runs/<preset>-full where nothing is shipped, "
+        "or where images or weights are named."
+    ),
+]
 Quick = Annotated[bool, typer.Option("--quick", help="Of the quick study of `make reproduce`, in runs/<preset>.")]
 Output = Annotated[Path, typer.Option(help="Folder for what is written; a sub-folder for each preset.")]
 Missing = Annotated[bool, typer.Option("--missing", help="Only list the runs that are missing, and their cost.")]
@@ -91,6 +97,8 @@ def reproduce(
     full: Annotated[bool, typer.Option("--full", help="All methods, more schedules, several seeds.")] = False,
     jobs: Jobs = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: runs/<preset>[-full].")] = None,
+    data: Data = None,
+    weights: Weights = None,
 ) -> None:
     """Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.
 
@@ -98,13 +106,12 @@ def reproduce(
     """
     from experiments import figures, runner, studies, tables
 
-    chosen = presets.get(preset)
-    folder = output or Path("runs") / (chosen.name + ("-full" if full else ""))
-    study = studies.Study(chosen, folder, full)
+    study = _study(preset, output, not full, data, weights, own=True)
+    folder = study.folder
     studies.protocol_runs(study)  # a preset that trains nothing is refused
     with runner.exclusive(folder):
         study.execute(studies.everything(study), jobs or min(_cores(), 8))
-        study = studies.Study(chosen, folder, full)
+        study = studies.Study(study.preset, folder, full)
         frame = study.points(studies.protocol_runs(study))
         table = tables.cost_accuracy(frame)
         text = tables.markdown(table)
@@ -260,6 +267,9 @@ def status(
 
     if (figure is not None) + (table is not None) + everything > 1:
         raise ValueError("status takes one of --figure NAME, --table NAME and --all")
+    submitted = Path("runs") / f"{presets.get(preset).name}-full"
+    if results is None and not quick and submitted.is_dir():
+        results = submitted
     study = _study(preset, results, quick, None, None)
     for line in slurm.show(study, _wanted(study, figure, table), long):
         print(line)
@@ -284,17 +294,39 @@ def _chosen(kind: str, name: str, known: Sequence[str]) -> list[str]:
     return list(known) if name == "all" else [name]
 
 
-def _study(preset: str, results: Path | None, quick: bool, data: Path | None, weights: Path | None) -> Any:
-    from experiments import protocol
+def _study(
+    preset: str, results: Path | None, quick: bool, data: Path | None, weights: Path | None, own: bool = False
+) -> Any:
+    """The study of a preset, whose images and weights are named by variables from now on.
+
+    Args:
+        preset: name of the preset.
+        results: folder of the runs; None for the default.
+        quick: the study of `make reproduce`.
+        data: images.
+        weights: pretrained weights.
+        own: never the shipped results.
+    """
+    from experiments.run import DATA, NAMED, WEIGHTS
     from experiments.studies import Study
 
     chosen = presets.get(preset)
-    for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
+    if data is not None and chosen.data not in NAMED:
+        raise ValueError(f"preset {chosen.name} has its own images ({chosen.data}): it takes no --data")
+    if weights is not None and not chosen.pretrained:
+        raise ValueError(f"preset {chosen.name} trains its models from scratch: it takes no --weights")
+    for variable, path in ((DATA, data), (WEIGHTS, weights)):
         if path is not None:
             if not path.exists() and not str(path).startswith(HUB):
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
-    return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)
+    if results is None:
+        named = (chosen.data in NAMED and DATA in os.environ) or (chosen.pretrained and WEIGHTS in os.environ)
+        results = Path("runs") / (chosen.name if quick else f"{chosen.name}-full")
+        shipped = Path("results") / chosen.name
+        if not (quick or own or named) and shipped.is_dir():
+            results = shipped
+    return Study(chosen, results, full=not quick)
 
 
 def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, run: bool, jobs: int) -> None:
@@ -323,6 +355,8 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
             files = figures.save(picture, folder / f"figure-{name}") if picture else []
         written += bool(files)
         print(f"{kind} {name} ({text}): {', '.join(map(str, files)) or 'nothing to show'}")
+        if origin := study.made_from(studies.needs(study, f"{kind} {name}")):
+            print(f"    from {study.folder}: {origin}")
         if state in ("partial", "missing"):
             print(f"    the runs that it lacks: {studies.command(study, f'{kind} {name}', '--missing')}")
     if not written:

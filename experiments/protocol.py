@@ -8,7 +8,6 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -28,17 +27,29 @@ from torch import Tensor, nn
 
 import tokenpool
 from experiments.measurements import MEASURES
-from tokenpool import files, flops, results, soft_selection
+from experiments.run import (  # noqa: F401 - the names of a run are also found here
+    DATA,
+    NAMED,
+    WEIGHTS,
+    Identities,
+    Run,
+    check_identity,
+    check_same,
+    checkpoint_path,
+    image_source,
+    is_finished,
+    is_path,
+    plain,
+    preprocessing,
+    result_path,
+    weights_path,
+)
+from tokenpool import files, fingerprint, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
-DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
-NAMED = {  # data, and what messages call them
-    "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
-    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
-}
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -53,127 +64,6 @@ _IRRELEVANT = (
     "Grad strides do not match bucket view strides",  # of one small parameter
     "`isinstance.treespec, LeafSpec.` is deprecated",
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that the result of a run depends on.
-
-    Attributes:
-        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
-            of `measurements.MEASURES`.
-        label: tells runs of one stage and seed apart; part of the file's name.
-        data: "digits"; "imagenet" or "cifar10", the images that the environment variable TOKENPOOL_DATA names; or a
-            folder in ImageNet's layout.
-        model: name of the timm model.
-        variant: name of the base model in its study, empty for the main one.
-        downsampler: name of the method; "soft_selection" in a search.
-        keep: retention schedule.
-        budget: instead of `keep`: in 10^9 multiply-adds, see `tokenpool.flops.schedule_for`.
-        family: of the schedules that may meet it.
-        level: number of the schedule, 0 the mildest; None where there is none.
-        start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
-        epochs: of training; 0 to evaluate only.
-        options: of the downsampler.
-        model_options: of the timm model.
-        trainer_options: of Lightning's Trainer.
-        split: of the data into train and test.
-        part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
-        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
-        (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
-    """
-
-    stage: str
-    label: str
-    data: str
-    model: str
-    variant: str = ""
-    downsampler: str = "none"
-    keep: tuple[int, ...] | None = None
-    budget: float | None = None
-    family: str = "decay"
-    level: int | None = None
-    carry: bool = False
-    qk_norm: str | None = None
-    alpha: float = 1.0
-    learn_alpha: bool = False
-    pretrained: bool = False
-    start: str | None = None
-    epochs: int = 0
-    batch_size: int = 32
-    learning_rate: float = 5e-4
-    warmup_epochs: float = 5
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    final_learning_rate: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    repeats: int = 1
-    ema_decay: float = 0.0
-    crop_pct: float = 0.0
-    retention_penalty: float = 0.0
-    retention_learning_rate: float = 1e-2
-    seed: int = 0
-    split: int = 0
-    limit: int = 0
-    part: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    model_options: dict[str, Any] = field(default_factory=dict)
-    trainer_options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Name of the run's files."""
-        return "-".join([self.stage, *([self.label] if self.label else []), f"seed{self.seed}"])
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """The run as JSON values."""
-        return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
-
-
-_DEFAULTS = Run("", "", "", "").setting
-
-
-def result_path(run: Run, folder: Path) -> Path:
-    """File of the run's result."""
-    return folder / f"{run.name}.json"
-
-
-def weights_path(name: str, folder: Path) -> Path:
-    """File of the weights that the run of that name ends with; their moving average is in `name.ema.safetensors`."""
-    return folder / "weights" / f"{name}.safetensors"
-
-
-def checkpoint_path(run: Run, folder: Path) -> Path:
-    """File of the state of the run's training, until it is finished."""
-    return folder / "checkpoints" / f"{run.name}.ckpt"
-
-
-def is_finished(run: Run, folder: Path) -> bool:
-    """Whether the run's result is there.
-
-    Raises:
-        ValueError: if the file is broken, or holds the result of another setting.
-    """
-    path = result_path(run, folder)
-    if not path.exists():
-        return False
-    check_same(run, results.read(path)["setting"], path)
-    return True
-
-
-def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
-    """Compare a run with the setting that a file holds.
-
-    Raises:
-        ValueError: if they differ; the message names the file and the differences.
-    """
-    before = _DEFAULTS | before  # a setting that is younger than the file had its default then
-    differing = [key for key, value in run.setting.items() if _plain(before.get(key)) != _plain(value)]
-    if differing:
-        changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
-        raise ValueError(f"{path} holds another setting ({changes}): choose another name or folder, or delete the file")
 
 
 def execute(
@@ -198,6 +88,7 @@ def execute(
     path = result_path(run, folder)
     record = _Record(run, prints=not progress and not parent_process())
     surroundings = environment()
+    identity = Identities(folder).of(run)
     seed_everything(run.seed, verbose=False)
     data = data_module(run)
     model = build_model(run, folder)
@@ -205,14 +96,14 @@ def execute(
     if data.num_classes != model.num_classes:
         raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
     module = training_module(run, model)
-    checkpoint = checkpoint_path(run, folder)
     if run.stage in MEASURES:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         metrics, is_first = MEASURES[run.stage](model.to(device).eval(), data), True
     else:
-        metrics, is_first = _train_and_test(run, module, data, folder, checkpoint, record, on_epoch, progress)
+        metrics, is_first = _train_and_test(run, module, data, folder, identity, record, on_epoch, progress)
     outcome = {
         "setting": run.setting,
+        "identity": identity,
         "metrics": metrics,
         "cost": _cost(model),
         "seconds": record.seconds,
@@ -222,11 +113,11 @@ def execute(
     }
     if is_first:
         if run.epochs:
-            save_weights(model, weights_path(run.name, folder))
+            outcome["trained_weights"] = save_weights(model, weights_path(run.name, folder), _ended_before(path))
             if module.ema is not None:
                 save_weights(module.ema.module, weights_path(f"{run.name}.ema", folder))
         results.save(outcome, path)  # last: that it exists means that the run is done
-        checkpoint.unlink(missing_ok=True)
+        checkpoint_path(run, folder).unlink(missing_ok=True)
     return outcome
 
 
@@ -252,13 +143,14 @@ def _train_and_test(
     module: ClassificationModule,
     data: LightningDataModule,
     folder: Path,
-    checkpoint: Path,
+    identity: dict[str, str],
     record: "_Record",
     on_epoch: Callable[[], None] | None,
     progress: bool,
 ) -> tuple[dict[str, Any], bool]:
     """Metrics, and whether this is the first of the processes that train together."""
-    errors = ReconstructionErrorCallback()
+    errors, checkpoint = ReconstructionErrorCallback(), checkpoint_path(run, folder)
+    record.identity = identity
     with warnings.catch_warnings(), listening() as signals:
         for message in _IRRELEVANT:
             warnings.filterwarnings("ignore", message=f".*{message}")
@@ -266,7 +158,7 @@ def _train_and_test(
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
         if run.epochs:
-            fit(trainer, module, data, run, checkpoint)
+            fit(trainer, module, data, run, checkpoint, identity)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
     measured = _accuracy(metrics, images=len(data.test_set))
@@ -302,21 +194,31 @@ def _cost(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def fit(trainer: Trainer, module: LightningModule, data: LightningDataModule, run: Run, checkpoint: Path) -> None:
+def fit(
+    trainer: Trainer,
+    module: LightningModule,
+    data: LightningDataModule,
+    run: Run,
+    checkpoint: Path,
+    identity: dict[str, str],
+) -> None:
     """Train; go on from the checkpoint if it exists.
 
     Raises:
         KeyboardInterrupt: if the user stops it.
         Interrupted: if a signal does.
-        ValueError: if the checkpoint cannot be read, or is of another setting; the message names it.
+        ValueError: if the checkpoint cannot be read, or is of another setting, other images or other weights; the
+            message names it.
         FloatingPointError: if the loss is not finite; the message says where to go on.
     """
     if checkpoint.exists():
         try:
-            before = torch.load(checkpoint, map_location="cpu", weights_only=True)["run"]
+            before = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            setting = before["run"]
         except Exception as error:
             raise ValueError(f"cannot read checkpoint {checkpoint} ({error}); delete it to start anew") from error
-        check_same(run, before, checkpoint)
+        check_same(run, setting, checkpoint)
+        check_identity(run, identity, before.get("identity"), checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except SystemExit as error:  # what Lightning makes of an interrupt
@@ -355,7 +257,7 @@ def build_model(run: Run, folder: Path) -> nn.Module:
     if weights is not None:
         tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options)
     if run.start is not None:
-        tokenpool.load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
+        tokenpool.load_weights(model, Path(run.start) if is_path(run.start) else weights_path(run.start, folder))
     return model
 
 
@@ -377,18 +279,6 @@ def data_module(run: Run) -> LightningDataModule:
         part=run.part,
         **_batches(run),
     )
-
-
-def image_source(run: Run) -> str:
-    """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
-
-    Raises:
-        ValueError: if nothing names them.
-    """
-    root = os.environ.get(DATA) if run.data in NAMED else run.data
-    if not root:
-        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
-    return root
 
 
 def _batches(run: Run) -> dict[str, Any]:
@@ -418,11 +308,35 @@ def _number(variable: str, default: float) -> Any:
     return number
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's state: the file is there whole or not at all."""
+def save_weights(model: nn.Module, path: Path, expected: str = "") -> str:
+    """Write a model's state: the file is there whole or not at all.
+
+    Args:
+        model: whose state it is.
+        path: of the file.
+        expected: fingerprint that the file must have; empty for any.
+
+    Returns:
+        The file's fingerprint.
+
+    Raises:
+        ValueError: if it is not the expected one; nothing is written then.
+    """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with files.whole(path) as temporary:
         safetensors.torch.save_file(state, temporary)
+        found = fingerprint.of_weights(temporary)
+        if expected not in ("", found):
+            raise ValueError(
+                f"trained again, {path.stem} ends with other weights ({found}) than its result tells of ({expected}), "
+                "as on another machine or version; other runs may have started from the latter: choose another folder"
+            )
+    return found
+
+
+def _ended_before(path: Path) -> str:
+    """Fingerprint of the weights that an earlier result of the run tells of, where they are lost; else empty."""
+    return (results.read_if_whole(path) or {}).get("trained_weights", "")
 
 
 def environment() -> dict[str, Any]:
@@ -485,6 +399,7 @@ class _Record(Checkpoint):
 
     def __init__(self, run: Run, prints: bool) -> None:
         self.run = run
+        self.identity: dict[str, str] = {}
         self.prints = prints  # a line an epoch, for logs
         self.started = time.perf_counter()
         self.epochs: list[dict[str, Any]] = []
@@ -560,7 +475,8 @@ class _Record(Checkpoint):
         )
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = _plain(self.run.setting)
+        checkpoint["run"] = plain(self.run.setting)
+        checkpoint["identity"] = self.identity
         checkpoint["seconds"] = self.seconds
         checkpoint["record"] = {name: getattr(self, name) for name in ("epochs", "images", "busy", "restarts")}
 
@@ -584,12 +500,3 @@ class _EpochReporter(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.report()
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON has them."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import off_the_shelf, protocol
+from experiments import off_the_shelf
 from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
-from experiments.protocol import Run, is_finished, result_path, weights_path
+from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
 from experiments.runner import Runner, effort
 from tokenpool import results, schedules
 
@@ -87,6 +87,7 @@ class Study:
                 **common,
                 downsampler="soft_selection",
                 level=level,
+                schedule=self._schedule_name(variant, level),
                 start=self.base(seed, variant).name,
                 epochs=self.preset.search_epochs,
                 retention_penalty=penalty,
@@ -110,8 +111,7 @@ class Study:
                 _label(variant, f"{method}{chosen}-level{level}"),
                 **self._tuned(seed, variant),
                 downsampler=method,
-                keep=self.schedule(variant, level),
-                level=level,
+                **self._at_level(variant, level),
                 options=options,
             )
             for seed in seeds
@@ -159,8 +159,7 @@ class Study:
                             "evaluate",
                             f"{method}{suffix}-level{level}",
                             **common,
-                            keep=self.schedule(self.preset.main, level),
-                            level=level,
+                            **self._at_level(self.preset.main, level),
                         )
                         for level in self.levels
                     ]
@@ -173,9 +172,9 @@ class Study:
         for method in methods:
             for level in self.levels if method != "none" else [None]:
                 label = method if level is None else f"{method}-level{level}"
-                keep = None if level is None else self.schedule(main, level)
+                chosen = {} if level is None else self._at_level(main, level)
                 carry = not self.preset.trains and method in CLUSTERINGS  # as in the accuracies
-                runs.append(Run("throughput", label, **common, downsampler=method, keep=keep, level=level, carry=carry))
+                runs.append(Run("throughput", label, **common, **chosen, downsampler=method, carry=carry))
         return runs
 
     def redundancies(self) -> list[Run]:
@@ -185,9 +184,8 @@ class Study:
 
     def clusters(self) -> list[Run]:
         """Which patches are pooled in some images, by WK-Medoids in the base model (Figure 1c)."""
-        level, common = self.preset.clustered_level, self.on_base(self.seeds[0])
-        keep = self.schedule(self.preset.main, level)
-        return [Run("clusters", "", **common, downsampler="wkmedoids", keep=keep, level=level, carry=True)]
+        chosen = self._at_level(self.preset.main, self.preset.clustered_level)
+        return [Run("clusters", "", **self.on_base(self.seeds[0]), **chosen, downsampler="wkmedoids", carry=True)]
 
     def on_base(self, seed: int) -> dict[str, Any]:
         """Arguments of a run on the base model as it is."""
@@ -199,6 +197,18 @@ class Study:
         if searched.schedules:
             return tuple(schedules.paper(searched.schedules, level))
         return self._learned[searched.name][level]
+
+    def _at_level(self, variant: Variant, level: int) -> dict[str, Any]:
+        """Arguments of a run with the schedule of that level."""
+        return {
+            "level": level,
+            "keep": self.schedule(variant, level),
+            "schedule": self._schedule_name(self._searched(variant), level),
+        }
+
+    def _schedule_name(self, variant: Variant, level: int) -> str:
+        """What tells the schedule of a level from that of another study."""
+        return f"{variant.schedules}:{level}" if variant.schedules else f"lambda{self.penalties[level]:g}"
 
     def prerequisites(self, runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         """Base models and searches that those of the runs which are not finished still need."""
@@ -262,12 +272,21 @@ class Study:
     def check_finished(self, run: Run) -> bool:
         """Whether a run is finished. A broken file or another setting is an error: nothing is overwritten."""
         path = result_path(run, self.folder)
-        return path.exists() and is_finished(_with_schedule_of(run, results.read(path)), self.folder)
+        if not path.exists():
+            return False
+        outcome = results.read(path)
+        self._check_same(run, outcome, path)
+        self._check_identity(run, outcome, path)
+        return True
 
     def points(self, runs: Sequence[Run]) -> pd.DataFrame:
         """One row for each of the runs that is finished: its setting, metrics and cost, as in `results.load`.
 
         A broken file, or one that holds another setting, is warned of and counts as missing.
+
+        Raises:
+            ValueError: if a run was made from other images or weights than those that are named now, or the runs from
+                different ones; the message names both.
         """
         rows = []
         for run in runs:
@@ -276,14 +295,53 @@ class Study:
                 continue
             try:
                 outcome = results.read(path)
-                run = _with_schedule_of(run, outcome)
-                protocol.check_same(run, outcome["setting"], path)
+                run = self._check_same(run, outcome, path)
                 _check_complete(outcome, path)
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
                 continue
-            rows.append({"run": run.name} | run.setting | outcome["metrics"] | outcome["cost"])
-        return pd.DataFrame(rows)
+            self._check_identity(run, outcome, path)
+            identity = outcome.get("identity", {})
+            rows.append({"run": run.name} | run.setting | outcome["metrics"] | outcome["cost"] | identity)
+        return _of_one_origin(pd.DataFrame(rows), self.folder)
+
+    def made_from(self, runs: Sequence[Run]) -> str:
+        """What the finished ones of the runs were made from, in words."""
+        found = self.points(runs)
+        parts = []
+        for column, title in ORIGINS.items():
+            told = found[column].dropna().unique() if column in found else []
+            parts += [f"{title} {', '.join(told)}"] if len(told) else []
+        untold = len(found) - (found["test_images"].notna().sum() if "test_images" in found else 0)
+        if untold:
+            by_preset = f"{self.preset.title}, {self.preset.main.title}, says the preset"
+            parts.append(f"{untold} of {len(found)} runs are older than fingerprints and do not tell ({by_preset})")
+        return "; ".join(parts)
+
+    def _check_same(self, run: Run, outcome: dict[str, Any], path: Path) -> Run:
+        """The run as it was made, with its schedule; an error if the file holds another setting."""
+        run = _with_schedule_of(run, outcome)
+        check_same(run, outcome["setting"], path)
+        return run
+
+    def _check_identity(self, run: Run, outcome: dict[str, Any], path: Path) -> None:
+        """An error if the run, or the base model that it started from, was made from other images or weights."""
+        check_identity(run, self._identities.of(run), outcome.get("identity"), path)
+        if run.start is not None and run.stage != "base" and run.start not in self._checked:
+            base = self.base(run.seed, self._variant_of(run))
+            path = result_path(base, self.folder)
+            if found := results.read_if_whole(path):
+                check_identity(base, self._identities.of(base), found.get("identity"), path)
+            self._checked.add(run.start)
+
+    @cached_property
+    def _identities(self) -> Identities:
+        return Identities(self.folder)
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        """Names of the base models whose identity is checked."""
+        return set()
 
     def seconds(self, runs: Sequence[Run]) -> float:
         """Estimate of what the runs take one process: as finished ones of their kind took, else as the preset says."""
@@ -345,12 +403,10 @@ class Study:
             for method in (*SELECTIONS, *CLUSTERINGS):
                 label = _label(variant, f"{method}-level{level}")
                 path = self.folder / f"finetune-{label}-seed{seed}.json"
-                try:
-                    keep = results.read(path)["setting"].get("keep") if path.exists() else None
-                except ValueError:
-                    continue  # whoever wants that run is told
-                if keep is not None:
-                    return tuple(keep)
+                setting = (results.read_if_whole(path) or {"setting": {}})["setting"]  # of a broken file others tell
+                name = self._schedule_name(variant, level)
+                if setting.get("keep") is not None and setting.get("schedule", name) == name:
+                    return tuple(setting["keep"])
         return None
 
     def _searched(self, variant: Variant) -> Variant:
@@ -407,6 +463,10 @@ class Study:
         return self._common(seed, variant) | self._start(seed, variant) | {"epochs": self.preset.finetune_epochs}
 
 
+ORIGINS = {  # columns that tell what a result was made from, and what messages call them
+    "test_images": "test images:",
+    "pretrained_weights": "pretrained weights:",
+}
 WITHOUT_RUNS = ("table 1", "figure 2")
 TIMED = ("throughput",)  # stages whose runs must not share the machine with others
 
@@ -439,7 +499,7 @@ def command(study: Study, name: str, *options: str) -> str:
         parts.append(f"--results {study.folder}")
     if not study.full:
         parts.append("--quick")
-    if "--run" in options and study.preset.data in protocol.NAMED:
+    if "--run" in options and study.preset.data in NAMED:
         parts.append("--data FOLDER")
     return " ".join([*parts, *options])
 
@@ -486,6 +546,27 @@ def _check_complete(outcome: dict[str, Any], path: Path) -> None:
     missing += [key for key in ("gmacs", "clustering_gmacs") if key not in outcome["cost"]]
     if missing:
         raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}")
+
+
+def _of_one_origin(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """The rows, all made from the same images and weights; those that do not tell pass.
+
+    Raises:
+        ValueError: if two were made from different ones; the message names both.
+    """
+    for column, title in (*ORIGINS.items(), ("start_weights", "weights to start from:")):
+        if column not in found:
+            continue
+        groups = found.groupby("start", dropna=False) if column == "start_weights" else [("", found)]
+        for _, rows in groups:
+            told = rows.dropna(subset=[column]).drop_duplicates(column)
+            if len(told) > 1:
+                first, second = (f"{row['run']} {row[column]}" for _, row in told.iloc[:2].iterrows())
+                raise ValueError(
+                    f"{folder} mixes runs of different {title} {first}; {second}. Move those that do not belong here "
+                    "into another folder"
+                )
+    return found
 
 
 def _with_schedule_of(run: Run, outcome: dict[str, Any]) -> Run:

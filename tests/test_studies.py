@@ -172,7 +172,11 @@ def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Pa
     assert table.returncode == 0 and (tmp_path / "out" / "digits" / "table-3-digits.tex").exists()
     assert "unknown figure '13'; known are 1b, 1c" in in_process("figure", "13").stderr
     assert "unknown table 'x'; known are 1, 2" in in_process("table", "x").stderr
-    assert "no file or folder nowhere" in in_process("figure", "9", "--data", "nowhere").stderr
+    assert (
+        "no file or folder nowhere" in in_process("figure", "9", "--preset", "pretrained", "--data", "nowhere").stderr
+    )
+    assert "it takes no --data" in in_process("figure", "9", "--data", "nowhere").stderr
+    assert "it takes no --weights" in in_process("figure", "9", "--weights", "nowhere").stderr
 
 
 def test_pretrained_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.transforms import Compose
 
+from tokenpool.fingerprint import of_arrays
 from tokenpool.images import open_images
 from tokenpool.mixing import mixed
 from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
@@ -148,6 +149,12 @@ class DigitsDataModule(_DataModule):
         super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
         self.split = split
         self.shift = shift
+
+    @staticmethod
+    def fingerprint() -> str:
+        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.fingerprint`."""
+        digits = load_digits()
+        return f"{len(digits.target)} handwritten digits, {of_arrays(digits.images, digits.target)}"
 
     def setup(self, stage: str | None = None) -> None:
         digits = load_digits()

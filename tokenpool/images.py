@@ -83,6 +83,19 @@ class Images(Dataset):
         """A text that is another one if the image has changed, without reading it."""
         raise NotImplementedError
 
+    def relative_name(self, index: int) -> str:
+        """The image's name within the data set, wherever that lies."""
+        raise NotImplementedError
+
+    def content(self, index: int) -> bytes:
+        """The image's bytes, not decoded."""
+        file, _ = self.source(index)
+        return file if isinstance(file, bytes) else Path(file).read_bytes()
+
+    def size(self, index: int) -> int:
+        """Length of `content` in bytes, or what comes near it without reading the image."""
+        return os.stat(self.source(index)[0]).st_size
+
 
 class FolderImages(Images):
     """A folder in ImageNet's layout, `root/<part>/<class>/<image>`; labels number the sorted classes."""
@@ -95,12 +108,15 @@ class FolderImages(Images):
         super().__init__(listed.classes, np.array(listed.targets), transform)
 
     def source(self, index: int) -> tuple[Path, str]:
-        path = self.folder / os.fsdecode(bytes(self.paths[index]))
+        path = self.folder / self.relative_name(index)
         return path, str(path)
 
     def stamp(self, index: int) -> str:
         status = os.stat(self.source(index)[0])
-        return f"{os.fsdecode(bytes(self.paths[index]))} {status.st_size} {status.st_mtime_ns}"
+        return f"{self.relative_name(index)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+    def relative_name(self, index: int) -> str:
+        return os.fsdecode(bytes(self.paths[index]))
 
 
 def part_folder(root: Path, part: str) -> Path:
@@ -127,6 +143,7 @@ class HubImages(Images):
         classes, labels = _labels(datasets, dataset, self.title)
         files = [Path(file["filename"]) for file in dataset.cache_files]
         self.files = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+        self.bytes_each = sum(file.stat().st_size for file in files) // max(len(dataset), 1)  # on the average
         dataset = dataset.with_format(None).select_columns([self.column])
         if isinstance(dataset.features[self.column], datasets.Image):
             dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
@@ -144,6 +161,12 @@ class HubImages(Images):
 
     def stamp(self, index: int) -> str:
         return f"{index} {self.files}"
+
+    def relative_name(self, index: int) -> str:
+        return str(index)
+
+    def size(self, index: int) -> int:
+        return self.bytes_each
 
 
 def load_image(file: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:

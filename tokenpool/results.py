@@ -40,11 +40,20 @@ def read(path: str | Path) -> dict[str, Any]:
     return run
 
 
+def read_if_whole(path: str | Path) -> dict[str, Any] | None:
+    """One finished run; None if the file is missing or broken."""
+    try:
+        return read(path)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
     """All finished runs of a folder, one row a run.
 
-    The columns are the entries of the run's setting, metrics and cost, all other entries that are plain values (such as
-    `seconds`), and `run`, the name of its file.
+    The columns are the entries of the run's setting, metrics, cost and identity (fingerprints of its images and
+    weights, which early files lack), all other entries that are plain values (such as `seconds`), and `run`, the name
+    of its file.
 
     Args:
         folder: with one JSON file a run.
@@ -73,7 +82,7 @@ def _rows(paths: Iterable[Path], skip_broken: bool) -> Iterable[dict[str, Any]]:
             warnings.warn(str(error), stacklevel=3)
             continue
         plain = {key: value for key, value in run.items() if not isinstance(value, dict | list)}
-        yield {"run": path.stem} | run["setting"] | run["metrics"] | run["cost"] | plain
+        yield {"run": path.stem} | run["setting"] | run["metrics"] | run["cost"] | run.get("identity", {}) | plain
 
 
 def _check(run: Any, path: str | Path) -> None:

@@ -1,0 +1,305 @@
+"""One run: its setting, what it was made from, and the names of its files."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from tokenpool import fingerprint, results
+from tokenpool.data import DigitsDataModule
+from tokenpool.images import open_images
+
+DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
+NAMED = {  # data, and what messages call them
+    "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
+    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
+}
+
+_TITLES = {  # what messages call the parts of an identity
+    "test_images": "test images",
+    "train_images": "training images",
+    "preprocessing": "preprocessing",
+    "pretrained_weights": "pretrained weights",
+    "start_weights": "weights to start from",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the result of a run depends on.
+
+    Attributes:
+        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
+            of `measurements.MEASURES`.
+        label: tells runs of one stage and seed apart; part of the file's name.
+        data: "digits"; "imagenet" or "cifar10", the images that the environment variable TOKENPOOL_DATA names; or a
+            folder in ImageNet's layout.
+        model: name of the timm model.
+        variant: name of the base model in its study, empty for the main one.
+        downsampler: name of the method; "soft_selection" in a search.
+        keep: retention schedule.
+        budget: instead of `keep`: in 10^9 multiply-adds, see `tokenpool.flops.schedule_for`.
+        family: of the schedules that may meet it.
+        level: number of the schedule, 0 the mildest; None where there is none.
+        schedule: where a level's schedule comes from: "lambda0.001", the search with that penalty, or "deit_e252:3",
+            the paper's. A level has another schedule in another study.
+        start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
+        epochs: of training; 0 to evaluate only.
+        options: of the downsampler.
+        model_options: of the timm model.
+        trainer_options: of Lightning's Trainer.
+        split: of the data into train and test.
+        part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
+        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
+        (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
+    """
+
+    stage: str
+    label: str
+    data: str
+    model: str
+    variant: str = ""
+    downsampler: str = "none"
+    keep: tuple[int, ...] | None = None
+    budget: float | None = None
+    family: str = "decay"
+    level: int | None = None
+    schedule: str = ""
+    carry: bool = False
+    qk_norm: str | None = None
+    alpha: float = 1.0
+    learn_alpha: bool = False
+    pretrained: bool = False
+    start: str | None = None
+    epochs: int = 0
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    warmup_epochs: float = 5
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    final_learning_rate: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+    ema_decay: float = 0.0
+    crop_pct: float = 0.0
+    retention_penalty: float = 0.0
+    retention_learning_rate: float = 1e-2
+    seed: int = 0
+    split: int = 0
+    limit: int = 0
+    part: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    trainer_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return "-".join([self.stage, *([self.label] if self.label else []), f"seed{self.seed}"])
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The run as JSON values."""
+        return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
+
+
+_DEFAULTS = Run("", "", "", "").setting
+
+
+def result_path(run: Run, folder: Path) -> Path:
+    """File of the run's result."""
+    return folder / f"{run.name}.json"
+
+
+def weights_path(name: str, folder: Path) -> Path:
+    """File of the weights that the run of that name ends with; their moving average is in `name.ema.safetensors`."""
+    return folder / "weights" / f"{name}.safetensors"
+
+
+def checkpoint_path(run: Run, folder: Path) -> Path:
+    """File of the state of the run's training, until it is finished."""
+    return folder / "checkpoints" / f"{run.name}.ckpt"
+
+
+def is_finished(run: Run, folder: Path) -> bool:
+    """Whether the run's result is there.
+
+    Raises:
+        ValueError: if the file is broken, or holds the result of another setting, other images or other weights.
+    """
+    path = result_path(run, folder)
+    if not path.exists():
+        return False
+    outcome = results.read(path)
+    check_same(run, outcome["setting"], path)
+    check_identity(run, Identities(folder).of(run), outcome.get("identity"), path)
+    return True
+
+
+def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
+    """Compare a run with the setting that a file holds.
+
+    Raises:
+        ValueError: if they differ; the message names the file and the differences.
+    """
+    # A setting that is younger than the file had its default then. Of its search an older file does not tell.
+    before = _DEFAULTS | {"schedule": run.schedule} | before
+    differing = [key for key, value in run.setting.items() if plain(before.get(key)) != plain(value)]
+    if differing:
+        changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
+        raise ValueError(f"{path} holds another setting ({changes}): choose another name or folder, or delete the file")
+
+
+def check_identity(run: Run, now: dict[str, str], before: dict[str, str] | None, path: Path) -> None:
+    """Compare what a run would be made from now with what a file says that it was made from.
+
+    Files older than fingerprints pass where nothing came from outside of the package, or where it is not known now.
+
+    Args:
+        run: the run.
+        now: from `Identities.of`.
+        before: the file's "identity"; None for an older file.
+        path: of the file.
+
+    Raises:
+        ValueError: if they differ, or if the file does not tell and the run uses images or weights from outside.
+    """
+    before = before or {}
+    for key, value in now.items():
+        if key not in before and key in _required(run):
+            raise ValueError(
+                f"{path} does not tell its {_TITLES[key]}, now {value}: it is older than fingerprints. Choose another "
+                "folder (--results or --output), or delete the file"
+            )
+        if before.get(key, value) != value:
+            raise ValueError(
+                f"{path} was made with other {_TITLES[key]} ({before[key]}, now {value}): choose another folder "
+                "(--results or --output) or name, or delete the file"
+            )
+
+
+def _required(run: Run) -> set[str]:
+    """The fingerprints without which a result cannot be told from one of other images or weights."""
+    from_outside = {"test_images", "train_images"} if run.data != "digits" else set()
+    from_outside |= {"start_weights"} if is_path(run.start) else set()
+    return from_outside | {"pretrained_weights"}
+
+
+class Identities:
+    """What runs are made from beside their setting, as fingerprints, each taken once.
+
+    Args:
+        folder: of the runs' results.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._taken: dict[Any, str] = {}
+
+    def of(self, run: Run) -> dict[str, str]:
+        """The run's identity, as far as it is known now.
+
+        Returns:
+            Some of the keys `test_images`, `train_images`, `preprocessing`, `pretrained_weights` and `start_weights`.
+            Images and pretrained weights that nothing names now are left out, and so are the weights of another run
+            that is not there.
+
+        Raises:
+            FileNotFoundError: if images or weights that are named are missing.
+            ValueError: if a run's weights are not those that its result tells of.
+        """
+        options = (run.model, run.crop_pct, str(run.model_options), run.data)
+        prepared = self._once(options, lambda: json.dumps(plain(preprocessing(run)), sort_keys=True))
+        return self._images(run) | self._weights(run) | {"preprocessing": prepared}
+
+    def _images(self, run: Run) -> dict[str, str]:
+        if not knows_images(run):
+            return {}
+        if run.data == "digits":
+            return {"test_images": self._once("digits", DigitsDataModule.fingerprint)}
+        root = image_source(run)
+        parts = {"test_images": "val"} | ({"train_images": "train"} if run.epochs else {})
+        return {
+            key: self._once((root, part), lambda part=part: fingerprint.of_images(open_images(root, part)))
+            for key, part in parts.items()
+        }
+
+    def _weights(self, run: Run) -> dict[str, str]:
+        found = {}
+        file = os.environ.get(WEIGHTS)
+        if run.pretrained and file:
+            found["pretrained_weights"] = self._once(file, lambda: fingerprint.of_weights(file))
+        elif run.pretrained and knows_images(run):
+            found["pretrained_weights"] = self._once(run.model, lambda: _of_timm(run.model))
+        if is_path(run.start):
+            found["start_weights"] = self._once(run.start, lambda: fingerprint.of_weights(run.start))
+        elif run.start is not None and (ended := self._once(run.start, lambda: self._ended_with(run.start))):
+            found["start_weights"] = ended
+        return found
+
+    def _ended_with(self, name: str) -> str:
+        """Fingerprint of the weights that the run of that name ended with; empty if that is not known."""
+        result, weights = self.folder / f"{name}.json", weights_path(name, self.folder)
+        told = (results.read_if_whole(result) or {}).get("trained_weights", "")
+        found = fingerprint.of_weights(weights) if weights.exists() else ""
+        if told and found and told != found:
+            raise ValueError(
+                f"{weights} holds other weights ({found}) than {result} tells of ({told}): delete it, and the run is "
+                "made again"
+            )
+        return told or found
+
+    def _once(self, key: Any, take: Callable[[], str]) -> str:
+        if key not in self._taken:
+            self._taken[key] = take()
+        return self._taken[key]
+
+
+def knows_images(run: Run) -> bool:
+    """Whether the run's images are known now: those of a preset may be named by a variable only."""
+    return run.data not in NAMED or bool(os.environ.get(DATA))
+
+
+def is_path(start: str | None) -> bool:
+    """Whether the weights to start from are a file, not those of another run."""
+    return start is not None and os.sep in start
+
+
+def _of_timm(model: str) -> str:
+    """Identity of the weights that timm fetches for a model: their name, or the content of a local folder."""
+    source, colon, rest = model.partition(":")
+    if colon and source == "local-dir":
+        return fingerprint.of_weights(rest)
+    config = timm.get_pretrained_cfg(model)
+    return model if config is None else f"timm {config.architecture}.{config.tag}"
+
+
+def preprocessing(run: Run) -> dict[str, Any]:
+    """How the run's images are prepared for its model."""
+    return {}
+
+
+def image_source(run: Run) -> str:
+    """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
+
+    Raises:
+        ValueError: if nothing names them.
+    """
+    root = os.environ.get(DATA) if run.data in NAMED else run.data
+    if not root:
+        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
+    return root
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
