@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool import plotting
+from tokenpool import files, plotting
 from tokenpool.downsampling import METHODS, Convolution, Downsampler
 from tokenpool.images import load_image
 
@@ -39,6 +39,7 @@ def explain(
     """
     if METHODS.get(method, Downsampler) in (None, Convolution):
         raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
+    files.check_local(image)
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
     if tokenpool.create_model(name, method, **schedule).in_chans != 3:
         raise ValueError(f"model {name} does not take photographs: they have three channels")
