@@ -61,6 +61,13 @@ TrainerOptions = Annotated[
     typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
 ]
 
+AllowEmpty = Annotated[
+    bool, typer.Option("--allow-empty-classes", help="Let class folders be empty; they count as classes.")
+]
+AllowTruncated = Annotated[
+    bool, typer.Option("--allow-truncated", help="Accept images whose end is missing; the rest of them is grey.")
+]
+
 Results = Annotated[Path | None, typer.Option(help="Folder of the runs. Default: results/<preset>.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Of the quick study of `make reproduce`, in runs/<preset>.")]
 Output = Annotated[Path, typer.Option(help="Folder for what is written; a sub-folder for each preset.")]
@@ -287,11 +294,13 @@ def _chosen(kind: str, name: str, known: Sequence[str]) -> list[str]:
 def _study(preset: str, results: Path | None, quick: bool, data: Path | None, weights: Path | None) -> Any:
     from experiments import protocol
     from experiments.studies import Study
+    from tokenpool import files
 
     chosen = presets.get(preset)
     for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
         if path is not None:
             if not path.exists() and not str(path).startswith(HUB):
+                files.check_local(path)
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
     return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)
@@ -368,6 +377,8 @@ def train(
     ema_decay: Annotated[float | None, typer.Option(min=0, help="Of the weights' moving average; 0: none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     split: Split = 0,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
     name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/train"),
     option: Options = None,
@@ -415,6 +426,8 @@ def train(
         crop_pct=chosen.crop_pct,
         seed=seed,
         split=split,
+        allow_empty_classes=allow_empty_classes,
+        allow_truncated=allow_truncated,
         options=options,
         model_options=model_options,
         trainer_options=chosen.trainer_options | _options(trainer),
@@ -439,6 +452,8 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     split: Split = 0,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
     name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/evaluate"),
     option: Options = None,
@@ -467,6 +482,8 @@ def evaluate(
         batch_size=batch_size,
         split=split,
         limit=limit,
+        allow_empty_classes=allow_empty_classes,
+        allow_truncated=allow_truncated,
         options=options,
         model_options=model_options,
         trainer_options=_options(trainer),
@@ -625,12 +642,14 @@ def check_data(
     part: Annotated[list[str] | None, typer.Option(help="train or val. Repeatable; default: both.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write. Default: in runs/check-data/.")] = None,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
 ) -> None:
     """Read every image once, and name those that cannot be read. Goes on where it was interrupted."""
     from experiments.check_data import PARTS
     from experiments.check_data import check_data as checked
 
-    for line in checked(data, part or PARTS, jobs or _cores(), output):
+    for line in checked(data, part or PARTS, jobs or _cores(), output, allow_empty_classes, allow_truncated):
         print(line)
 
 

@@ -24,12 +24,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 import tokenpool
 from experiments.measurements import MEASURES
 from tokenpool import files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
+from tokenpool.images import check_no_url
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
@@ -80,6 +83,8 @@ class Run:
         split: of the data into train and test.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
+        allow_empty_classes: see `tokenpool.images.open_images`.
+        allow_truncated: see `tokenpool.images.load_image`.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
     """
 
@@ -117,6 +122,8 @@ class Run:
     split: int = 0
     limit: int = 0
     part: str = ""
+    allow_empty_classes: bool = False
+    allow_truncated: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +139,8 @@ class Run:
         return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
 
 
+# Arguments of timm.create_model that change a model's configuration.
+_CONFIGURING = {"pretrained_cfg", "pretrained_cfg_overlay"}
 _DEFAULTS = Run("", "", "", "").setting
 
 
@@ -365,29 +374,62 @@ def data_module(run: Run) -> LightningDataModule:
         if run.limit or run.part:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
-    config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
+    source, prepared = image_source(run), preprocessing(run)
     return ImageFolderDataModule(
-        image_source(run),
-        image_size=run.model_options.get("img_size", config.input_size[-1]),
+        source,
+        image_size=tuple(prepared.pop("input_size")[1:]),
         workers=_workers(),
-        mean=config.mean,
-        std=config.std,
-        crop_pct=run.crop_pct or config.crop_pct or 0.9,
         limit=run.limit,
         part=run.part,
+        allow_empty=run.allow_empty_classes,
+        allow_truncated=run.allow_truncated,
+        **prepared,
         **_batches(run),
     )
+
+
+def preprocessing(run: Run) -> dict[str, Any]:
+    """How the run's images become what its model takes, as JSON values; nothing for digits.
+
+    What timm's `resolve_model_data_config` says of the model: `input_size` (C, H, W), `interpolation`, `mean`, `std`,
+    `crop_pct` and `crop_mode`. The run's `crop_pct` goes before the model's, and its `img_size` before `input_size`.
+
+    Raises:
+        ValueError: if timm knows no such model.
+    """
+    if run.data == "digits":
+        return {}
+    config = timm.get_pretrained_cfg(run.model)
+    size = run.model_options.get("img_size")
+    if config is None or _CONFIGURING & run.model_options.keys():
+        model = empty_model(run)
+        found, size = resolve_model_data_config(model), model.patch_embed.img_size  # a folder may have another img_size
+    else:
+        found = resolve_model_data_config(None, pretrained_cfg=config.to_dict())
+    if size:
+        found["input_size"] = (found["input_size"][0], *to_2tuple(size))
+    if run.crop_pct:
+        found["crop_pct"] = run.crop_pct
+    return _plain(found)
+
+
+def empty_model(run: Run) -> nn.Module:
+    """The run's plain model without weights, and without memory for them: for what its size and configuration are."""
+    options = {name: value for name, value in run.model_options.items() if name != "checkpoint_path"}
+    with torch.device("meta"):
+        return tokenpool.create_model(run.model, **options)
 
 
 def image_source(run: Run) -> str:
     """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
 
     Raises:
-        ValueError: if nothing names them.
+        ValueError: if nothing names them, or a URL does.
     """
     root = os.environ.get(DATA) if run.data in NAMED else run.data
     if not root:
         raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
+    check_no_url(root)  # here, before weights are fetched
     return root
 
 
