@@ -666,9 +666,14 @@ def _execute(run: Any, folder: Path) -> None:
         else:
             outcome = protocol.execute(run, folder, progress=True)
     metrics, cost = outcome["metrics"], outcome["cost"]
+    if "warning" in outcome:
+        print(f"warning: {outcome['warning']}", file=sys.stderr)
+    images = f"{metrics['images']} images"
+    if "among_classes" in outcome:
+        images += f", among {len(outcome['among_classes'])} of the model's classes"
     print(
         f"top-1 {metrics['top1']:.2f} ± {metrics['top1_error']:.2f} %, top-5 {metrics['top5']:.2f} % of "
-        f"{metrics['images']} images; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
+        f"{images}; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
     )
     print(f"result: {path}")
 

@@ -34,6 +34,7 @@ from tokenpool import files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.images import check_no_url
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
+from tokenpool.labels import outputs_of
 from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
@@ -42,6 +43,7 @@ NAMED = {  # data, and what messages call them
     "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
     "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
 }
+ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -211,9 +213,8 @@ def execute(
     data = data_module(run)
     model = build_model(run, folder)
     data.setup("test")
-    if data.num_classes != model.num_classes:
-        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
-    module = training_module(run, model)
+    outputs = outputs_of(data.classes, model.num_classes)
+    module = training_module(run, model, outputs)
     checkpoint = checkpoint_path(run, folder)
     if run.stage in MEASURES:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -226,6 +227,8 @@ def execute(
         "cost": _cost(model),
         "seconds": record.seconds,
         **record.training(),
+        **_restriction(outputs, model.num_classes),
+        **_doubts(run, metrics, len(data.classes)),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": surroundings,
     }
@@ -239,11 +242,11 @@ def execute(
     return outcome
 
 
-def training_module(run: Run, model: nn.Module) -> ClassificationModule:
-    """What trains and tests the run's model."""
+def training_module(run: Run, model: nn.Module, outputs: list[int] | None = None) -> ClassificationModule:
+    """What trains and tests the run's model; `outputs` are those of the data's classes, None for all."""
     return ClassificationModule(
         model,
-        num_classes=model.num_classes,
+        num_classes=model.num_classes if outputs is None else len(outputs),
         learning_rate=run.learning_rate,
         weight_decay=run.weight_decay,
         warmup_epochs=run.warmup_epochs,
@@ -253,6 +256,7 @@ def training_module(run: Run, model: nn.Module) -> ClassificationModule:
         seed=run.seed,
         final_learning_rate=run.final_learning_rate,
         ema_decay=run.ema_decay if run.epochs else 0.0,
+        outputs=outputs,
     )
 
 
@@ -299,6 +303,33 @@ def _accuracy(metrics: dict[str, float], images: int, prefix: str = "test_") -> 
         "loss": loss if math.isfinite(loss) else None,
         "images": images,
     }
+
+
+def _restriction(outputs: list[int] | None, num_classes: int) -> dict[str, Any]:
+    """Entry of the result where some of the model's classes only took part: which ones."""
+    return {} if outputs is None or len(outputs) == num_classes else {"among_classes": outputs}
+
+
+def _doubts(run: Run, metrics: dict[str, Any], classes: int) -> dict[str, str]:
+    """Entry of the result where a model with weights from elsewhere is no better than a guess: likely reasons."""
+    from_elsewhere = run.pretrained or (run.start is not None and os.sep in run.start)
+    images, guess = metrics.get("images", 0), 1 / classes
+    if run.epochs or not from_elsewhere or "top1" not in metrics or images < ENOUGH_IMAGES or classes < 2:
+        return {}
+    top1, loss, by_guess = metrics["top1"], metrics.get("loss"), math.log(classes)
+    if top1 <= 100 * (guess + 3 * (guess * (1 - guess) / images) ** 0.5):
+        found = f"top-1 {top1:.2f} % of {images} images is what a guess among {classes} classes has"
+    elif loss is not None and loss > by_guess:
+        found = f"the loss {loss:.2f} is above that of a guess among {classes} classes, {by_guess:.2f}"
+    else:
+        return {}
+    reasons = (
+        "the classes of the data stand in another order than the model's (their folders are numbered in natural order, "
+        "but for WordNet ids with ImageNet's classes); the images are not preprocessed as the model expects "
+        "(`experiments.protocol.preprocessing`); or the weights have no head for these classes"
+    )
+    pooled = "; or too few tokens are kept" if run.downsampler != "none" else ""
+    return {"warning": f"{found}. Likely reasons: {reasons}{pooled}"}
 
 
 def _cost(model: nn.Module) -> dict[str, Any]:
