@@ -61,6 +61,13 @@ TrainerOptions = Annotated[
     typer.Option(help="Option of Lightning's Trainer, repeatable: devices=2, precision=bf16-mixed."),
 ]
 
+AllowEmpty = Annotated[
+    bool, typer.Option("--allow-empty-classes", help="Let class folders be empty; they count as classes.")
+]
+AllowTruncated = Annotated[
+    bool, typer.Option("--allow-truncated", help="Accept images whose end is missing; the rest of them is grey.")
+]
+
 Results = Annotated[
     Path | None,
     typer.Option(
@@ -309,6 +316,7 @@ def _study(
     """
     from experiments.run import DATA, NAMED, WEIGHTS
     from experiments.studies import Study
+    from tokenpool import files
 
     chosen = presets.get(preset)
     if data is not None and chosen.data not in NAMED:
@@ -318,6 +326,7 @@ def _study(
     for variable, path in ((DATA, data), (WEIGHTS, weights)):
         if path is not None:
             if not path.exists() and not str(path).startswith(HUB):
+                files.check_local(path)
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
     if results is None:
@@ -402,6 +411,8 @@ def train(
     ema_decay: Annotated[float | None, typer.Option(min=0, help="Of the weights' moving average; 0: none.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     split: Split = 0,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
     name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/train"),
     option: Options = None,
@@ -449,6 +460,8 @@ def train(
         crop_pct=chosen.crop_pct,
         seed=seed,
         split=split,
+        allow_empty_classes=allow_empty_classes,
+        allow_truncated=allow_truncated,
         options=options,
         model_options=model_options,
         trainer_options=chosen.trainer_options | _options(trainer),
@@ -473,6 +486,8 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     split: Split = 0,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
     name: Name = "",
     output: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/evaluate"),
     option: Options = None,
@@ -501,6 +516,8 @@ def evaluate(
         batch_size=batch_size,
         split=split,
         limit=limit,
+        allow_empty_classes=allow_empty_classes,
+        allow_truncated=allow_truncated,
         options=options,
         model_options=model_options,
         trainer_options=_options(trainer),
@@ -659,12 +676,14 @@ def check_data(
     part: Annotated[list[str] | None, typer.Option(help="train or val. Repeatable; default: both.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write. Default: in runs/check-data/.")] = None,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
 ) -> None:
     """Read every image once, and name those that cannot be read. Goes on where it was interrupted."""
     from experiments.check_data import PARTS
     from experiments.check_data import check_data as checked
 
-    for line in checked(data, part or PARTS, jobs or _cores(), output):
+    for line in checked(data, part or PARTS, jobs or _cores(), output, allow_empty_classes, allow_truncated):
         print(line)
 
 
@@ -681,9 +700,14 @@ def _execute(run: Any, folder: Path) -> None:
         else:
             outcome = protocol.execute(run, folder, progress=True)
     metrics, cost = outcome["metrics"], outcome["cost"]
+    if "warning" in outcome:
+        print(f"warning: {outcome['warning']}", file=sys.stderr)
+    images = f"{metrics['images']} images"
+    if "among_classes" in outcome:
+        images += f", among {len(outcome['among_classes'])} of the model's classes"
     print(
         f"top-1 {metrics['top1']:.2f} ± {metrics['top1_error']:.2f} %, top-5 {metrics['top5']:.2f} % of "
-        f"{metrics['images']} images; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
+        f"{images}; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
     )
     print(f"result: {path}")
 

@@ -30,7 +30,14 @@ _CHUNK = 16  # images that a process reads at a time: of a few megabytes, and in
 _SECONDS = 2  # between two notes of how far it has come
 
 
-def check_data(data: str, parts: Sequence[str] = PARTS, jobs: int = 1, output: Path | None = None) -> Iterator[str]:
+def check_data(
+    data: str,
+    parts: Sequence[str] = PARTS,
+    jobs: int = 1,
+    output: Path | None = None,
+    allow_empty: bool = False,
+    allow_truncated: bool = False,
+) -> Iterator[str]:
     """Decode all images in `jobs` processes; what comes out are lines to print, and a JSON file.
 
     How far it has come stands in `<output>.progress` meanwhile, from where the next call goes on. Images that could not
@@ -41,12 +48,15 @@ def check_data(data: str, parts: Sequence[str] = PARTS, jobs: int = 1, output: P
         parts: "train" and "val", or one of them.
         jobs: number of processes.
         output: the file; it is there when all images have been tried. Default: in `runs/check-data/`.
+        allow_empty: see `tokenpool.images.open_images`.
+        allow_truncated: see `tokenpool.images.load_image`.
 
     Raises:
         ValueError: at the end, if an image cannot be read or if train and val have different classes; and if the data
             cannot be opened.
     """
-    opened = {part: open_images(data, part) for part in parts}
+    allowed = {"allow_empty": allow_empty, "allow_truncated": allow_truncated}
+    opened = {part: open_images(data, part, **allowed) for part in parts}
     output = output or _default_output(data, parts)
     for part, images in opened.items():
         yield f"{part}: {_summary(images)}"
@@ -142,7 +152,8 @@ def _attempts(
     waiting = deque()
     try:
         for chunk in _chunks(opened, state):
-            waiting.append((chunk, _submit(executor, [opened[part].source(index) for part, index in chunk])))
+            sources = [(*opened[part].source(index), opened[part].allow_truncated) for part, index in chunk]
+            waiting.append((chunk, _submit(executor, sources)))
             if len(waiting) > 4 * jobs:  # what waits lies in memory
                 yield _outcome(*waiting.popleft())
         while waiting:
@@ -165,7 +176,7 @@ def _chunks(opened: dict[str, Images], state: dict[str, Any]) -> Iterator[list[t
         start = max(start - len(images), 0)
 
 
-def _submit(executor: ProcessPoolExecutor, sources: list[tuple[Path | bytes, str]]) -> Future:
+def _submit(executor: ProcessPoolExecutor, sources: list[tuple[Path | bytes, str, bool]]) -> Future:
     """Start the work, and processes for it if need be; a Ctrl-C meanwhile takes effect when they are known."""
     pressed = []
     handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
@@ -187,12 +198,12 @@ def _outcome(chunk: list[tuple[str, int]], future: Future) -> tuple[list[tuple[s
         raise RuntimeError(f"a process died near image {index} of {part}, of damage or of lack of memory") from error
 
 
-def _reasons(sources: list[tuple[Path | bytes, str]]) -> list[str | None]:
+def _reasons(sources: list[tuple[Path | bytes, str, bool]]) -> list[str | None]:
     """In a worker: why each image cannot be read; None if it can."""
     reasons = []
-    for file, name in sources:
+    for source in sources:
         try:
-            load_image(file, name)
+            load_image(*source)
             reasons.append(None)
         except ValueError as error:
             reasons.append(str(error))
@@ -216,6 +227,7 @@ def _fingerprint(opened: dict[str, Images], bad: list[dict[str, Any]]) -> str:
     """
     known = {(entry["part"], entry["index"]): entry["stamp"] for entry in bad}
     total = _digest(str([(part, len(images)) for part, images in opened.items()]))
+    total += sum(_digest(f"{part} allows truncated images") for part in opened if opened[part].allow_truncated)
     for part, images in opened.items():
         for index in tqdm(range(len(images)), desc=f"list of {part}", unit="image", leave=False, delay=2):
             total += _digest(known.get((part, index)) or f"{part} {images.stamp(index)}")

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool import plotting
+from tokenpool import files, plotting
 from tokenpool.downsampling import METHODS, Convolution, Downsampler
 from tokenpool.images import load_image
 
@@ -39,6 +39,7 @@ def explain(
     """
     if METHODS.get(method, Downsampler) in (None, Convolution):
         raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
+    files.check_local(image)
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
     if tokenpool.create_model(name, method, **schedule).in_chans != 3:
         raise ValueError(f"model {name} does not take photographs: they have three channels")
@@ -46,7 +47,8 @@ def explain(
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
     if weights is not None:
         tokenpool.load_weights(model, weights)
-    config = resolve_model_data_config(model)
+    # Its own size: a folder of timm's may build it at another one than its configuration says.
+    config = resolve_model_data_config(model, {"input_size": (3, *model.patch_embed.img_size)})
     pixels = create_transform(**config)(photograph)[None]  # (1, 3, H, W)
     with torch.inference_mode():
         before = model(pixels)

@@ -16,6 +16,7 @@ from torchvision.transforms import functional as transforms
 import tokenpool
 from experiments import throughput
 from tokenpool import redundancy
+from tokenpool.labels import outputs_of
 
 PHOTOGRAPHS = ("china", "flower")  # scikit-learn's, which need no download
 TIMED_BATCH = 32  # images
@@ -34,13 +35,16 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
 
     `correct`: for each image whether it is classified right, 1 or 0. `divergences`: for each image the Kullback-Leibler
     divergence of the predicted distribution from the plain model's, in nats, which varies less than `correct` does.
+    Both are among the classes of the data, see `tokenpool.labels.outputs_of`.
     """
     plain = tokenpool.unpatch(copy.deepcopy(model))
+    outputs = outputs_of(data.classes, model.num_classes)
+    chosen = slice(None) if outputs is None else outputs
     correct, divergences = [], []
     with torch.inference_mode():
         for images, labels in data.test_dataloader():
             images = images.to(_device(model))
-            found, expected = (network(images).log_softmax(-1) for network in (model, plain))
+            found, expected = (network(images)[:, chosen].log_softmax(-1) for network in (model, plain))
             correct += (found.argmax(-1).cpu() == labels).int().tolist()
             divergences += F.kl_div(found, expected, log_target=True, reduction="none").sum(-1).tolist()
     top1, images = float(np.mean(correct)), len(correct)

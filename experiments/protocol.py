@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
@@ -36,6 +35,7 @@ from experiments.run import (  # noqa: F401 - the names of a run are also found 
     check_identity,
     check_same,
     checkpoint_path,
+    empty_model,
     image_source,
     is_finished,
     is_path,
@@ -47,9 +47,11 @@ from experiments.run import (  # noqa: F401 - the names of a run are also found 
 from tokenpool import files, fingerprint, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
+from tokenpool.labels import outputs_of
 from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
+ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -93,9 +95,8 @@ def execute(
     data = data_module(run)
     model = build_model(run, folder)
     data.setup("test")
-    if data.num_classes != model.num_classes:
-        raise ValueError(f"the data have {data.num_classes} classes, but the model has {model.num_classes}")
-    module = training_module(run, model)
+    outputs = outputs_of(data.classes, model.num_classes)
+    module = training_module(run, model, outputs)
     if run.stage in MEASURES:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         metrics, is_first = MEASURES[run.stage](model.to(device).eval(), data), True
@@ -108,6 +109,8 @@ def execute(
         "cost": _cost(model),
         "seconds": record.seconds,
         **record.training(),
+        **_restriction(outputs, model.num_classes),
+        **_doubts(run, metrics, len(data.classes)),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": surroundings,
     }
@@ -121,11 +124,11 @@ def execute(
     return outcome
 
 
-def training_module(run: Run, model: nn.Module) -> ClassificationModule:
-    """What trains and tests the run's model."""
+def training_module(run: Run, model: nn.Module, outputs: list[int] | None = None) -> ClassificationModule:
+    """What trains and tests the run's model; `outputs` are those of the data's classes, None for all."""
     return ClassificationModule(
         model,
-        num_classes=model.num_classes,
+        num_classes=model.num_classes if outputs is None else len(outputs),
         learning_rate=run.learning_rate,
         weight_decay=run.weight_decay,
         warmup_epochs=run.warmup_epochs,
@@ -135,6 +138,7 @@ def training_module(run: Run, model: nn.Module) -> ClassificationModule:
         seed=run.seed,
         final_learning_rate=run.final_learning_rate,
         ema_decay=run.ema_decay if run.epochs else 0.0,
+        outputs=outputs,
     )
 
 
@@ -182,6 +186,33 @@ def _accuracy(metrics: dict[str, float], images: int, prefix: str = "test_") -> 
         "loss": loss if math.isfinite(loss) else None,
         "images": images,
     }
+
+
+def _restriction(outputs: list[int] | None, num_classes: int) -> dict[str, Any]:
+    """Entry of the result where some of the model's classes only took part: which ones."""
+    return {} if outputs is None or len(outputs) == num_classes else {"among_classes": outputs}
+
+
+def _doubts(run: Run, metrics: dict[str, Any], classes: int) -> dict[str, str]:
+    """Entry of the result where a model with weights from elsewhere is no better than a guess: likely reasons."""
+    from_elsewhere = run.pretrained or is_path(run.start)
+    images, guess = metrics.get("images", 0), 1 / classes
+    if run.epochs or not from_elsewhere or "top1" not in metrics or images < ENOUGH_IMAGES or classes < 2:
+        return {}
+    top1, loss, by_guess = metrics["top1"], metrics.get("loss"), math.log(classes)
+    if top1 <= 100 * (guess + 3 * (guess * (1 - guess) / images) ** 0.5):
+        found = f"top-1 {top1:.2f} % of {images} images is what a guess among {classes} classes has"
+    elif loss is not None and loss > by_guess:
+        found = f"the loss {loss:.2f} is above that of a guess among {classes} classes, {by_guess:.2f}"
+    else:
+        return {}
+    reasons = (
+        "the classes of the data stand in another order than the model's (their folders are numbered in natural order, "
+        "but for WordNet ids with ImageNet's classes); the images are not preprocessed as the model expects "
+        "(`experiments.protocol.preprocessing`); or the weights have no head for these classes"
+    )
+    pooled = "; or too few tokens are kept" if run.downsampler != "none" else ""
+    return {"warning": f"{found}. Likely reasons: {reasons}{pooled}"}
 
 
 def _cost(model: nn.Module) -> dict[str, Any]:
@@ -267,16 +298,16 @@ def data_module(run: Run) -> LightningDataModule:
         if run.limit or run.part:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
-    config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
+    source, prepared = image_source(run), preprocessing(run)
     return ImageFolderDataModule(
-        image_source(run),
-        image_size=run.model_options.get("img_size", config.input_size[-1]),
+        source,
+        image_size=tuple(prepared.pop("input_size")[1:]),
         workers=_workers(),
-        mean=config.mean,
-        std=config.std,
-        crop_pct=run.crop_pct or config.crop_pct or 0.9,
         limit=run.limit,
         part=run.part,
+        allow_empty=run.allow_empty_classes,
+        allow_truncated=run.allow_truncated,
+        **prepared,
         **_batches(run),
     )
 

@@ -4,14 +4,20 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
+from torch import nn
 
+import tokenpool
 from tokenpool import fingerprint, results
 from tokenpool.data import DigitsDataModule
-from tokenpool.images import open_images
+from tokenpool.images import check_no_url, open_images
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 NAMED = {  # data, and what messages call them
@@ -19,6 +25,7 @@ NAMED = {  # data, and what messages call them
     "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
 }
 
+_CONFIGURING = {"pretrained_cfg", "pretrained_cfg_overlay"}  # of timm.create_model, what changes the configuration
 _TITLES = {  # what messages call the parts of an identity
     "test_images": "test images",
     "train_images": "training images",
@@ -53,6 +60,8 @@ class Run:
         model_options: of the timm model.
         trainer_options: of Lightning's Trainer.
         split: of the data into train and test.
+        allow_empty_classes: see `tokenpool.images.open_images`.
+        allow_truncated: see `tokenpool.images.load_image`.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
@@ -93,6 +102,8 @@ class Run:
     split: int = 0
     limit: int = 0
     part: str = ""
+    allow_empty_classes: bool = False
+    allow_truncated: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
@@ -224,10 +235,12 @@ class Identities:
             return {"test_images": self._once("digits", DigitsDataModule.fingerprint)}
         root = image_source(run)
         parts = {"test_images": "val"} | ({"train_images": "train"} if run.epochs else {})
-        return {
-            key: self._once((root, part), lambda part=part: fingerprint.of_images(open_images(root, part)))
-            for key, part in parts.items()
-        }
+        allowed = {"allow_empty": run.allow_empty_classes, "allow_truncated": run.allow_truncated}
+
+        def take(part: str) -> str:
+            return fingerprint.of_images(open_images(root, part, **allowed))
+
+        return {key: self._once((root, part, *allowed.values()), partial(take, part)) for key, part in parts.items()}
 
     def _weights(self, run: Run) -> dict[str, str]:
         found = {}
@@ -280,19 +293,47 @@ def _of_timm(model: str) -> str:
 
 
 def preprocessing(run: Run) -> dict[str, Any]:
-    """How the run's images are prepared for its model."""
-    return {}
+    """How the run's images become what its model takes, as JSON values; nothing for digits.
+
+    What timm's `resolve_model_data_config` says of the model: `input_size` (C, H, W), `interpolation`, `mean`, `std`,
+    `crop_pct` and `crop_mode`. The run's `crop_pct` goes before the model's, and its `img_size` before `input_size`.
+
+    Raises:
+        ValueError: if timm knows no such model.
+    """
+    if run.data == "digits":
+        return {}
+    config = timm.get_pretrained_cfg(run.model)
+    size = run.model_options.get("img_size")
+    if config is None or _CONFIGURING & run.model_options.keys():
+        model = empty_model(run)
+        found, size = resolve_model_data_config(model), model.patch_embed.img_size  # a folder may have another img_size
+    else:
+        found = resolve_model_data_config(None, pretrained_cfg=config.to_dict())
+    if size:
+        found["input_size"] = (found["input_size"][0], *to_2tuple(size))
+    if run.crop_pct:
+        found["crop_pct"] = run.crop_pct
+    return plain(found)
+
+
+def empty_model(run: Run) -> nn.Module:
+    """The run's plain model without weights, and without memory for them: for what its size and configuration are."""
+    options = {name: value for name, value in run.model_options.items() if name != "checkpoint_path"}
+    with torch.device("meta"):
+        return tokenpool.create_model(run.model, **options)
 
 
 def image_source(run: Run) -> str:
     """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
 
     Raises:
-        ValueError: if nothing names them.
+        ValueError: if nothing names them, or a URL does.
     """
     root = os.environ.get(DATA) if run.data in NAMED else run.data
     if not root:
         raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
+    check_no_url(root)  # here, before weights are fetched
     return root
 
 

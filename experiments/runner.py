@@ -142,7 +142,8 @@ def summary(outcome: dict) -> str:
     """What came out of a run, in short."""
     metrics = outcome["metrics"]
     found = f"top-1 {metrics['top1']:.1f} %" if "top1" in metrics else "measured"
-    return f"{found}, {outcome['seconds']:.0f} s"
+    doubts = f"; warning: {outcome['warning'].partition('. ')[0]}" if "warning" in outcome else ""
+    return f"{found}, {outcome['seconds']:.0f} s{doubts}"
 
 
 def _execute(run: Run, folder: Path) -> dict:

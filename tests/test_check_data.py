@@ -47,7 +47,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = []
 
     def submit(executor: object, sources: list) -> object:
-        names.extend("/".join(Path(name).parts[-3:]) for _, name in sources)
+        names.extend("/".join(Path(name).parts[-3:]) for _, name, _ in sources)
         return sources
 
     monkeypatch.setattr(check_data, "_submit", submit)
@@ -77,7 +77,7 @@ def test_good_and_bad_images(folder: Path, tmp_path: Path, read: list[str]) -> N
     assert error == "2 of 46 images cannot be read" and len(read) == 46  # the folder is not what it was
     assert printed[2:4] == [
         f"cannot read image {folder}/train/red/07.png: it is in no format that Pillow knows",
-        f"cannot read image {folder}/val/green/01.png: it is in no format that Pillow knows",
+        f"cannot read image {folder}/val/green/01.png: it is empty",
     ]
     assert json.loads(output.read_text())["done"] == 46
 
@@ -109,6 +109,35 @@ def test_classes_that_differ(folder: Path, tmp_path: Path, read: list[str]) -> N
     assert printed[2:4] == ["classes of train only: blue", "classes of val only: red"]
     assert error == "train and val have different classes"
     assert lines(folder, tmp_path / "val.json", ("val",))[1] == ""
+
+
+def test_links_to_nothing_are_bad_images(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    path, output = folder / "train" / "red" / "07.png", tmp_path / "report.json"
+    whole = path.read_bytes()
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere.png")
+    printed, error = lines(folder, output)
+    reason = f"cannot read image {path}: it is a link to {tmp_path / 'elsewhere.png'}, which does not exist"
+    assert printed[2] == reason and error == "1 of 46 images cannot be read"
+    assert json.loads(output.read_text())["bad"][0]["index"] == 27
+    (tmp_path / "elsewhere.png").write_bytes(whole)
+    read.clear()
+    assert lines(folder, output)[1] == "" and read == ["train/red/07.png"]
+
+
+def test_truncated_images_and_empty_classes_can_be_allowed(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    path, output = folder / "val" / "red" / "01.jpg", tmp_path / "report.json"
+    Image.new("RGB", (64, 64), "teal").save(path)
+    path.write_bytes(path.read_bytes()[:-2])
+    (folder / "val" / "blue").mkdir()
+    (folder / "train" / "blue").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 class folders .*: blue\. .*--allow-empty-classes"):
+        list(checked(str(folder), output=output))
+    allowed = {"allow_empty": True, "allow_truncated": True}
+    assert "of 3 classes, 0 to 20 a class" in "".join(checked(str(folder), output=output, **allowed))
+    assert len(read) == 47
+    with pytest.raises(ValueError, match="^1 of 47 images cannot be read"):  # the report of before is not believed
+        list(checked(str(folder), output=output, allow_empty=True))
 
 
 def test_interrupted_anywhere_it_goes_on(folder: Path, tmp_path: Path, read: list[str], monkeypatch) -> None:

@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,8 +11,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data.auto_augment import RandAugment
 
+import tokenpool
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
-from tokenpool.images import load_image
+from tokenpool.images import load_image, open_images
 
 
 @pytest.fixture
@@ -131,6 +134,112 @@ def test_missing_and_empty_folders_are_named(folder: Path, tmp_path_factory) -> 
     Image.new("RGB", (8, 8)).save(folder / "train" / "blue" / "a.png")
     with pytest.raises(ValueError, match="the classes .* differ"):
         ImageFolderDataModule(folder).setup("fit")
+
+
+def test_what_is_no_class_and_no_image(folder: Path, tmp_path_factory) -> None:
+    def listed() -> list[tuple[str, int]]:
+        images = open_images(folder, "val")
+        return [(images.name(index), label) for index, label in enumerate(images.labels.tolist())]
+
+    before = listed()
+    image = (folder / "val" / "red" / "0.png").read_bytes()
+    for name in (
+        ".ipynb_checkpoints/0.png",
+        "__MACOSX/red/._0.png",
+        "@eaDir/0.png",
+        "red/._0.png",
+        "red/.thumbnails/0.png",
+        "red/@eaDir/0.png/SYNO.png",
+    ):
+        (folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "val" / name).write_bytes(image)
+    for name in (".DS_Store", "Thumbs.db", "red/.DS_Store", "red/Thumbs.db"):
+        (folder / "val" / name).write_bytes(b"x")
+    assert listed() == before
+
+    (folder / "val" / "red" / "deep").mkdir()
+    (folder / "val" / "red" / "deep" / "9.PNG").write_bytes(image)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(folder / "val" / "green", elsewhere / "green")
+    (folder / "val" / "green").symlink_to(elsewhere / "green")
+    assert listed() == [*before, (str(folder / "val" / "red" / "deep" / "9.PNG"), 1)]
+    (folder / "val" / "red" / "deep" / "again").symlink_to(folder / "val" / "red")
+    with pytest.raises(ValueError, match="red/deep/again is a link to a folder that it lies in"):
+        listed()
+    (folder / "val" / "red" / "deep" / "again").unlink()
+    shutil.rmtree(elsewhere)
+    with pytest.raises(ValueError, match="val/green is a link to .*green, which does not exist"):
+        listed()
+
+
+def test_images_without_a_class_are_named(folder: Path) -> None:
+    image = (folder / "val" / "red" / "0.png").read_bytes()
+    (folder / "val" / "more.png").write_bytes(image)
+    with pytest.raises(ValueError, match=r"1 images \(more.png\) lie in .*val itself .*/val/<class>/<image>\.$"):
+        open_images(folder, "val")
+    flat = folder / "flat" / "val"
+    flat.mkdir(parents=True)
+    for index in range(1, 12):
+        (flat / f"ILSVRC2012_val_{index:08}.JPEG").write_bytes(image)
+    with pytest.raises(ValueError, match=r"11 images \(ILSVRC.*001.JPEG, .*\.\.\.\) .* torchvision.datasets.ImageNet"):
+        open_images(folder / "flat", "val")
+
+
+def test_empty_classes_can_be_allowed(folder: Path) -> None:
+    for part in ("train", "val"):
+        (folder / part / "blue").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 3 class folders in .*val hold no image .*: blue\."):
+        ImageFolderDataModule(folder, image_size=32).setup("fit")
+    data = ImageFolderDataModule(folder, image_size=32, workers=0, allow_empty=True)
+    data.setup("fit")
+    assert list(data.classes) == ["blue", "green", "red"] and {label for _, label in data.test_set} == {1, 2}
+    shutil.rmtree(folder / "val" / "red"), shutil.rmtree(folder / "val" / "green")
+    with pytest.raises(FileNotFoundError, match="1 of the 1 class folders"):
+        open_images(folder, "val", allow_empty=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_truncated_images_can_be_allowed(folder: Path, workers: int) -> None:
+    path = folder / "val" / "red" / "1.jpg"
+    Image.open(folder / "val" / "red" / "1.png").save(path)
+    whole = np.asarray(load_image(path))
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"cannot read image .*1\.jpg: .*truncated"):
+        load_image(path)
+    assert np.array_equal(np.asarray(load_image(path, allow_truncated=True)), whole)
+    data = ImageFolderDataModule(folder, image_size=32, workers=workers, allow_truncated=True)
+    data.setup("test")
+    assert sum(len(labels) for _, labels in data.test_dataloader()) == 7
+    with pytest.raises(ValueError, match=r"1\.jpg: .*truncated"):  # the switch is for that call alone
+        load_image(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read image .*1\.jpg: it is empty"):
+        load_image(path, allow_truncated=True)
+
+
+@pytest.mark.parametrize("url", ["https://host/images", "s3://bucket/x", "file:///data/images"])
+def test_urls_are_refused_as_they_were_given(url: str, small: torch.nn.Module, in_process) -> None:
+    message = f"{url} is a URL, and URLs are not read: download it first"
+    for call in (
+        lambda: open_images(url, "val"),
+        lambda: open_images(Path(url), "val"),
+        lambda: tokenpool.load_weights(small, Path(url)),
+        lambda: tokenpool.load(url),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            call()
+    model = "--model=deit_tiny_patch16_224"
+    for arguments in (
+        ["evaluate", model, f"--data={url}", "--pretrained"],
+        ["evaluate", model, "--data=digits", f"--weights={url}"],
+        ["train", f"--start={url}", "--epochs=1"],
+        ["check-data", f"--data={url}"],
+        ["figure", "9", "--preset=pretrained", f"--data={url}"],
+        ["figure", "9", "--preset=pretrained", f"--weights={url}"],
+        ["explain", url],
+        ["explain", str(Path(__file__).parents[1] / "results/digits/pareto.png"), f"--weights={url}"],
+    ):
+        assert f"error: {message}" in in_process(*arguments).stderr, arguments
 
 
 def test_unreadable_images_are_named(folder: Path) -> None:

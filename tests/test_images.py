@@ -242,6 +242,27 @@ def test_changed_shards_are_read_again(folder: Path, tmp_path: Path) -> None:
     assert (len(before), len(after)) == (6, 7) and before.stamp(0) != after.stamp(0)
 
 
+@pytest.mark.parametrize("name", ["train-val-0", "val_test-0", "0"])
+def test_names_that_could_mean_two_parts_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    to = hub / "validation and train" if name == "0" else hub
+    write_shard(to / f"{name}.tar", members(samples(folder, "val")))
+    with pytest.raises(
+        ValueError, match=f"{name}.tar could belong to .* or to .*: rename '{name if to == hub else 'v'}"
+    ):
+        open_images(f"hf:{hub}", "val")
+
+
+def test_what_systems_leave_in_archives_is_no_image(folder: Path, tmp_path: Path) -> None:
+    content = members(samples(folder, "val"))
+    left = [member for name, image in content for member in ((f"./__MACOSX/{name}", b"x"), (f"._{name}", b"x"))]
+    content = [(f"./{name}", image) for name, image in content]
+    write_shard(tmp_path / "hub" / "val-0.tar", [*left, *content, ("0/._0.jpg", b"x"), (".DS_Store", b"x")])
+    for name in ("._val-0.tar", ".cache/val-1.tar", "__MACOSX/val-2.tar"):
+        write_shard(tmp_path / "hub" / name, [("x.txt", b"x")])
+    assert open_images(f"hf:{tmp_path / 'hub'}", "val").labels.tolist() == [0] * 3 + [1] * 3
+
+
 def test_missing_data_are_named(folder: Path, tmp_path: Path) -> None:
     root = parquet(folder, tmp_path / "hub")
     next((tmp_path / "hub").rglob("train-00001-*")).unlink()

@@ -76,7 +76,8 @@ def test_a_run_meets_its_budget(study: studies.Study, monkeypatch: pytest.Monkey
 @torch.no_grad()
 def test_agreement(small, photos) -> None:
     labels = torch.tensor([0, 1, 2, 3, 4])
-    data = SimpleNamespace(test_dataloader=lambda: [(photos[:3], labels[:3]), (photos[3:], labels[3:])])
+    batches = [(photos[:3], labels[:3]), (photos[3:], labels[3:])]
+    data = SimpleNamespace(test_dataloader=lambda: batches, classes=list("abcdefg"))
     plain = small(photos).softmax(-1)
     tokenpool.patch(small, "kmedoids", 0.7)
     pooled = small(photos).softmax(-1)

@@ -83,6 +83,7 @@ def load(path: str | Path) -> VisionTransformer:
         ValueError: if the file was not written by `save`, or is damaged; the message names it.
     """
     path = Path(path)
+    files.check_local(path)
     if not path.is_file():
         raise FileNotFoundError(f"no model at {path}")
     try:
@@ -120,6 +121,7 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
         ValueError: if it cannot be read or is of another model; the message names it.
     """
     path = Path(path)
+    files.check_local(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     try:

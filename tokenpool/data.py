@@ -1,6 +1,7 @@
 """Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import RandAugment
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.transforms import Compose
@@ -28,6 +30,7 @@ class _DataModule(LightningDataModule):
     `batch_size` counts the images of one step of the optimiser, over all processes and accumulated batches.
     """
 
+    classes: Sequence[str]  # their names; label l is the l-th
     num_classes: int
     train_set: Dataset
     test_set: Dataset
@@ -132,6 +135,7 @@ class DigitsDataModule(_DataModule):
         repeats: how many times in a row an image comes, see `EpochSampler`.
     """
 
+    classes = tuple(map(str, range(10)))
     num_classes = 10
     test_images = 450
 
@@ -184,7 +188,7 @@ class ImageFolderDataModule(_DataModule):
     Args:
         root: folder that holds `train/<class>/*` (not needed to evaluate) and `val/<class>/*` (or `test`); or "hf:" and
             what `datasets` can open, see `tokenpool.images.open_images`.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels, one number for both or two.
         batch_size: images of one step of the optimiser, over all processes and accumulated batches.
         workers: processes that load data.
         seed: of order, augmentation and mixing.
@@ -196,17 +200,22 @@ class ImageFolderDataModule(_DataModule):
         mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
         cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
         repeats: how many times in a row an image comes, see `EpochSampler`.
+        interpolation: of resizing: "bicubic", "bilinear" and so on, as timm has it.
+        crop_mode: of evaluation, as timm has it: "center" crops the middle, "squash" gives up the aspect ratio,
+            "border" adds a border.
+        allow_empty: see `tokenpool.images.open_images`.
+        allow_truncated: see `tokenpool.images.load_image`.
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
         ValueError: on reading an image that cannot be read; the message names it. Also if train and val have different
-            classes.
+            classes, or if `mean` has not three channels.
     """
 
     def __init__(
         self,
         root: str | Path,
-        image_size: int = 224,
+        image_size: int | tuple[int, int] = 224,
         batch_size: int = 64,
         workers: int = 2,
         seed: int = 0,
@@ -218,21 +227,32 @@ class ImageFolderDataModule(_DataModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         repeats: int = 1,
+        interpolation: str = "bicubic",
+        crop_mode: str = "center",
+        allow_empty: bool = False,
+        allow_truncated: bool = False,
     ) -> None:
         super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
         self.root = root
-        self.transforms = {"input_size": (3, image_size, image_size), "mean": mean, "std": std}
+        size = {"input_size": (3, *to_2tuple(image_size))}
+        self.transforms = size | {"mean": mean, "std": std, "interpolation": interpolation}
         self.crop_pct = crop_pct
+        self.crop_mode = crop_mode
+        self.allowed = {"allow_empty": allow_empty, "allow_truncated": allow_truncated}
         self.limit = limit
         self.part = _part(part)
 
     def setup(self, stage: str | None = None) -> None:
-        evaluate = create_transform(**self.transforms, interpolation="bicubic", crop_pct=self.crop_pct)
-        self.test_set = open_images(self.root, "val", evaluate)
-        self.num_classes = len(self.test_set.classes)
+        evaluate = create_transform(**self.transforms, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
+        self.test_set = open_images(self.root, "val", evaluate, **self.allowed)
+        channels = len(self.transforms["mean"])
+        if channels != 3:
+            raise ValueError(f"the model takes images of {channels} channels, but those of {self.root} have 3")
+        self.classes = self.test_set.classes
+        self.num_classes = len(self.classes)
         if stage == "fit":
-            folder = open_images(self.root, "train", training_transform(**self.transforms))
-            if folder.classes != self.test_set.classes:
+            folder = open_images(self.root, "train", training_transform(**self.transforms), **self.allowed)
+            if folder.classes != self.classes:
                 raise ValueError(f"the classes of train and val of {self.root} differ")
             self.train_set = SeededDataset(folder, self.seed)
         order = list(range(len(self.test_set)))
@@ -245,12 +265,11 @@ def training_transform(**options: Any) -> Compose:
     """DeiT's augmentation (Touvron et al. 2021, Table 9), by timm.
 
     Args:
-        options: of timm's `create_transform`: `input_size`, `mean`, `std`.
+        options: of timm's `create_transform`: `input_size`, `mean`, `std`, and `interpolation`, by default bicubic.
     """
     transform = create_transform(
-        **options,
+        **{"interpolation": "bicubic"} | options,
         is_training=True,
-        interpolation="bicubic",
         auto_augment="rand-m9-mstd0.5-inc1",
         color_jitter=None,
         re_prob=0.25,

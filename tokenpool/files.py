@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and paths that are none."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,25 @@ def whole(path: str | Path) -> Iterator[Path]:
             raise
         state = "what it held before is still there" if path.exists() else "there is no such file now"
         raise OSError(f"cannot write {path}: {reason}; {state}") from error
+
+
+def check_local(path: str | Path, instead: str = "") -> None:
+    """Refuse a URL where a path is expected.
+
+    Args:
+        path: that a user has given; `pathlib` makes `https:/host` of `https://host`.
+        instead: what the message proposes beside a download.
+
+    Raises:
+        ValueError: if it is a URL; the message gives it as it was.
+    """
+    url = re.match(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", str(path))
+    if url and not Path(path).exists():
+        root = "/" if url["scheme"] == "file" else ""
+        raise ValueError(
+            f"{url['scheme']}://{root}{url['rest']} is a URL, and URLs are not read: download it first, and give the "
+            f"path of the file or folder{instead}"
+        )
 
 
 def _refusal(path: Path) -> str:

@@ -67,8 +67,10 @@ def of_weights(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: if there is neither.
+        ValueError: if it is a URL.
     """
     path = Path(path)
+    files.check_local(path)
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file())
         return _digest([f"{file.relative_to(path)} {_of_file(file)}" for file in inside])[:16]

@@ -8,24 +8,36 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from timm.utils import natural_key
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+
+from tokenpool import files
 
 HUB = "hf:"
 
 _PARTS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # under which names, the best first
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "cls")
+# What systems leave in folders that they have no business in, beside names that begin with a dot.
+_LEFTOVERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
-def open_images(root: str | Path, part: str, transform: Callable[[Image.Image], Any] | None = None) -> "Images":
+def open_images(
+    root: str | Path,
+    part: str,
+    transform: Callable[[Image.Image], Any] | None = None,
+    allow_empty: bool = False,
+    allow_truncated: bool = False,
+) -> "Images":
     """The images of one part of a data set, in an order that does not change.
 
     Args:
@@ -35,18 +47,20 @@ def open_images(root: str | Path, part: str, transform: Callable[[Image.Image], 
             cache of `datasets` ($HF_HOME), from which images are read by index.
         part: "train" or "val". Where there is no val (`validation` with "hf:"), `test` is taken.
         transform: of the image; None leaves it a PIL image.
+        allow_empty: let a class folder be empty. The class counts, and has no image.
+        allow_truncated: see `load_image`.
 
     Raises:
         FileNotFoundError: if a folder is missing or holds no image.
         RuntimeError: if the package `datasets` is needed and missing.
-        ValueError: if there is no such part, if columns are missing, or if labels are not 0..C-1; the message says what
-            was found and what was expected.
+        ValueError: if there is no such part, if columns are missing, if labels are not 0..C-1, if images lie outside of
+            class folders, or if `root` is a URL; the message says what was found and what was expected.
     """
     if part not in _PARTS:
         raise ValueError(f"part = {part!r} must be one of {', '.join(_PARTS)}")
     if str(root).startswith(HUB):
-        return HubImages(str(root), part, transform)
-    return FolderImages(Path(root), part, transform)
+        return HubImages(str(root), part, transform, allow_truncated)
+    return FolderImages(Path(root), part, transform, allow_empty, allow_truncated)
 
 
 class Images(Dataset):
@@ -59,16 +73,19 @@ class Images(Dataset):
         labels: of all images, (N,) integers.
     """
 
-    def __init__(self, classes: list[str], labels: np.ndarray, transform: Callable | None) -> None:
+    def __init__(
+        self, classes: list[str], labels: np.ndarray, transform: Callable | None, allow_truncated: bool = False
+    ) -> None:
         self.classes = classes
         self.labels = labels
         self.transform = transform
+        self.allow_truncated = allow_truncated  # here, so that it reaches the processes that load data
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = load_image(*self.source(index))
+        image = load_image(*self.source(index), self.allow_truncated)
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def name(self, index: int) -> str:
@@ -98,22 +115,42 @@ class Images(Dataset):
 
 
 class FolderImages(Images):
-    """A folder in ImageNet's layout, `root/<part>/<class>/<image>`; labels number the sorted classes."""
+    """A folder in ImageNet's layout, `root/<part>/<class>/<image>`; labels number the classes in natural order."""
 
-    def __init__(self, root: Path, part: str, transform: Callable | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        part: str,
+        transform: Callable | None = None,
+        allow_empty: bool = False,
+        allow_truncated: bool = False,
+    ) -> None:
         self.folder = part_folder(root, part)
-        listed = ImageFolder(str(self.folder))
-        # An array, not a list of a million tuples: counting references to those copies them into every worker.
-        self.paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for path, _ in listed.samples])
-        super().__init__(listed.classes, np.array(listed.targets), transform)
+        classes = class_names(self.folder)
+        listed = [_image_files(self.folder / name) for name in classes]
+        empty = [name for name, found in zip(classes, listed, strict=True) if not found]
+        if empty and not (allow_empty and len(empty) < len(classes)):
+            raise FileNotFoundError(
+                f"{len(empty)} of the {len(classes)} class folders in {self.folder} hold no image "
+                f"({', '.join(IMG_EXTENSIONS)}): {_some(empty)}. Remove them, or let classes be empty "
+                "(--allow-empty-classes, allow_empty=True)"
+            )
+        # An array, not a list of a million texts: counting references to those copies them into every worker.
+        self.paths = np.array([os.fsencode(os.path.relpath(path, self.folder)) for found in listed for path in found])
+        labels = np.repeat(np.arange(len(classes)), [len(found) for found in listed])
+        super().__init__(classes, labels, transform, allow_truncated)
 
     def source(self, index: int) -> tuple[Path, str]:
         path = self.folder / self.relative_name(index)
         return path, str(path)
 
     def stamp(self, index: int) -> str:
-        status = os.stat(self.source(index)[0])
-        return f"{self.relative_name(index)} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        path, name = self.source(index)[0], self.relative_name(index)
+        try:
+            status = os.stat(path)
+        except OSError as error:  # a link to nothing, for one: what reads the image says so
+            return f"{name} {error.strerror}"
+        return f"{name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
     def relative_name(self, index: int) -> str:
         return os.fsdecode(bytes(self.paths[index]))
@@ -124,7 +161,9 @@ def part_folder(root: Path, part: str) -> Path:
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if `root` is a URL.
     """
+    check_no_url(root)
     folders = [root / name for name in (("train",) if part == "train" else ("val", "test"))]
     for folder in folders:
         if folder.is_dir():
@@ -132,23 +171,93 @@ def part_folder(root: Path, part: str) -> Path:
     raise FileNotFoundError(f"no folder {folders[0]}: expected ImageNet's layout, {folders[0]}/<class>/<image>")
 
 
+def check_no_url(root: str | Path) -> None:
+    """Refuse a URL as a source of images.
+
+    Raises:
+        ValueError: if `root` is one.
+    """
+    if not str(root).startswith(HUB):
+        files.check_local(root, instead=f", or name a data set of the Hugging Face hub as {HUB}OWNER/NAME")
+
+
+def class_names(folder: Path) -> list[str]:
+    """The class folders in a folder; label l is the l-th of them.
+
+    Names are in natural order (0, 1, 2, 10), as in timm. Names that begin with a dot are no classes.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if there are images beside them, which have no class, or a link to nothing.
+    """
+    with os.scandir(folder) as listed:
+        entries = [entry for entry in listed if not _is_hidden(entry.name)]
+    classes = sorted((entry.name for entry in entries if entry.is_dir()), key=lambda name: (natural_key(name), name))
+    broken = sorted(entry.path for entry in entries if entry.is_symlink() and not os.path.exists(entry.path))
+    if broken:  # of a class whose disk is not mounted, perhaps; without it the labels of all others would be wrong
+        raise ValueError(f"{broken[0]} is a link to {os.readlink(broken[0])}, which does not exist: mend or remove it")
+    loose = sorted(entry.name for entry in entries if is_image_file(entry.name) and entry.is_file())
+    if loose:
+        raise ValueError(
+            f"{len(loose)} images ({_some(loose)}) lie in {folder} itself and so have no class: expected "
+            f"{folder}/<class>/<image>.{_SORTING if any(map(_VALIDATION.match, loose)) else ''}"
+        )
+    if not classes:
+        raise FileNotFoundError(f"no class folder in {folder}: expected {folder}/<class>/<image>")
+    return classes
+
+
+_VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.", re.IGNORECASE)
+_SORTING = (
+    " These are ImageNet's validation images as they come. To sort them into folders of WordNet ids, put "
+    "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into a folder, and run in Python "
+    'torchvision.datasets.ImageNet(FOLDER, split="val"); then FOLDER is what --data takes. Or move each image into a '
+    "folder of its WordNet id, which Kaggle's LOC_val_solution.csv lists"
+)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _LEFTOVERS
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The images in a class folder and its sub-folders, links followed, sorted by folder and name."""
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        for path in (os.path.join(parent, name) for name in folders):
+            if os.path.islink(path) and Path(os.path.realpath(parent)).is_relative_to(os.path.realpath(path)):
+                raise ValueError(f"{path} is a link to a folder that it lies in: remove it")
+        found += [(parent, name) for name in names if is_image_file(name) and not _is_hidden(name)]
+    return [os.path.join(*pair) for pair in sorted(found)]
+
+
+def _raise(error: OSError) -> None:
+    """What `os.walk` does not do by itself: it passes over a folder that it must not read."""
+    raise error
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 class HubImages(Images):
     """A split of Hugging Face `datasets`, memory-mapped; `root` begins with "hf:"."""
 
-    def __init__(self, root: str, part: str, transform: Callable | None = None) -> None:
+    def __init__(self, root: str, part: str, transform: Callable | None = None, allow_truncated: bool = False) -> None:
         datasets = _datasets()
         split, dataset = _split(datasets, root, part)
         self.title = f"{split} of {root}"
         self.column = _image_column(datasets, dataset.features, self.title)
         classes, labels = _labels(datasets, dataset, self.title)
-        files = [Path(file["filename"]) for file in dataset.cache_files]
-        self.files = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
-        self.bytes_each = sum(file.stat().st_size for file in files) // max(len(dataset), 1)  # on the average
+        cached = [Path(file["filename"]) for file in dataset.cache_files]
+        self.files = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in cached)
+        self.bytes_each = sum(file.stat().st_size for file in cached) // max(len(dataset), 1)  # on the average
         dataset = dataset.with_format(None).select_columns([self.column])
         if isinstance(dataset.features[self.column], datasets.Image):
             dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
         self.dataset = dataset
-        super().__init__(classes, labels, transform)
+        super().__init__(classes, labels, transform, allow_truncated)
 
     def source(self, index: int) -> tuple[Path | bytes, str]:
         value, name = self.dataset[int(index)][self.column], f"{index} of {self.title}"
@@ -169,22 +278,25 @@ class HubImages(Images):
         return self.bytes_each
 
 
-def load_image(file: str | Path | bytes | BinaryIO, name: str | None = None) -> Image.Image:
+def load_image(
+    file: str | Path | bytes | BinaryIO, name: str | None = None, allow_truncated: bool = False
+) -> Image.Image:
     """An image as RGB, upright, 8 bits a channel; what is transparent becomes white.
 
     Args:
         file: its path, its bytes, or a file that is open for reading.
         name: what messages call it; default: the path.
+        allow_truncated: accept an image whose end is missing or whose checksums are wrong, as
+            `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` does. What is missing becomes grey or black.
 
     Raises:
-        ValueError: if the file is no image, is damaged, or holds floating-point values; the message names it.
+        ValueError: if the file is missing, empty, damaged or no image, or holds floating-point values; the message
+            names it.
     """
     if name is None:
         name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
     try:
-        if file == b"":
-            raise ValueError("it is empty")
-        with Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
+        with _truncated(allow_truncated), Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode == "F":
                 raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
@@ -194,12 +306,35 @@ def load_image(file: str | Path | bytes | BinaryIO, name: str | None = None) -> 
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
     except UnidentifiedImageError as error:  # whose message names a file once more, or an address in memory
-        raise ValueError(f"cannot read image {name}: it is in no format that Pillow knows") from error
+        reason = "it is empty" if _is_empty(file) else "it is in no format that Pillow knows"
+        raise ValueError(f"cannot read image {name}: {reason}") from error
     except Image.DecompressionBombError as error:
         most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
         raise ValueError(f"image {name} has more than {most} million pixels: scale it down first") from error
+    except FileNotFoundError as error:
+        link = f"it is a link to {os.readlink(file)}, which does not exist" if os.path.islink(file) else ""
+        raise ValueError(f"cannot read image {name}: {link or 'there is no such file'}") from error
     except Exception as error:  # Pillow raises whatever the decoder does
         raise ValueError(f"cannot read image {name}: {error}") from error
+
+
+@contextmanager
+def _truncated(allowed: bool) -> Iterator[None]:
+    """Pillow has this switch for the whole process only."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = before or allowed
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _is_empty(file: str | Path | bytes | BinaryIO) -> bool:
+    if isinstance(file, bytes):
+        return not file
+    if isinstance(file, str | Path):
+        return os.path.isfile(file) and os.path.getsize(file) == 0
+    return file.seek(0, os.SEEK_END) == 0
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
@@ -236,13 +371,13 @@ def _split(datasets: ModuleType, root: str, part: str) -> tuple[str, Any]:
                 raise ValueError("it is a single Dataset; expected a DatasetDict with train and validation")
             name = _chosen_split(part, saved)
             return name, saved[name]
-        files, suffix = _files(folder)
-        name = _chosen_split(part, files)
-        _check_numbering(files[name])
+        splits, suffix = _files(folder)
+        name = _chosen_split(part, splits)
+        _check_numbering(splits[name])
         if suffix == ".parquet":
-            return name, datasets.load_dataset("parquet", data_files={name: list(map(str, files[name]))}, split=name)
+            return name, datasets.load_dataset("parquet", data_files={name: list(map(str, splits[name]))}, split=name)
         # Not by load_dataset("webdataset"), which drops what the first five samples do not have, and ends at damage.
-        shards = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files[name]]
+        shards = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in splits[name]]
         features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
         return name, datasets.Dataset.from_generator(samples_of_shards, features, gen_kwargs={"shards": shards})
     except Exception as error:  # of many kinds, with the reason in the cause
@@ -258,13 +393,21 @@ def _chosen_split(part: str, found: Iterable[str]) -> str:
 
 
 def _files(folder: Path) -> tuple[dict[str, list[Path]], str]:
-    """The parquet files or tar shards of each split, and which of the two they are."""
+    """The parquet files or tar shards of each split, and which of the two they are.
+
+    Raises:
+        ValueError: if there are none, or if a name could mean two splits.
+    """
     for suffix in (".parquet", ".tar"):
         splits: dict[str, list[Path]] = {}
         for path in sorted(folder.rglob(f"*{suffix}")):
             parents = path.relative_to(folder).parent.parts
+            if any(map(_is_hidden, (path.name, *parents))):
+                continue
             for text in (path.stem, *reversed(parents)):  # the file's own name says it, else a folder's
                 names = set(re.split("[^a-z]+", text.lower())) & {name for names in _PARTS.values() for name in names}
+                if len(names) > 1:
+                    raise ValueError(f"{path} could belong to {' or to '.join(sorted(names))}: rename {text!r}")
                 if names:
                     splits.setdefault(names.pop(), []).append(path)
                     break
@@ -276,9 +419,9 @@ def _files(folder: Path) -> tuple[dict[str, list[Path]], str]:
     )
 
 
-def _check_numbering(files: list[Path]) -> None:
+def _check_numbering(shards: list[Path]) -> None:
     """Of files named `train-00002-of-00005`, all five must be there."""
-    numbers = [re.search(r"-(\d+)-of-(\d+)$", file.stem) for file in files]
+    numbers = [re.search(r"-(\d+)-of-(\d+)$", shard.stem) for shard in shards]
     if not all(numbers):
         return
     present = {int(number[1]) for number in numbers}
@@ -286,7 +429,7 @@ def _check_numbering(files: list[Path]) -> None:
     if missing:
         shown = ", ".join(map(str, sorted(missing)[:8]))
         raise ValueError(
-            f"of the {numbers[0][2]} files like {files[0].name}, {len(missing)} are missing: number {shown}"
+            f"of the {numbers[0][2]} files like {shards[0].name}, {len(missing)} are missing: number {shown}"
         )
 
 
@@ -303,7 +446,7 @@ def samples_of_shards(shards: list[tuple[str, int, int]]) -> Iterator[dict[str, 
         with tarfile.open(shard) as tar:
             key, fields = None, {}
             for member in tar:
-                if member.isdir():
+                if member.isdir() or any(map(_is_hidden, member.name.removeprefix("./").split("/"))):
                     continue
                 folder, _, file = member.name.rpartition("/")
                 stem, _, field = file.partition(".")

@@ -1,6 +1,7 @@
 """The LightningModule: trains and tests any image classifier, and learns a retention schedule where there is one."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class ClassificationModule(LightningModule):
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
-        num_classes: number of classes.
+        num_classes: number of classes of the data.
         learning_rate: of AdamW, at its peak.
         weight_decay: of AdamW; biases, norms and embeddings are spared.
         warmup_epochs: over which the learning rate rises linearly.
@@ -39,6 +40,8 @@ class ClassificationModule(LightningModule):
         seed: of stochastic layers, such as stochastic depth and random selection.
         final_learning_rate: at which the cosine ends.
         ema_decay: of the exponential moving average of the weights, by step; it is tested beside the model. 0: none.
+        outputs: the model's output for each class of the data, see `tokenpool.labels.outputs_of`; the other logits are
+            left out of loss and accuracy. None: all outputs, in their order.
 
     Attributes:
         ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
@@ -57,6 +60,7 @@ class ClassificationModule(LightningModule):
         seed: int = 0,
         final_learning_rate: float = 0.0,
         ema_decay: float = 0.0,
+        outputs: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= ema_decay < 1:
@@ -64,6 +68,7 @@ class ClassificationModule(LightningModule):
         if final_learning_rate > learning_rate:
             raise ValueError(f"final_learning_rate = {final_learning_rate} is above learning_rate = {learning_rate}")
         self.model = model
+        self.register_buffer("outputs", None if outputs is None else torch.tensor(outputs), persistent=False)
         self.learning_rate = learning_rate
         self.final_learning_rate = final_learning_rate
         self.weight_decay = weight_decay
@@ -107,7 +112,7 @@ class ClassificationModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits = self._of_the_data(self(images))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if self.searches:
             loss = loss + self.retention_penalty * soft_selection.retention_loss(self.model)
@@ -159,10 +164,13 @@ class ClassificationModule(LightningModule):
         images, labels = batch
         for model, measures in ((self.model, metrics), (self.ema, ema)):
             if model is not None:
-                logits = model(images)
+                logits = self._of_the_data(model(images))
                 measures["top1"].update(logits, labels)
                 measures["top5"].update(logits, labels)
                 measures["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+
+    def _of_the_data(self, logits: Tensor) -> Tensor:
+        return logits if self.outputs is None else logits[:, self.outputs]
 
     def _log_evaluation(self, metrics: MetricCollection, ema: MetricCollection) -> None:
         for measures in (metrics, ema) if self.ema is not None else (metrics,):

@@ -10,27 +10,29 @@ import timm
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.images import HUB, open_images, part_folder
+from tokenpool.images import HUB, class_names, open_images, part_folder
+from tokenpool.labels import outputs_of
 
 
 def check_data(runs: Sequence[Run]) -> None:
-    """Whether the images are there, with as many classes as the models have.
+    """Whether the images are there, with the classes that the models have.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if no images are named, if they cannot be opened, or if the classes are not as many.
+        ValueError: if no images are named, if they cannot be opened, or if their classes are others.
     """
     runs = [run for run in runs if run.data != "digits"]
     for root in sorted({protocol.image_source(run) for run in runs}):
         users = [run for run in runs if protocol.image_source(run) == root]
         for part in ["train", "val"] if any(run.epochs for run in users) else ["val"]:
-            count = _count_classes(root, part)
+            classes = _class_names(root, part)
             for run in users:
                 expected = _classes(run)
-                if count != expected:
-                    raise ValueError(
-                        f"{part} of {root} has {count} classes, but the model of {run.name} has {expected}"
-                    )
+                try:
+                    outputs_of(classes, expected)
+                except ValueError as error:
+                    found = f"{part} of {root} has {len(classes)} classes, but the model of {run.name} has {expected}"
+                    raise ValueError(f"{found}: {error}") from error
 
 
 def check_weights(runs: Sequence[Run]) -> None:
@@ -67,15 +69,15 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
             )
 
 
-def _count_classes(root: str, part: str) -> int:
+def _class_names(root: str, part: str) -> list[str]:
     if root.startswith(HUB):
-        return len(open_images(root, part).classes)
-    # The folders are counted; listing a million images takes minutes on some file systems.
-    return sum(entry.is_dir() for entry in os.scandir(part_folder(Path(root), part)))
+        return open_images(root, part).classes
+    # The folders are listed; listing a million images takes minutes on some file systems.
+    return class_names(part_folder(Path(root), part))
 
 
 def _classes(run: Run) -> int:
-    config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
+    config = timm.get_pretrained_cfg(run.model) or protocol.empty_model(run)
     return run.model_options.get("num_classes", config.num_classes)
 
 
