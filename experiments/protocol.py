@@ -226,7 +226,7 @@ def execute(
             if module.ema is not None:
                 save_weights(module.ema.module, weights_path(f"{run.name}.ema", folder))
         results.save(outcome, path)  # last: that it exists means that the run is done
-        checkpoint.unlink(missing_ok=True)
+        files.delete(checkpoint)
     return outcome
 
 
