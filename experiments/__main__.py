@@ -1,7 +1,11 @@
 """The command line: `python -m experiments <verb>`."""
 
-import logging
 import os
+
+if __name__ == "__main__":  # before the imports below: Matplotlib refuses what it does not know when it is imported
+    os.environ["MPLBACKEND"] = "Agg"  # pictures go into files, whatever Jupyter has left in the variable
+
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,7 +149,7 @@ def table(
     data: Data = None,
     weights: Weights = None,
 ) -> None:
-    """Write a table of the paper as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
+    """Print a table of the paper and write it as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
     from experiments import tables
 
     study = _study(preset, results, quick, data, weights)
@@ -358,7 +362,9 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
     for name in names:
         state, text = studies.status(study, f"{kind} {name}")
         if kind == "table":
-            files = tables.write(tables.sections(study, name), name, folder)
+            parts = tables.sections(study, name)
+            files = tables.write(parts, name, folder)
+            print("".join(f"{part.markdown()}\n\n" for part in parts), end="")
         else:
             picture = figures.draw(study, name)
             files = figures.save(picture, folder / f"figure-{name}") if picture else []
@@ -762,7 +768,10 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line; a mistake in the input ends in one line, not in a traceback."""
-    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures go into files; notebooks choose for themselves
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = "Agg"  # for the processes that it starts
+    matplotlib.use("Agg")
     try:
         app()
     except Interrupted as error:

@@ -120,7 +120,7 @@ def execute(
             if module.ema is not None:
                 save_weights(module.ema.module, weights_path(f"{run.name}.ema", folder))
         results.save(outcome, path)  # last: that it exists means that the run is done
-        checkpoint_path(run, folder).unlink(missing_ok=True)
+        files.delete(checkpoint_path(run, folder))
     return outcome
 
 

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import re
 import resource
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool import files, interruption, results
+from tokenpool import interruption, results
 from tokenpool.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
 
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax", "drop_path_rate": 0.2}
@@ -189,16 +188,6 @@ def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TOKENPOOL_MINUTES", "soon")
     with pytest.raises(ValueError, match="TOKENPOOL_MINUTES = 'soon' must be a number"):
         protocol.execute(dataclasses.replace(RUN, epochs=1), tmp_path / "other")
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file"
-    with files.whole(path) as temporary:
-        temporary.write_text("first")
-        assert not path.exists()
-    with pytest.raises(TypeError), files.whole(path) as temporary, open(temporary, "w") as file:
-        json.dump(["second", object()], file)  # fails after it has written
-    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tokenpool
-from experiments import presets, protocol
-from experiments.studies import Study, needs
+from experiments import figures, presets, protocol, tables
+from experiments.studies import Study, needs, status
 from tokenpool import results
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -48,6 +48,7 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
         search_learning_rate=1e-6,
         retention_learning_rate=0.5,
         full_penalties=(1.0,),
+        clustered_level=0,
     )
     folder = tmp_path / "runs"
     study = Study(preset, folder)
@@ -87,12 +88,83 @@ def test_a_broken_preset_is_named(tmp_path: Path) -> None:
         ("PRESET = (", "cannot read preset .*mine.py: SyntaxError"),
         ("PRESET = nothing", "cannot read preset .*mine.py: NameError: name 'nothing'"),
         (f"{digits}epochs=3)", "cannot read preset .*mine.py: TypeError: .*epochs"),
-        (f"{digits}name='a/b')", "mine.py: the name 'a/b' must consist of letters"),
-        (f"{digits}name='a', clustered_level=9)", "mine.py: clustered_level = 9, but there are 4 penalties"),
+        (f"{digits}name='a/b')", "cannot read preset .*mine.py: preset a/b: the name 'a/b' must consist of letters"),
+        (
+            f"{digits}name='a', clustered_level=9)",
+            "cannot read preset .*mine.py: preset a: clustered_level = 9, but there are 4 penalties; .* 7 full_",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=complaint):
             presets.get(str(path))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "quick"])
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_every_table_and_figure_of_every_preset_knows_its_runs(name: str, full: bool, tmp_path: Path) -> None:
+    study = Study(presets.get(name), tmp_path, full)
+    for item in [*(f"table {one}" for one in tables.NAMES), *(f"figure {one}" for one in figures.NAMES)]:
+        missing = study.missing(needs(study, item))
+        assert bool(missing) == (status(study, item)[0] == "missing")
+        assert study.with_awaited(missing) and study.seconds(missing) > 0 if missing else True
+
+
+def test_missing_runs_are_listed_in_the_quick_study_too(in_process, tmp_path: Path) -> None:
+    done = in_process("figure", "1c", "--preset", "cifar10", "--quick", "--missing", "--results", str(tmp_path))
+    assert done.returncode == 0 and "clusters-seed0: about" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_a_copy_of_every_preset_under_a_name_of_its_own_is_taken(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(Path(presets.__file__).with_name(f"{name}.py").read_text().replace(f'name="{name}"', 'name="mine"'))
+    preset = presets.get(str(path))
+    assert dataclasses.replace(preset, name=name, file=None) == presets.get(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"clustered_level": 5}, "clustered_level = 5, but there are 4 penalties"),
+        ({"clustered_level": -1}, "clustered_level = -1, but there are 4 penalties"),
+        ({"penalties": (1e-2, 1e-3, 1e-4)}, "penalties = .* must ascend"),
+        ({"full_penalties": (1e-3, 1e-3, 1e-2)}, "full_penalties = .* must ascend"),
+        ({"full_penalties": (1e-3, 1e-3 + 1e-12, 1e-2)}, "full_penalties has the same twice: 0.001, 0.001, 0.01"),
+        ({"penalties": (-1.0, 0.0, 1.0)}, "penalties = .* must be above 0"),
+        ({"penalties": ()}, "clustered_level = 1, but there are 0 penalties"),
+        ({"seeds": (0, 0)}, "seeds has the same twice"),
+        ({"full_seeds": ()}, "full_seeds = .* at least one"),
+        ({"extra_seeds": (0.5,)}, "extra_seeds = .* whole numbers"),
+        ({"methods": ("wkmedoid",)}, "methods has 'wkmedoid'; those with a schedule are .*wkmedoids"),
+        ({"methods": ("convolution",)}, "methods has 'convolution'"),
+        ({"depth": 5}, "depth = 5 and grid = 8, but deit_digits_patch2_16 has 6 blocks and 8 tokens along a side"),
+        ({"grid": 14}, "depth = 6 and grid = 14, but"),
+        ({"model_options": {"depths": 6}}, "timm makes no deit_digits_patch2_16 with .*depths"),
+        ({"model": "resnet18"}, "timm makes no resnet18|resnet18 is no VisionTransformer"),
+        ({"base_epochs": 0}, "base_epochs = 0: what trains nothing learns no schedules"),
+        ({"search_epochs": 0}, "search_epochs = 0, but base_epochs = 50"),
+        ({"finetune_epochs": 2.5}, "finetune_epochs = 2.5 must be a whole number"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0 must not be negative"),
+        ({"final_learning_rate": 1e-3}, "final_learning_rate = 0.001 is above search_learning_rate = 0.0002"),
+        ({"batch_size": 31, "mixup": 0.8}, "batch_size = 31 cannot be shared by 1 processes, in pairs for mixup"),
+        ({"ema_decay": 1.0}, "ema_decay = 1.0 must lie between 0 and 1"),
+        ({"redundancy_images": 9}, "redundancy_images = 9, but only image folders"),
+        ({"name": "../digits"}, "the name '../digits' must consist of letters"),
+        ({"main": presets.Variant("a", "A")}, "the name of main is 'a', but must be empty"),
+        ({"main": presets.Variant("", "A", schedules="deit_small")}, "are for 12 blocks, not for 6; .* of all, or of"),
+        ({"family": {"deit_small": presets.Variant("s", "S")}}, "deit_small stands in family, too"),
+        ({"family": {"deit_huge": presets.Variant("h", "H")}}, "'deit_huge' is no model of the paper's"),
+        ({"family": {"deit_tiny": presets.Variant("alpha", "T")}}, "family and normalised has the same twice: alpha"),
+        (
+            {"normalised": {"10a": presets.Variant("a", "A")}},
+            "normalised has '10a': expected 10a and 10b, with qk_norm",
+        ),
+    ],
+    ids=str,
+)
+def test_a_preset_that_contradicts_itself_is_refused(changes: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=f"^preset .*: .*(?:{complaint})"):
+        dataclasses.replace(presets.get("digits"), **changes)
 
 
 @pytest.mark.parametrize("text", ["", "PRESET = 3", "from experiments.presets.digits import PRESET"])

@@ -1,12 +1,18 @@
 """Files that are there whole or not at all, and paths that are none."""
 
+import glob
 import os
 import re
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
+
+DEAD_AFTER = 3600  # seconds; a writer that has written nothing for so long was killed
+_BYTES = 6  # of the number that tells writers of one path apart
 
 
 @contextmanager
@@ -14,16 +20,26 @@ def whole(path: str | Path) -> Iterator[Path]:
     """A file to write in place of `path`, whose place it takes when the block ends without an error.
 
     Until then, and whatever happens (an error, a full disk, a kill), what stood at `path` stays as it was. Its
-    folder is made if need be.
+    folder is made if need be. Several processes and threads may write the same path at once: each writes a file of its
+    own, and the last one to end stays. What killed writers have left is deleted by the next one, after an hour. Who may
+    read the file is up to the umask, as usual.
 
     Raises:
         OSError: if the file cannot be written, as on a full disk; the message names it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    now = time.time()
+    for left in _unfinished(path):
+        if now - _modified(left, otherwise=now) > DEAD_AFTER:
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_BYTES)}.partial")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors lets nobody but the user read what it writes
+            temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
@@ -55,6 +71,25 @@ def check_local(path: str | Path, instead: str = "") -> None:
             f"{url['scheme']}://{root}{url['rest']} is a URL, and URLs are not read: download it first, and give the "
             f"path of the file or folder{instead}"
         )
+
+
+def delete(path: Path) -> None:
+    """Delete a file that nobody is writing, and what killed writers of it have left."""
+    path.unlink(missing_ok=True)
+    for left in _unfinished(path):
+        left.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> list[Path]:
+    """The temporary files of a path, those of its present writers among them."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * _BYTES}.partial"))
+
+
+def _modified(path: Path, otherwise: float) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # its writer has ended
+        return otherwise
 
 
 def _refusal(path: Path) -> str:

@@ -44,6 +44,7 @@ _PAPER = {
     ),
 }
 
+MODELS = tuple(_PAPER)
 LEVELS = 8  # sparsity levels of each model
 
 

@@ -1,13 +1,12 @@
 """Presets: what to train, on what, for how long. Each module states command, cost and expected result at its top."""
 
-import re
 import runpy
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokenpool.schedules import LEVELS
+from experiments.presets.checks import check
 
 NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
 
@@ -39,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Preset:
-    """All choices of a study.
+    """All choices of a study. What contradicts itself is refused, see `checks`.
 
     Attributes:
         name: of the preset.
@@ -76,7 +75,7 @@ class Preset:
         normalised: the model with normalised queries and keys (Figure 10), by the figure's number.
         grid: tokens along the image's shorter side, which limits convolutions.
         processes: that train one model on a cluster, each with a GPU of its own.
-        clustered_level: number of the schedule that Figure 1c shows.
+        clustered_level: number of the schedule that Figure 1c shows; one of the quick study, too.
         redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
         budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
         depth: blocks.
@@ -130,6 +129,9 @@ class Preset:
     evaluation_seconds: float = 0.0
     file: Path | None = None
 
+    def __post_init__(self) -> None:
+        check(self)
+
     @property
     def argument(self) -> str:
         """What `--preset` takes for it."""
@@ -161,12 +163,8 @@ def _read(path: Path) -> Preset:
     try:
         preset = runpy.run_path(str(path)).get("PRESET")
     except Exception as error:  # whatever the code in it raises
-        raise ValueError(f"cannot read preset {path}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"cannot read preset {path}: {kind}{error}") from error
     if not isinstance(preset, Preset) or preset.name in NAMES:
         raise ValueError(f"{path} must define PRESET, a Preset with a name other than {', '.join(NAMES)}")
-    if not re.fullmatch(r"[A-Za-z0-9_]+", preset.name):
-        raise ValueError(f"{path}: the name {preset.name!r} must consist of letters, digits and _")
-    levels = LEVELS if preset.main.schedules else min(len(preset.penalties), len(preset.full_penalties))
-    if not 0 <= preset.clustered_level < levels:
-        raise ValueError(f"{path}: clustered_level = {preset.clustered_level}, but there are {levels} penalties")
     return replace(preset, file=path.resolve())

@@ -1,0 +1,166 @@
+"""What makes a preset contradict itself is said when it is made, not in the middle of a study."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from tokenpool.downsampling import METHODS
+from tokenpool.schedules import LEVELS, MODELS, paper
+
+if TYPE_CHECKING:
+    from experiments.presets import Preset, Variant
+
+_WITHOUT_SCHEDULE = ("none", "convolution")
+_NOT_NEGATIVE = (
+    *("learning_rate", "final_learning_rate", "search_learning_rate", "retention_learning_rate", "warmup_epochs"),
+    *("weight_decay", "mixup", "cutmix", "epoch_seconds", "evaluation_seconds"),
+)
+_FIGURES = ("10a", "10b")  # of models with normalised queries and keys
+
+
+def check(preset: "Preset") -> None:
+    """Whether all choices of a preset go together.
+
+    Raises:
+        ValueError: if not; the message names the preset and everything that is wrong.
+    """
+    wrong = list(_wrong(preset))
+    if wrong:
+        raise ValueError(f"preset {preset.name}: {'; '.join(wrong)}")
+
+
+def _wrong(preset: "Preset") -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9_]+", preset.name):
+        yield f"the name {preset.name!r} must consist of letters, digits and _"
+    yield from _wrong_ranges(preset)
+    yield from _wrong_lists(preset)
+    yield from _wrong_variants(preset)
+    yield from _wrong_stages(preset)
+    yield from dict.fromkeys(found for variant in _all(preset) for found in _wrong_shape(preset, variant))
+
+
+def _wrong_ranges(preset: "Preset") -> Iterator[str]:
+    least = {"depth": 1, "grid": 1, "processes": 1, "batch_size": 1, "repeats": 1}
+    least |= dict.fromkeys(("base_epochs", "search_epochs", "finetune_epochs", "redundancy_images"), 0)
+    for name, minimum in least.items():
+        value = getattr(preset, name)
+        if not isinstance(value, int) or value < minimum:
+            yield f"{name} = {value!r} must be a whole number, at least {minimum}"
+    for name in _NOT_NEGATIVE:
+        if not getattr(preset, name) >= 0:
+            yield f"{name} = {getattr(preset, name)!r} must not be negative"
+    for name in ("label_smoothing", "ema_decay", "crop_pct"):
+        value = getattr(preset, name)
+        if not (0 <= value < 1 or (name == "crop_pct" and value == 1)):
+            yield f"{name} = {value!r} must lie between 0 and 1"
+
+
+def _wrong_lists(preset: "Preset") -> Iterator[str]:
+    for name in ("penalties", "full_penalties", "budgets"):
+        values = getattr(preset, name)
+        if any(not value > 0 for value in values):
+            yield f"{name} = {values} must be above 0"
+        if name != "budgets" and any(not first < second for first, second in pairwise(values)):
+            yield f"{name} = {values} must ascend: level i is the i-th"
+    for name in ("penalties", "full_penalties"):  # as they stand in the names of files
+        yield from _repeated(name, [f"{value:g}" for value in getattr(preset, name)])
+    yield from _repeated("budgets", [f"{value:g}" for value in preset.budgets])
+    for name in ("seeds", "full_seeds", "extra_seeds"):
+        values = getattr(preset, name)
+        yield from _repeated(name, values)
+        if not values or any(not isinstance(seed, int) or seed < 0 for seed in values):
+            yield f"{name} = {values} must be whole numbers, 0 or more, at least one of them"
+    yield from _repeated("methods", preset.methods)
+    known = [name for name in METHODS if name not in _WITHOUT_SCHEDULE]
+    for name in preset.methods:
+        if name not in known:
+            yield f"methods has {name!r}; those with a schedule are {', '.join(known)}"
+
+
+def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
+    if len(set(values)) < len(values):
+        yield f"{name} has the same twice: {', '.join(map(str, values))}"
+
+
+def _wrong_variants(preset: "Preset") -> Iterator[str]:
+    if preset.main.name:
+        yield f"the name of main is {preset.main.name!r}, but must be empty: runs of the main model bear none"
+    yield from _repeated("the names of family and normalised", [variant.name for variant in _all(preset)[1:]])
+    for variant in _all(preset)[1:]:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", variant.name):
+            yield f"the name of variant {variant.name!r} must consist of letters, digits and _"
+    for name in (preset.stands_for, *preset.family):
+        if name not in ("deit_tiny", *MODELS):
+            yield f"{name!r} is no model of the paper's; those are deit_tiny, {', '.join(MODELS)}"
+    if preset.stands_for in preset.family:
+        yield f"{preset.stands_for} stands in family, too, but is what main stands for"
+    for figure, variant in preset.normalised.items():
+        if figure not in _FIGURES or variant.qk_norm is None:
+            yield f"normalised has {figure!r}: expected {' and '.join(_FIGURES)}, with qk_norm"
+    for variant in _all(preset):
+        if variant.schedules is not None and variant.schedules not in MODELS:
+            yield f"schedules = {variant.schedules!r}: the paper has those of {', '.join(MODELS)}"
+        elif variant.schedules is not None and preset.depth != (blocks := len(paper(variant.schedules, 0))):
+            yield f"the schedules of {variant.schedules} are for {blocks} blocks, not for {preset.depth}"
+
+
+def _wrong_stages(preset: "Preset") -> Iterator[str]:
+    pooled = [preset.main, *(variant for name, variant in preset.family.items() if name != "deit_tiny")]
+    printed = [variant.schedules is not None for variant in pooled]
+    levels = {"penalties": LEVELS, "full_penalties": LEVELS}
+    if not all(printed):
+        levels = {name: len(getattr(preset, name)) for name in levels}
+    if any(printed) and not all(printed):
+        yield "main has schedules, but not all of family have, or the other way round: name those of all, or of none"
+    for name, count in levels.items():
+        if not 0 <= preset.clustered_level < count:
+            yield f"clustered_level = {preset.clustered_level}, but there are {count} {name}"
+    if not preset.trains and not all(printed):
+        yield "base_epochs = 0: what trains nothing learns no schedules; main must name printed ones"
+    if preset.trains:
+        for name in ("finetune_epochs", *([] if all(printed) else ["search_epochs"])):
+            if getattr(preset, name) == 0:
+                yield f"{name} = 0, but base_epochs = {preset.base_epochs}: there is no such stage without epochs"
+        for name in ("learning_rate", *([] if all(printed) else ["search_learning_rate"])):
+            if preset.final_learning_rate > getattr(preset, name):
+                yield f"final_learning_rate = {preset.final_learning_rate} is above {name} = {getattr(preset, name)}"
+        unit = preset.processes * (2 if preset.mixup or preset.cutmix else 1)
+        if preset.processes and preset.batch_size % unit:
+            pairs = ", in pairs for mixup" if unit > preset.processes else ""
+            yield f"batch_size = {preset.batch_size} cannot be shared by {preset.processes} processes{pairs}"
+    if preset.data == "digits" and preset.redundancy_images:
+        yield f"redundancy_images = {preset.redundancy_images}, but only image folders can be limited, not the digits"
+
+
+def _wrong_shape(preset: "Preset", variant: "Variant") -> Iterator[str]:
+    name = variant.model or preset.model
+    options = preset.model_options | variant.model_options
+    try:
+        found = _shape(name, json.dumps(options, sort_keys=True))
+    except Exception as error:  # timm's, of many kinds
+        yield f"timm makes no {name} with {options}: {error}"
+        return
+    if found is None:
+        yield f"{name} is no VisionTransformer of timm"
+    elif found != (preset.depth, preset.grid):
+        has = f"{name} has {found[0]} blocks and {found[1]} tokens along a side"
+        yield f"depth = {preset.depth} and grid = {preset.grid}, but {has}"
+
+
+@cache
+def _shape(name: str, options: str) -> tuple[int, int] | None:
+    """Blocks of a timm model, and tokens along the shorter side of its image; None if it is no VisionTransformer."""
+    with torch.device("meta"):  # no weights
+        model = timm.create_model(name, **json.loads(options))
+    return (len(model.blocks), min(model.patch_embed.grid_size)) if isinstance(model, VisionTransformer) else None
+
+
+def _all(preset: "Preset") -> list["Variant"]:
+    return [preset.main, *preset.family.values(), *preset.normalised.values()]
