@@ -678,7 +678,8 @@ def _schedule(
 
     if keep is None and gmacs is None:
         return None
-    built = create_model(model, downsampler, keep, gmacs=gmacs, **options, **model_options)  # for its size, no weights
+    # For its size; no weights, and whether sizes are carried changes no schedule.
+    built = create_model(model, downsampler, keep, gmacs=gmacs, carry=False, **options, **model_options)
     return built.blocks.setting.keep
 
 

@@ -40,7 +40,7 @@ def explain(
     if METHODS.get(method, Downsampler) in (None, Convolution):
         raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
-    if tokenpool.create_model(name, method, **schedule).in_chans != 3:
+    if tokenpool.create_model(name, method, carry=carry, **schedule).in_chans != 3:
         raise ValueError(f"model {name} does not take photographs: they have three channels")
     output.mkdir(parents=True, exist_ok=True)
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
