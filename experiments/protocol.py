@@ -73,6 +73,7 @@ class Run:
         family: of the schedules that may meet it.
         level: number of the schedule, 0 the mildest; None where there is none.
         start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
+        ema: whether a file of weights is asked for their moving average or the raw ones; see `tokenpool.load_weights`.
         epochs: of training; 0 to evaluate only.
         options: of the downsampler.
         model_options: of the timm model.
@@ -99,6 +100,7 @@ class Run:
     learn_alpha: bool = False
     pretrained: bool = False
     start: str | None = None
+    ema: bool | None = None
     epochs: int = 0
     batch_size: int = 32
     learning_rate: float = 5e-4
@@ -353,9 +355,10 @@ def build_model(run: Run, folder: Path) -> nn.Module:
         **run.model_options,
     )
     if weights is not None:
-        tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options)
+        tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options, ema=run.ema)
     if run.start is not None:
-        tokenpool.load_weights(model, Path(run.start) if os.sep in run.start else weights_path(run.start, folder))
+        start = Path(run.start) if os.sep in run.start else weights_path(run.start, folder)
+        tokenpool.load_weights(model, start, ema=run.ema)
     return model
 
 

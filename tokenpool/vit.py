@@ -428,8 +428,13 @@ _OBSTACLES = (
 
 
 def _check_model(model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if inner := wrapped_name(model):
+        raise TypeError(
+            f"{kind} only wraps the VisionTransformer to pool: call patch and unpatch on its `{inner}`, in place"
+        )
     if not isinstance(model, VisionTransformer):
-        raise TypeError(_no_host(model))
+        raise TypeError(f"{kind} cannot be pooled: {_obstacle(model)}; {_SUPPORTED}")
     patched = is_patched(model)
     if not patched and type(model.blocks) is not nn.Sequential:
         kind = type(model.blocks).__name__
@@ -458,13 +463,11 @@ def _check_pooled(block: nn.Module, name: str) -> None:
             )
 
 
-def _no_host(model: nn.Module) -> str:
-    """Why a model that is no VisionTransformer cannot be pooled, and what can in its place."""
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    inner = next((path for path, module in model.named_modules() if isinstance(module, VisionTransformer)), None)
-    if inner is None or type(model).__name__.startswith("FeatureGetter"):
-        return f"{name} cannot be pooled: {_obstacle(model)}; {_SUPPORTED}"
-    return f"{name} only wraps the VisionTransformer to pool: call patch and unpatch on its `{inner}`, in place"
+def wrapped_name(model: nn.Module) -> str | None:
+    """Where the VisionTransformer is in a model that only wraps one; None in one, and in what has none."""
+    if isinstance(model, VisionTransformer) or type(model).__name__.startswith("FeatureGetter"):
+        return None
+    return next((path for path, module in model.named_modules() if isinstance(module, VisionTransformer)), None)
 
 
 def _obstacle(model: nn.Module) -> str:
