@@ -50,6 +50,10 @@ QkNorm = Annotated[str | None, typer.Option(help='"l2": normalise queries and ke
 Alpha = Annotated[float, typer.Option(help="Scalar of the attention, with --qk-norm.")]
 LearnAlpha = Annotated[bool, typer.Option("--learn-alpha", help="One alpha a block is a parameter.")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load timm's weights.")]
+Ema = Annotated[
+    bool | None,
+    typer.Option("--ema/--raw", help="Of a file of weights with both: the moving average (default) or the raw ones."),
+]
 Split = Annotated[int, typer.Option(min=0, help="Split of the digits into train and test.")]
 Name = Annotated[str, typer.Option(help="Part of the names of the files.")]
 Options = Annotated[
@@ -404,6 +408,7 @@ def train(
     learn_alpha: LearnAlpha = False,
     pretrained: Pretrained = False,
     start: Annotated[Path | None, typer.Option(help="Start from the weights in this file.")] = None,
+    ema: Ema = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: as the preset's base model.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all processes.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="At its peak.")] = None,
@@ -452,6 +457,7 @@ def train(
         learn_alpha=learn_alpha,
         pretrained=pretrained or (chosen.pretrained and start is None),
         start=_path(start),
+        ema=ema,
         epochs=_given(epochs, chosen.base_epochs),
         batch_size=_given(batch_size, chosen.batch_size),
         learning_rate=_given(learning_rate, chosen.learning_rate),
@@ -480,7 +486,8 @@ def train(
 def evaluate(
     model: Model,
     data: Annotated[str, typer.Option(help=_DIGITS_OR_FOLDER + " Only val is needed.")],
-    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors, or .pth with tensors only.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors, .pth or .ckpt.")] = None,
+    ema: Ema = None,
     pretrained: Pretrained = False,
     downsampler: Method = "none",
     keep: Keep = None,
@@ -519,6 +526,7 @@ def evaluate(
         learn_alpha=learn_alpha,
         pretrained=pretrained,
         start=_path(weights),
+        ema=ema,
         batch_size=batch_size,
         split=split,
         limit=limit,
@@ -544,6 +552,7 @@ def explain(
     gmacs: Gmacs = None,
     carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
     weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
+    ema: Ema = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/explain"),
 ) -> None:
     """Pool a pretrained model on one image: what it sees before and after, what it costs, and which patches merge."""
@@ -555,7 +564,7 @@ def explain(
     schedule = (
         {"gmacs": gmacs} if gmacs is not None else {"keep": keep or f"deit_small:{3 if level is None else level:g}"}
     )
-    for line in explained(image, model, method, schedule, carry, weights, output):
+    for line in explained(image, model, method, schedule, carry, weights, output, ema):
         print(line)
 
 
@@ -742,7 +751,8 @@ def _schedule(
 
     if keep is None and gmacs is None:
         return None
-    built = create_model(model, downsampler, keep, gmacs=gmacs, **options, **model_options)  # for its size, no weights
+    # For its size; no weights, and whether sizes are carried changes no schedule.
+    built = create_model(model, downsampler, keep, gmacs=gmacs, carry=False, **options, **model_options)
     return built.blocks.setting.keep
 
 

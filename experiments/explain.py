@@ -21,7 +21,14 @@ LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no 
 
 
 def explain(
-    image: Path, name: str, method: str, schedule: dict[str, Any], carry: bool, weights: Path | None, output: Path
+    image: Path,
+    name: str,
+    method: str,
+    schedule: dict[str, Any],
+    carry: bool,
+    weights: Path | None,
+    output: Path,
+    ema: bool | None = None,
 ) -> Iterator[str]:
     """Lines to print; the picture is written to `output`.
 
@@ -33,6 +40,7 @@ def explain(
         carry: see `tokenpool.patch`.
         weights: to use instead of timm's download.
         output: folder for the picture.
+        ema: see `tokenpool.load_weights`.
 
     Raises:
         ValueError: if the image cannot be read, or for an unusable setting; the message names it.
@@ -41,12 +49,12 @@ def explain(
         raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
     files.check_local(image)
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
-    if tokenpool.create_model(name, method, **schedule).in_chans != 3:
+    if tokenpool.create_model(name, method, carry=carry, **schedule).in_chans != 3:
         raise ValueError(f"model {name} does not take photographs: they have three channels")
     output.mkdir(parents=True, exist_ok=True)
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
     if weights is not None:
-        tokenpool.load_weights(model, weights)
+        tokenpool.load_weights(model, weights, ema=ema)
     # Its own size: a folder of timm's may build it at another one than its configuration says.
     config = resolve_model_data_config(model, {"input_size": (3, *model.patch_embed.img_size)})
     pixels = create_transform(**config)(photograph)[None]  # (1, 3, H, W)

@@ -286,9 +286,10 @@ def build_model(run: Run, folder: Path) -> nn.Module:
         **run.model_options,
     )
     if weights is not None:
-        tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options)
+        tokenpool.load_weights(model, Path(weights), other_classes="num_classes" in run.model_options, ema=run.ema)
     if run.start is not None:
-        tokenpool.load_weights(model, Path(run.start) if is_path(run.start) else weights_path(run.start, folder))
+        start = Path(run.start) if is_path(run.start) else weights_path(run.start, folder)
+        tokenpool.load_weights(model, start, ema=run.ema)
     return model
 
 

@@ -95,7 +95,7 @@ def count_paper() -> pd.DataFrame:
     for model, level in tqdm([(model, level) for model in _WIDTHS for level in range(schedules.LEVELS)]):
         keep = schedules.paper(model, level)
         for method in ("kmedoids", "kmeans") if model == "deit_small" else ("kmedoids",):
-            count = flops.count(tokenpool.create_model(f"{model}_patch16_224", method, keep))
+            count = flops.count(tokenpool.create_model(f"{model}_patch16_224", method, keep, carry=False))
             printed = flops.paper_clustering_macs(method, keep, 196, _WIDTHS[model]) / 1e9
             costs = count.backbone_gmacs + printed, printed, count.gmacs, count.clustering_gmacs
             rows += [(model, level, name, *(round(cost, 6) for cost in costs)) for name in (method, f"w{method}")]

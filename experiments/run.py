@@ -55,6 +55,7 @@ class Run:
         schedule: where a level's schedule comes from: "lambda0.001", the search with that penalty, or "deit_e252:3",
             the paper's. A level has another schedule in another study.
         start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
+        ema: whether a file of weights is asked for their moving average or the raw ones; see `tokenpool.load_weights`.
         epochs: of training; 0 to evaluate only.
         options: of the downsampler.
         model_options: of the timm model.
@@ -84,6 +85,7 @@ class Run:
     learn_alpha: bool = False
     pretrained: bool = False
     start: str | None = None
+    ema: bool | None = None
     epochs: int = 0
     batch_size: int = 32
     learning_rate: float = 5e-4
@@ -321,7 +323,7 @@ def empty_model(run: Run) -> nn.Module:
     """The run's plain model without weights, and without memory for them: for what its size and configuration are."""
     options = {name: value for name, value in run.model_options.items() if name != "checkpoint_path"}
     with torch.device("meta"):
-        return tokenpool.create_model(run.model, **options)
+        return tokenpool.create_model(run.model, carry=False, **options)
 
 
 def image_source(run: Run) -> str:

@@ -105,3 +105,23 @@ def test_the_command(weights: Path, tmp_path: Path) -> None:
     assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
     done = subprocess.run([*command, "--level", "2", "--keep", "0.9"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --level, --keep and --gmacs are three ways")
+
+
+def test_raw_weights_or_their_moving_average(in_process, weights: Path, tmp_path: Path) -> None:
+    picture("RGB", (64, 64)).save(tmp_path / "photo.png")
+    raw, averaged = safetensors.torch.load_file(weights), timm.create_model(MODEL).state_dict()
+    torch.save({"model": raw, "model_ema": averaged}, tmp_path / "both.pth")
+    torch.save({"model": raw}, tmp_path / "raw.pth")
+    torch.save({"model": averaged}, tmp_path / "averaged.pth")
+    fixed = ("--model", MODEL, "--output", str(tmp_path), "--weights")
+
+    def said(file: str, *options: str) -> str:
+        done = in_process("explain", str(tmp_path / "photo.png"), *fixed, str(tmp_path / file), *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with pytest.warns(UserWarning, match="took the raw weights 'model', not 'model_ema'; ema=True takes the other"):
+        assert said("both.pth", "--raw") == said("raw.pth")
+    with pytest.warns(UserWarning, match="took the moving average 'model_ema', not 'model'; ema=False takes the other"):
+        assert said("both.pth") == said("averaged.pth")
+    assert said("raw.pth") != said("averaged.pth")

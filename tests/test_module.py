@@ -12,7 +12,7 @@ TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_in
 
 def create(downsampler="none", keep=None) -> torch.nn.Module:
     torch.manual_seed(0)
-    return tokenpool.create_model("deit_digits_patch2_16", downsampler, keep, **TINY)
+    return tokenpool.create_model("deit_digits_patch2_16", downsampler, keep, carry=False, **TINY)
 
 
 def trainer(tmp_path, **options) -> Trainer:

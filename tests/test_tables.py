@@ -65,7 +65,7 @@ def test_the_stored_counts_are_those_of_the_models() -> None:
     """Two rows anew here; tests/test_flops.py counts all of the schedules."""
     rows = published.accuracies()
     for row in rows[rows["honest_clustering_gmacs"] > 0].sample(2, random_state=3).itertuples():
-        model = published.tokenpool.create_model(f"{row.model}_patch16_224", row.downsampler, row.keep)
+        model = published.tokenpool.create_model(f"{row.model}_patch16_224", row.downsampler, row.keep, carry=False)
         count = flops.count(model)
         assert count.gmacs == pytest.approx(row.honest_gmacs, abs=1e-6)
         assert count.clustering_gmacs == pytest.approx(row.honest_clustering_gmacs, abs=1e-6)

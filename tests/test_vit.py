@@ -1,4 +1,5 @@
 import copy
+import inspect
 import pickle
 
 import numpy as np
@@ -37,6 +38,15 @@ def test_none_equals_timm(small, photos) -> None:
     created = tokenpool.create_model("deit_tiny_patch16_224", **options).eval()
     created.load_state_dict(state)
     assert torch.equal(created(photos), expected)
+
+
+def test_patch_and_create_model_have_the_same_defaults() -> None:
+    patch, create = (inspect.signature(function).parameters for function in (tokenpool.patch, tokenpool.create_model))
+    shared = set(patch) & set(create) - {"downsampler"}  # which create_model alone can do without
+    assert {"keep", "gmacs", "carry", "qk_norm", "alpha", "learn_alpha", "dense"} <= shared
+    assert {name: patch[name].default for name in shared} == {name: create[name].default for name in shared}
+    size = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    assert tokenpool.create_model("deit_tiny_patch16_224", "wkmedoids", KEEP, **size).blocks.setting.carry
 
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)

@@ -8,6 +8,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
 from tokenpool import kernels
+from tokenpool.adoption import adopt, give_back, reference
 from tokenpool.clustering import is_in_graph
 
 
@@ -44,16 +45,19 @@ class ScoredAttention(nn.Module):
         self, host: TimmAttention, qk_norm: str | None = None, alpha: float = 1.0, learn_alpha: bool = False
     ) -> None:
         super().__init__()
-        for name, child in host.named_children():
-            self.add_module(name, child)
+        adopt(self, host)
+        self._host = (host,)  # a tuple, so that it is no submodule
         self.num_heads = host.num_heads
         self.head_dim = host.head_dim
         self.scale = host.scale
         self.normalise = qk_norm == "l2"
         if self.normalise:
-            reference = host.qkv.weight
-            alpha = torch.tensor(float(alpha), device=reference.device, dtype=reference.dtype)
-            self.alpha = nn.Parameter(alpha) if learn_alpha else float(alpha)
+            self.alpha = nn.Parameter(reference(host).new_tensor(float(alpha))) if learn_alpha else float(alpha)
+
+    def give_back(self) -> TimmAttention:
+        """The timm attention, with the submodules that stand here now."""
+        give_back(self, self._host[0])
+        return self._host[0]
 
     def forward(
         self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False, with_keys: bool = False

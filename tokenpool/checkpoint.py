@@ -1,9 +1,9 @@
 """Patched models as files: safetensors, with all that is needed to build the model again as metadata. No pickle."""
 
-import argparse
 import json
-import pickle
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Collection
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokenpool import files
+from tokenpool import files, weight_files
+from tokenpool.adoption import reference
 from tokenpool.downsampling import METHODS
 from tokenpool.version import __version__
-from tokenpool.vit import Setting, is_patched, patch
+from tokenpool.vit import Setting, is_patched, patch, wrapped_name
 
 _KEY = "tokenpool"
+_CLASSIFIERS = {f"{name}.{part}" for name in ("head", "head_dist") for part in ("weight", "bias")}
 # timm's arguments that users change, read back from the model.
 _OPTIONS: dict[str, Callable[[VisionTransformer], Any]] = {
     "img_size": lambda model: list(model.patch_embed.img_size),
@@ -43,8 +45,8 @@ def save(model: VisionTransformer, path: str | Path) -> None:
     """Write a model, patched or plain, so that `load` can build it again.
 
     Any tool that reads safetensors can read the weights; those of a parameter-free method are timm's own. Of timm's
-    arguments those in `model_options` of the metadata are kept; rates of dropout are not, and a model that differs
-    otherwise from what its name stands for is refused.
+    arguments those in `model_options` of the metadata are kept; rates of dropout and hooks are not, and a model that
+    differs otherwise from what its name stands for is refused: one with adapters or quantised modules, for instance.
 
     Args:
         model: made by `tokenpool.create_model` or `timm.create_model`.
@@ -54,22 +56,29 @@ def save(model: VisionTransformer, path: str | Path) -> None:
         ValueError: if the model could not be built again: one that timm does not know, or a downsampler or option that
             is no name or plain value.
     """
+    if inner := wrapped_name(model):
+        raise ValueError(f"a {type(model).__name__} wraps the model: save its `{inner}`")
     description = {
         "version": __version__,
         "model": _architecture(model),
         "model_options": {name: read(model) for name, read in _OPTIONS.items()},
         "setting": _setting(model),
-        "dtype": str(model.blocks[0].attn.qkv.weight.dtype).removeprefix("torch."),
+        "dtype": str(reference(model).dtype).removeprefix("torch."),
     }
     try:
         text = json.dumps(description)
     except TypeError as error:
         raise ValueError(f"the model's setting cannot be saved: {error}") from error
-    rebuilt, complaint = _build(description, empty=True), "the model cannot be saved: timm builds another one"
-    _check_same_weights(rebuilt, model.state_dict(), f"{complaint} by its name and size")
+    rebuilt = _build(description, empty=True)
+    complaint = "the model cannot be saved: timm builds another one by its name and size"
+    _check_same_modules(model, rebuilt, complaint)
+    _check_same_weights(rebuilt, model.state_dict(), complaint)
     differing = [pair for pair in zip_longest(_structure(model), _structure(rebuilt)) if pair[0] != pair[1]]
     if differing:
-        raise ValueError(f"{complaint} by its name and size: {differing[0][1]!r} in place of {differing[0][0]!r}")
+        raise ValueError(f"{complaint}: {differing[0][1]!r} in place of {differing[0][0]!r}")
+    dtypes = sorted({str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()})
+    if len(dtypes) > 1:
+        raise ValueError(f"the model cannot be saved: its weights are of {' and '.join(dtypes)}; convert them to one")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with files.whole(path) as temporary:
         safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
@@ -105,8 +114,12 @@ def load(path: str | Path) -> VisionTransformer:
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False) -> None:
-    """Load weights into a model: safetensors, or a `.pth` checkpoint of tensors only (`weights_only=True`).
+def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False, ema: bool | None = None) -> None:
+    """Load weights into a model: safetensors, or a `.pth` or `.ckpt` file of `torch.save`. Nothing is executed.
+
+    Prefixes of names, such as `module.`, `_orig_mod.`, `model.` or `backbone.`, are taken off where all the names that
+    the model needs then fit. The names of formats that timm converts (DINOv2, CLIP, DeiT-3, ...) are converted, and
+    position and patch embeddings of another size resampled, as timm does. A warning says what was done.
 
     Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
     left out where the model has none.
@@ -114,44 +127,42 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
     Args:
         model: that timm has made, patched or not.
         path: of the file.
-        other_classes: leave out a classifier for another number of classes, which then starts anew.
+        other_classes: leave out a classifier for another number of classes. The model's own, if any, starts anew.
+        ema: whether to take the moving average of the weights or the raw ones, where the file has both
+            (`state_dict_ema` and `state_dict`, `model_ema` and `model`, `ema.` and `model.` in this project's `.ckpt`).
+            None takes the moving average, as timm does. A warning says what was taken.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or is of another model; the message names it.
+        ValueError: if it cannot be read or is of another model; the message names the file and a key, and says why.
     """
     path = Path(path)
     files.check_local(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        if _is_safetensors(path):
-            state = safetensors.torch.load_file(path)
-        else:
-            # timm's training script stores its arguments, too, which is harmless.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("model", state.get("state_dict", state))
-        state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"cannot read weights {path}: damaged, or more than tensors, which could run code") from error
-    except Exception as error:
-        raise ValueError(f"cannot read weights {path}: {error}") from error
+    if inner := wrapped_name(model):
+        raise ValueError(f"a {type(model).__name__} wraps the model: load the weights into its `{inner}`")
+    held = weight_files.read(path)
     own = model.state_dict()
-    state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
-    may_miss = [key for key in own if ".downsampler." in key or key.endswith("attn.alpha")]
+    may_miss = {key for key in own if ".downsampler." in key or key.endswith("attn.alpha")}
+    may_miss |= {key for key in own if other_classes and key in _CLASSIFIERS}
+    fitting, nearest = weight_files.find(held, model, [key for key in own if key not in may_miss])
+    if nearest is None:
+        raise ValueError(f"cannot read weights {path}: it holds no tensors with names")
+    found, notes = weight_files.choose(fitting, ema, path) if fitting else (nearest, [])
+    state = {key: value for key, value in found.weights.items() if key in own or not key.endswith(".retention")}
     if other_classes:
-        heads = {f"{name}.{part}" for name in ("head", "head_dist") for part in ("weight", "bias")}
-        state = {key: value for key, value in state.items() if key not in heads or value.shape == own[key].shape}
-        may_miss += heads - set(state)
-    _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss)
-    model.load_state_dict(state, strict=False)
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether the file begins as safetensors do: eight bytes of length, then JSON."""
-    with open(path, "rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+        state = {
+            key: value
+            for key, value in state.items()
+            if key not in _CLASSIFIERS or (key in own and value.shape == own[key].shape)
+        }
+    _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss, advise=True)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not go into this model: {reason}") from error
+    if notes:
+        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
 
 
 def _architecture(model: VisionTransformer) -> str:
@@ -202,13 +213,55 @@ def _build(description: dict[str, Any], empty: bool) -> VisionTransformer:
         return patch(model, **setting.pop("options", {}), **setting)  # whose options reach the downsampler alone
 
 
-def _check_same_weights(model: nn.Module, state: dict[str, Any], complaint: str, may_miss: list[str] = ()) -> None:
+def _check_same_modules(model: nn.Module, rebuilt: nn.Module, complaint: str) -> None:
+    own = dict(model.named_modules())
+    for name, module in rebuilt.named_modules():
+        if "drop" not in name and type(own.get(name)) is not type(module):
+            kind = f"{type(own[name]).__module__}.{type(own[name]).__qualname__}" if name in own else "nothing"
+            raise ValueError(
+                f"{complaint}: {name} is {kind}, not {type(module).__qualname__}. Merge adapters first (peft: "
+                "merge_and_unload); keep what is quantised or otherwise replaced with torch.save"
+            )
+    for key, value in model.state_dict().items():
+        if type(value) is not torch.Tensor:
+            raise ValueError(
+                f"{complaint}: {key} is a {type(value).__qualname__}. Keep quantised models with torch.save"
+            )
+
+
+def _check_same_weights(
+    model: nn.Module, state: dict[str, Any], complaint: str, may_miss: Collection[str] = (), advise: bool = False
+) -> None:
     own = model.state_dict()
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
     missing = [key for key in own if key not in state and key not in may_miss]
     unexpected = [key for key in state if key not in own]
     if wrong or missing or unexpected:
+        key = (wrong + missing + unexpected)[0]
+        shapes = f", {tuple(state[key].shape)} in place of {tuple(own[key].shape)}" if wrong else ""
+        advice = _way_out(missing, unexpected, wrong) if advise else ""
         raise ValueError(
             f"{complaint}: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape, "
-            f"for instance {(wrong + missing + unexpected)[0]!r}"
+            f"for instance {key!r}{shapes}{advice}"
         )
+
+
+# How keys that do not fit tell what is the matter: pattern, where (in the file or in the model only), and what to do.
+_WAYS_OUT = (
+    ("dist_token|head_dist", "file", "they are of a distilled model: create that, deit_..._distilled_..."),
+    ("dist_token|head_dist", "model", "the model is a distilled one, the weights are not: create the plain model"),
+    (r"encoder\.layer\.\d|patch_embeddings\.", "file", "they have the names of Hugging Face's transformers: timm's own"
+     " weights of the model are at timm.create_model(..., pretrained=True) and on the hub under timm/"),
+    ("lora_|base_layer|hada_|ia3_", "file", "they are of adapters: merge those first (peft: merge_and_unload)"),
+    (r"lora_|base_layer|_packed_params|parametrizations\.|weight_[gv]$", "model", "load weights before adapters,"
+     " quantisation or parametrizations go in"),
+)  # fmt: skip
+
+
+def _way_out(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    for pattern, where, advice in _WAYS_OUT:
+        keys = unexpected if where == "file" else missing
+        if found := next((key for key in keys if re.search(pattern, key)), None):
+            return f" ({found!r}: {advice})"
+    is_classifier = _CLASSIFIERS.issuperset([*missing, *unexpected, *wrong])
+    return " (other_classes=True leaves the classifier out)" if is_classifier else ""

@@ -117,13 +117,15 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     clusters are matrix products too, for the sake of repeatability; they are not counted.)
 
     Args:
-        model: a timm VisionTransformer, patched or plain; it is copied, and stays as it is.
+        model: a timm VisionTransformer, patched or plain, or a model that wraps one; it is copied, and stays as it is.
+            Adapters inside its layers count as part of these.
         image_size: height and width in pixels. Default: the size that the model is built for.
         idle_clustering: count clustering as the paper's tables do instead: K-Medoids' distance matrix at all blocks,
             also where nothing is clustered. `paper_clustering_macs` states the rule.
 
     Raises:
-        ValueError: if the model runs an operator that is neither counted nor known to be free; the message names it.
+        ValueError: if the model runs an operator that is neither counted nor known to be free, which the message names,
+            or cannot be traced, such as a quantised one.
     """
     copied = copy.deepcopy(model).cpu().float().eval()
     height, width = image_size or copied.patch_embed.img_size
@@ -285,7 +287,14 @@ def _macs_by_part(model: nn.Module, images: torch.Tensor | tuple[torch.Tensor, .
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that shapes are fixed by tracing is what is wanted here
-        by_module = analysis.by_module()
+        try:
+            by_module = analysis.by_module()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"cannot count this model, since PyTorch cannot trace it ({reason}). Where it is quantised, count it, "
+                "or find its schedule, before that"
+            ) from error
     unknown = analysis.unsupported_ops()
     if unknown:
         raise ValueError(
@@ -294,10 +303,12 @@ def _macs_by_part(model: nn.Module, images: torch.Tensor | tuple[torch.Tensor, .
         )
 
     macs = Counter(dict.fromkeys(PARTS, 0))
+    inner = (f"{name}." for name, module in model.named_modules() if name and isinstance(module, VisionTransformer))
+    prefix = next(inner, "")  # of a model that wraps the transformer, such as peft's
     for name, module in model.named_modules():
         own = by_module[name] - sum(by_module[f"{name}.{child}".lstrip(".")] for child, _ in module.named_children())
         if own:
-            macs[_part(name)] += own
+            macs[_part(name.removeprefix(prefix))] += own
     return macs
 
 

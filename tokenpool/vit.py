@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from tokenpool import schedules
+from tokenpool.adoption import adopt, check_exchangeable, give_back, reference
 from tokenpool.attention import ScoredAttention
 from tokenpool.clustering import is_in_graph
 from tokenpool.downsampling import Downsampler, Host, find
@@ -82,11 +83,18 @@ class PooledBlock(nn.Module):
         self, host: Block, attention: ScoredAttention, downsampler: Downsampler | None, prefix: int, carry: bool
     ) -> None:
         super().__init__()
-        for name, child in host.named_children():
-            self.add_module(name, attention if name == "attn" else child)
-        self.downsampler = downsampler
+        adopt(self, host)
+        self._host = (host,)  # a tuple, so that it is no submodule
+        self.attn = attention
+        self.downsampler = downsampler and downsampler.train(host.training)
         self.prefix = prefix
         self.carry = carry
+
+    def give_back(self) -> Block:
+        """The timm block, with the submodules that stand here now."""
+        self.attn.give_back()
+        give_back(self, self._host[0], but=("attn", "downsampler"))
+        return self._host[0]
 
     def forward(self, stream: Stream, **unsupported: Any) -> Stream:
         if not isinstance(stream, Stream) or unsupported:
@@ -127,13 +135,22 @@ class PooledBlocks(nn.Sequential):
     """
 
     def __init__(
-        self, blocks: Sequence[PooledBlock], setting: Setting, hosts: Sequence[Block], prefix: int, unpools: bool
+        self, blocks: Sequence[PooledBlock], setting: Setting, host: nn.Sequential, prefix: int, unpools: bool
     ) -> None:
         super().__init__(*blocks)
+        self._host = (host,)  # a tuple, so that it is no submodule
         self.setting = setting
         self.prefix = prefix
         self.unpools = unpools
-        self.hosts = tuple(hosts)  # a tuple, so that they are no submodules: `unpatch` puts them back
+        self.training = host.training
+
+    def give_back(self) -> nn.Sequential:
+        """timm's blocks, those that stand here now."""
+        (host,) = self._host
+        blocks = [block.give_back() for block in self]
+        del host[:]
+        host.extend(blocks).training = self.training
+        return host
 
     def __getitem__(self, index: int | slice) -> PooledBlock:
         if isinstance(index, slice):
@@ -231,6 +248,12 @@ def patch(
     Patch again after timm's `reset_classifier` or `set_input_size`: what the head reads, and the grid, are looked up
     here. Parameter-free methods leave `state_dict()` as it is, key for key.
 
+    Only `model.blocks`, each block and its `attn` are exchanged. All that is inside them (norms, `attn.qkv`,
+    `attn.proj`, `mlp`, ...) stays, whatever has become of it: adapters such as LoRA, quantised modules,
+    parametrizations, modes (training or evaluation), and hooks. `unpatch` and patching anew keep what stands there
+    then. A hook, parameter or `forward` that users gave one of the exchanged modules themselves would be lost, and is
+    refused. Downsamplers and learned alphas are part of the patch: they go with `unpatch`, and start anew.
+
     Args:
         model: any `timm.models.vision_transformer.VisionTransformer` of standard blocks.
         downsampler: a name in `tokenpool.downsampling.METHODS`, or a class of your own that keeps its contract.
@@ -255,8 +278,9 @@ def patch(
         The same model.
 
     Raises:
-        TypeError: if the model is no timm VisionTransformer of standard blocks.
-        ValueError: for an unknown method or option, or an unusable `keep`.
+        TypeError: if the model is no timm VisionTransformer of standard blocks. Of a model that wraps one (peft's
+            `PeftModel`, `DistributedDataParallel`, what `torch.compile` returns) the message names the one inside.
+        ValueError: for an unknown method or option, an unusable `keep`, or a hook that would be lost.
     """
     name, method = find(downsampler)
     _check_model(model)
@@ -273,11 +297,10 @@ def patch(
     if not isinstance(alpha, Real) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha = {alpha!r} must be a positive number")
 
-    hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
-    prefix = model.num_prefix_tokens
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
     pools_patches = model.global_pool not in ("token", "")
     reads_patches = dense or pools_patches or not prefix
-    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches, model.dynamic_img_size)
+    host = Host(depth, model.embed_dim, model.patch_embed.grid_size, reads_patches, model.dynamic_img_size)
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     if method is None:
@@ -298,23 +321,32 @@ def patch(
     unpatch(model)
     if method is None and qk_norm is None:
         return model
-    reference = hosts[0].attn.qkv.weight
-    layers = [layer and layer.to(device=reference.device, dtype=reference.dtype) for layer in layers]
+    like = reference(model.blocks)
+    layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
     blocks = [
         PooledBlock(block, ScoredAttention(block.attn, qk_norm, alpha, learn_alpha), layer, prefix, carry)
-        for block, layer in zip(hosts, layers, strict=True)
+        for block, layer in zip(model.blocks, layers, strict=True)
     ]
     keep = None if keep is None else tuple(keep)
     setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, dense, options)
     unpools = (dense or pools_patches) and any(layer is not None and layer.merges for layer in layers)
-    model.blocks = PooledBlocks(blocks, setting, hosts, prefix, unpools).train(model.training)
+    model.blocks = PooledBlocks(blocks, setting, model.blocks, prefix, unpools)
     return model
 
 
 def unpatch(model: VisionTransformer) -> VisionTransformer:
-    """Undo `patch`, in place: the plain timm model again, with the weights it has now. Returns the same model."""
-    if is_patched(model):
-        model.blocks = nn.Sequential(*model.blocks.hosts).train(model.training)
+    """Undo `patch`, in place: the plain timm model again, with the weights and submodules that it has now.
+
+    Returns:
+        The same model. One that is not patched stays as it is.
+
+    Raises:
+        TypeError: if the model only wraps a patched one, or a block or attention has been replaced.
+        ValueError: for a hook that would be lost, see `patch`.
+    """
+    if any(isinstance(module, PooledBlocks) for module in model.modules()):
+        _check_model(model)
+        model.blocks = model.blocks.give_back()
     return model
 
 
@@ -329,7 +361,7 @@ def create_model(
     keep: Sequence[int] | float | str | None = None,
     *,
     gmacs: float | None = None,
-    carry: bool = False,
+    carry: bool = True,
     pretrained: bool = False,
     qk_norm: str | None = None,
     alpha: float = 1.0,
@@ -344,7 +376,7 @@ def create_model(
         downsampler: see `patch`.
         keep: see `patch`.
         gmacs: see `patch`.
-        carry: see `patch`. Off by default here, as in the paper: "when the models are trained with Token Pooling
+        carry: see `patch`. The paper's own models have carry=False: "when the models are trained with Token Pooling
             layers, the carry operation is not important" (appendix E).
         pretrained: load timm's weights.
         qk_norm: see `patch`.
@@ -396,17 +428,50 @@ _OBSTACLES = (
 
 
 def _check_model(model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if inner := wrapped_name(model):
+        raise TypeError(
+            f"{kind} only wraps the VisionTransformer to pool: call patch and unpatch on its `{inner}`, in place"
+        )
     if not isinstance(model, VisionTransformer):
-        name = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"{name} cannot be pooled: {_obstacle(model)}; {_SUPPORTED}")
-    for index, block in enumerate(() if is_patched(model) else model.blocks):
-        if type(block) is not Block or type(block.attn) is not Attention:
+        raise TypeError(f"{kind} cannot be pooled: {_obstacle(model)}; {_SUPPORTED}")
+    patched = is_patched(model)
+    if not patched and type(model.blocks) is not nn.Sequential:
+        kind = type(model.blocks).__name__
+        raise TypeError(
+            f"model.blocks is a {kind}, which cannot be pooled: it is not timm's nn.Sequential; {_SUPPORTED}"
+        )
+    check_exchangeable(model.blocks, "model.blocks")
+    for index, block in enumerate(model.blocks):
+        name = f"blocks[{index}]"
+        if patched:
+            _check_pooled(block, name)
+        elif type(block) is not Block or type(block.attn) is not Attention:
             kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
             raise TypeError(f"block {index} is a {kind}, which cannot be pooled: {_obstacle(block)}; {_SUPPORTED}")
+        check_exchangeable(block, name)
+        check_exchangeable(block.attn, f"{name}.attn", own=("alpha",) if patched else ())
+
+
+def _check_pooled(block: nn.Module, name: str) -> None:
+    attention = getattr(block, "attn", None)
+    for module, kind, where in ((block, PooledBlock, name), (attention, ScoredAttention, f"{name}.attn")):
+        if type(module) is not kind:
+            raise TypeError(
+                f"{where} is a {type(module).__name__} in place of the {kind.__name__} that patch has put there, and "
+                "would be lost: put that back first"
+            )
+
+
+def wrapped_name(model: nn.Module) -> str | None:
+    """Where the VisionTransformer is in a model that only wraps one; None in one, and in what has none."""
+    if isinstance(model, VisionTransformer) or type(model).__name__.startswith("FeatureGetter"):
+        return None
+    return next((path for path, module in model.named_modules() if isinstance(module, VisionTransformer)), None)
 
 
 def _obstacle(model: nn.Module) -> str:
     classes = (type(module).__name__ for module in model.modules())
     names = " ".join([*classes, *(name for name, _ in model.named_modules()), *model.state_dict()]).lower()
     reasons = (reason for pattern, reason in _OBSTACLES if re.search(pattern, names))
-    return next(reasons, "its blocks are not timm's Block, that is normalisation, attention, normalisation and MLP")
+    return next(reasons, "its blocks are not timm's Block of normalisation, timm's Attention, normalisation and MLP")

@@ -1,0 +1,254 @@
+"""Files of weights by others: what they hold, and which of it fits a model. Nothing of a file is executed."""
+
+import math
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+
+class StandIn:
+    """Stands for an object in a file that is no tensor and is not needed: it takes all that the object is made of."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty_dict(*args: Any) -> dict:
+    return {}
+
+
+# What training scripts put beside tensors. `weights_only` refuses it; stand-ins are built in its place.
+_BESIDE_TENSORS = """
+argparse.Namespace types.SimpleNamespace
+pathlib.Path pathlib.PurePath pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath
+pathlib._local.Path pathlib._local.PurePath pathlib._local.PosixPath pathlib._local.PurePosixPath
+pathlib._local.WindowsPath pathlib._local.PureWindowsPath
+numpy.dtype numpy.ndarray numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct
+numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct numpy._core.numeric._frombuffer
+datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezone uuid.UUID
+builtins.list builtins.dict builtins.int builtins.float builtins.str builtins.frozenset builtins.slice
+torch.torch_version.TorchVersion torch._C.Generator
+""".split()
+_ALLOWED = [*((StandIn, name) for name in _BESIDE_TENSORS), (_empty_dict, "collections.defaultdict")]
+
+
+def read(path: Path) -> Any:
+    """What a file of safetensors or of `torch.save` holds; in the place of other objects than tensors, stand-ins.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no file of weights, is damaged, or holds objects that are not known to be harmless.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file of weights{_files_in(path)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    if other := _other_kind(path):
+        raise ValueError(f"cannot read weights {path}: it is {other}")
+    try:
+        if _is_safetensors(path):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"cannot read weights {path}: it holds more than tensors, a {found[1]}, and loading that could run "
+                "code. If you trust the file, load it by torch.load(..., weights_only=False) and save its state_dict"
+            ) from error
+        raise ValueError(f"cannot read weights {path}: damaged, or no file of torch.save") from error
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read weights {path}: damaged, or of an unknown format ({reason})") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether the file begins as safetensors do: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _files_in(folder: Path) -> str:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    return f"; name one in it, such as {names[0]}" if names else ""
+
+
+def _other_kind(path: Path) -> str | None:
+    """What the file is, where it is known to hold no weights that could be read."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    begins = head.lstrip().lower()
+    if not head:
+        return "empty"
+    if begins.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: `git lfs pull` fetches that"
+    if begins.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a page of HTML or XML, as a failed download leaves it"
+    if head.startswith(b"\x1f\x8b"):
+        return "compressed by gzip: unpack it first"
+    if head.startswith(b"\x89HDF"):
+        return "an HDF5 file, as Keras writes it"
+    text = head.decode("utf-8", errors="ignore")
+    if len(text.encode()) > len(head) - 4 and all(char.isprintable() or char.isspace() for char in text):
+        return f"a text file, which begins with {text.strip()[:40]!r}"
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith(".npy") for name in names):
+            return "an archive of NumPy, as JAX models come: timm.create_model(..., checkpoint_path=...) reads it"
+        if any(name.endswith("constants.pkl") for name in names):
+            return "a TorchScript archive: save the state_dict of the model in it"
+    return None
+
+
+_AVERAGES = {"ema", "swa", "average", "averaged", "teacher", "momentum", "shadow", "target"}
+
+
+class Found(NamedTuple):
+    """One set of weights in a file.
+
+    Attributes:
+        place: names of the containers that it is in, and the prefix of its keys.
+        prefix: of its keys, which has been taken off.
+        weights: under the model's names.
+        notes: what was changed in them.
+    """
+
+    place: str
+    prefix: str
+    weights: dict[str, Tensor]
+    notes: list[str]
+
+    @property
+    def is_average(self) -> bool:
+        """Whether its place says that it is a moving average of weights."""
+        names = re.split(r"[._]", self.place.lower())
+        return not _AVERAGES.isdisjoint(names)
+
+
+def find(held: Any, model: nn.Module, needed: Collection[str]) -> tuple[list[Found], Found | None]:
+    """The sets of weights that have all the names that a model needs, and the one that comes nearest.
+
+    Names may have a prefix (`module.`, `_orig_mod.`, `model.`, `backbone.` and so on, also several), or be those of
+    the formats that timm converts. Position and patch embeddings are resampled, as timm does.
+    """
+    fitting: dict[str, Found] = {}
+    nearest, most = None, -1
+    for place, tensors in _containers(held):
+        for found in _by_prefix(place, tensors, model, needed):
+            hits = sum(key in found.weights for key in needed)
+            if hits == len(needed):
+                fitting.setdefault(found.place, found)
+            if hits > most:
+                nearest, most = found, hits
+    return list(fitting.values()), nearest
+
+
+def choose(fitting: list[Found], ema: bool | None, path: Path) -> tuple[Found, list[str]]:
+    """One of several sets of weights, and what is to be said of the choice.
+
+    Raises:
+        ValueError: if there is none of the wanted kind, or more than one.
+    """
+    averages, raw = ([one for one in fitting if one.is_average == kind] for kind in (True, False))
+    if ema is not None and not (averages if ema else raw):
+        other = ", ".join(repr(one.place) for one in fitting)
+        wanted, there = ("no moving average", "raw weights") if ema else ("no raw weights", "a moving average")
+        raise ValueError(f"{path} holds {wanted} of the weights, only {there} ({other}): leave out ema={ema}")
+    chosen = raw if ema is False or not averages else averages
+    if len(chosen) > 1:
+        places = ", ".join(repr(one.place) for one in chosen)
+        raise ValueError(f"{path} holds several sets of weights ({places}): save the one that you mean alone")
+    found, notes = chosen[0], list(chosen[0].notes)
+    if found.prefix:
+        notes.insert(0, f"took the prefix {found.prefix!r} off the names")
+    if averages:
+        kind = "the moving average" if found.is_average else "the raw weights"
+        both = f", not {(raw if found.is_average else averages)[0].place!r}" if raw else ""
+        other = f"; ema={not found.is_average} takes the other" if both else ""
+        notes.insert(0, f"took {kind} {found.place!r}{both}{other}")
+    return found, notes
+
+
+def _containers(held: Any, place: str = "") -> list[tuple[str, dict[str, Tensor]]]:
+    """The dictionaries with tensors in a file, by the names of the dictionaries around them."""
+    if not isinstance(held, Mapping):
+        return []
+    items = [(key, value) for key, value in held.items() if isinstance(key, str)]
+    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
+    own = [(place, tensors)] if tensors else []
+    return own + [one for key, value in items for one in _containers(value, f"{place}{key}.")]
+
+
+def _by_prefix(place: str, tensors: dict[str, Tensor], model: nn.Module, needed: Collection[str]) -> list[Found]:
+    """The sets of weights in one dictionary, by the prefixes of their names, or after timm has converted them all."""
+    found = []
+    for prefix, state in _parts(tensors, needed).items():
+        weights, notes = _fitted(state, model)
+        found.append(Found(f"{place}{prefix}".rstrip("."), prefix, weights, notes))
+    if not any(all(key in one.weights for key in needed) for one in found):
+        converted, notes = _fitted(tensors, model)
+        for prefix, state in (_parts(converted, needed) or {"": converted}).items():
+            found.append(Found(f"{place}{prefix}".rstrip("."), prefix, state, notes))
+    return found
+
+
+def _parts(tensors: dict[str, Tensor], needed: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by prefix, where at least half of the needed names follow it. What has another such prefix is no part."""
+    needed, hits = set(needed), Counter()
+    for key in tensors:
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
+        hits.update(key[:start] for start in starts if key[start:] in needed)
+    prefixes = [prefix for prefix, count in hits.items() if 2 * count >= len(needed)]
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    for key, value in tensors.items():
+        own = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default=None)
+        if own is not None:
+            parts[own][key.removeprefix(own)] = value
+    return parts
+
+
+def _interpolation(model: VisionTransformer) -> dict[str, Any]:
+    """How timm resamples for this model: FlexiViT is the exception."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
+    return {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
+
+
+def _fitted(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights with timm's names and in the model's sizes, by timm's own function, and what that changed."""
+    if not isinstance(model, VisionTransformer):
+        return state, []
+    try:
+        weights = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True, **_interpolation(model))
+    except Exception:  # it has no checks of its own: what does not fit is then seen by name and shape
+        return state, []
+    before, own = state.get("pos_embed"), model.pos_embed
+    if before is not None and own is not None and before.shape == own.shape:
+        weights["pos_embed"] = before  # timm would take a grid of another shape for the one it was pretrained with
+    notes = [] if set(weights) == set(state) else ["converted the names as timm does"]
+    height, width = model.patch_embed.grid_size
+    if (
+        weights.get("pos_embed") is before is not None
+        and height != width
+        and math.isqrt(height * width) ** 2 == height * width
+    ):
+        notes.append(f"took pos_embed for one of {height} x {width} patches, as the model's")
+    for key in ("pos_embed", "patch_embed.proj.weight"):
+        if key in state and key in weights and state[key].shape != weights[key].shape:
+            shapes = (tuple(one[key].shape) for one in (state, weights))
+            notes.append("resampled {} from {} to {}".format(key, *shapes))
+    return weights, notes
