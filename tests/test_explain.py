@@ -11,7 +11,6 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 from experiments.explain import _likely, explain
 
@@ -90,16 +89,6 @@ def test_models_of_other_images_are_refused(weights: Path, tmp_path: Path) -> No
     lines = explain(tmp_path / "photo.png", "deit_digits_patch2_16", "tome", {"keep": 0.9}, True, weights, tmp_path)
     with pytest.raises(ValueError, match="deit_digits_patch2_16 does not take photographs"):
         list(lines)
-
-
-def test_a_folder_of_timm_with_a_size_of_its_own(weights: Path, tmp_path: Path) -> None:
-    """Its configuration keeps the size of the name: 224."""
-    size = {"img_size": 96, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    save_for_hf(timm.create_model("deit_tiny_patch16_224", **size), tmp_path / "saved", model_args=size)
-    picture("RGB", (30, 30)).save(tmp_path / "photo.png")
-    name = f"local-dir:{tmp_path / 'saved'}"
-    lines = list(explain(tmp_path / "photo.png", name, "tome", {"keep": 0.9}, True, None, tmp_path))
-    assert lines[-1] == f"picture: {tmp_path / 'photo-tome.png'}"
 
 
 def test_a_model_without_classes_names_none() -> None:
