@@ -55,8 +55,7 @@ def explain(
     model = tokenpool.create_model(name, pretrained=weights is None).eval()
     if weights is not None:
         tokenpool.load_weights(model, weights, ema=ema)
-    # Its own size: a folder of timm's may build it at another one than its configuration says.
-    config = resolve_model_data_config(model, {"input_size": (3, *model.patch_embed.img_size)})
+    config = resolve_model_data_config(model)
     pixels = create_transform(**config)(photograph)[None]  # (1, 3, H, W)
     with torch.inference_mode():
         before = model(pixels)

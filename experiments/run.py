@@ -309,7 +309,9 @@ def preprocessing(run: Run) -> dict[str, Any]:
     size = run.model_options.get("img_size")
     if config is None or _CONFIGURING & run.model_options.keys():
         model = empty_model(run)
-        found, size = resolve_model_data_config(model), model.patch_embed.img_size  # a folder may have another img_size
+        found = resolve_model_data_config(model)
+        if not model.dynamic_img_size:  # the only size that it takes, whatever its configuration says
+            size = model.patch_embed.img_size
     else:
         found = resolve_model_data_config(None, pretrained_cfg=config.to_dict())
     if size:

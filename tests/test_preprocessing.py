@@ -99,6 +99,8 @@ def test_what_a_run_says_comes_first(folder: Path, monkeypatch: pytest.MonkeyPat
     assert oblong["input_size"] == [3, 96, 64]
     overlay = {"crop_mode": "border", "mean": [0.1, 0.2, 0.3]}
     overlaid = protocol.preprocessing(run("deit_tiny_patch16_224", model_options={"pretrained_cfg_overlay": overlay}))
+    dynamic = {"model_options": {"pretrained_cfg_overlay": overlay, "dynamic_img_size": True, "img_size": 96}}
+    assert protocol.preprocessing(run("deit_tiny_patch16_224", **dynamic))["input_size"] == [3, 96, 96]
     assert (overlaid["crop_mode"], overlaid["mean"], overlaid["crop_pct"]) == ("border", [0.1, 0.2, 0.3], 0.9)
 
 
@@ -109,6 +111,9 @@ def test_a_folder_that_timm_has_saved(tmp_path: Path, folder: Path, monkeypatch:
     model.pretrained_cfg |= own | {"interpolation": "bilinear", "num_classes": 7}
     save_for_hf(model, tmp_path / "saved", model_args=TINY | {"img_size": 64, "num_classes": 7})
     name = f"local-dir:{tmp_path / 'saved'}"
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    saved["pretrained_cfg"]["input_size"] = [3, 224, 224]  # of the name, as some versions of timm leave it
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(saved))
     wanted = create_transform(**resolve_model_data_config(model) | {"input_size": (3, 64, 64)})
     assert str(transform(run(name), monkeypatch, folder)) == str(wanted)
     assert protocol.empty_model(run(name)).num_classes == 7

@@ -307,6 +307,8 @@ def test_images_are_checked(images: Path, monkeypatch: pytest.MonkeyPatch) -> No
         checks.check_data(some(images))
     monkeypatch.setenv(protocol.DATA, str(images))
     checks.check_data(some(images))
+    (images / "val" / ".ipynb_checkpoints").mkdir()
+    checks.check_data(some(images))
     with pytest.raises(
         ValueError, match=r"val of .*my images has 3 classes, but the model of evaluate-x-seed0 has 1000"
     ):
