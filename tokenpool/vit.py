@@ -20,6 +20,7 @@ from tokenpool import schedules
 from tokenpool.attention import ScoredAttention
 from tokenpool.clustering import is_in_graph
 from tokenpool.downsampling import Downsampler, Host, find
+from tokenpool.flops import schedule_for
 
 
 class Stream(NamedTuple):
@@ -261,11 +262,9 @@ def patch(
     name, method = find(downsampler)
     _check_model(model)
     if gmacs is not None:
-        from tokenpool.flops import schedule_for  # not on top: counting needs this module in turn
-
         if keep is not None:
             raise ValueError(f"keep = {keep!r} and gmacs = {gmacs!r} are two schedules: give one of them")
-        keep = schedule_for(gmacs, model, downsampler, **options)
+        keep = schedule_for(gmacs, model, downsampler, dense=dense, **options)
     if qk_norm not in (None, "l2"):
         raise ValueError(f'qk_norm = {qk_norm!r} must be None or "l2"')
     if qk_norm is None and (learn_alpha or alpha != 1.0):
@@ -275,9 +274,7 @@ def patch(
 
     hosts = model.blocks.hosts if is_patched(model) else tuple(model.blocks)
     prefix = model.num_prefix_tokens
-    pools_patches = model.global_pool not in ("token", "")
-    reads_patches = dense or pools_patches or not prefix
-    host = Host(len(hosts), model.embed_dim, model.patch_embed.grid_size, reads_patches, model.dynamic_img_size)
+    host = Host.of(model, dense)
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     if method is None:
@@ -288,7 +285,7 @@ def patch(
         if keep is not None:
             spelled = isinstance(keep, str)
             keep = schedules.resolve(keep, math.prod(host.grid), host.depth)
-            if spelled and reads_patches:  # the paper's schedules, made for heads that do not, end with no patch
+            if spelled and host.reads_patches:  # the paper's schedules, made for heads that do not, end with no patch
                 keep = [max(limit, 1) for limit in keep]
         try:
             layers = method.for_blocks(host, keep, **options)
@@ -306,7 +303,7 @@ def patch(
     ]
     keep = None if keep is None else tuple(keep)
     setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, dense, options)
-    unpools = (dense or pools_patches) and any(layer is not None and layer.merges for layer in layers)
+    unpools = host.unpools and any(layer is not None and layer.merges for layer in layers)
     model.blocks = PooledBlocks(blocks, setting, hosts, prefix, unpools).train(model.training)
     return model
 
