@@ -167,19 +167,12 @@ def test_the_search_meets_any_budget(
     check(keep, macs, tokens, total)
 
 
-@pytest.mark.parametrize(
-    "name, method, gmacs",
-    [
-        ("deit_tiny_patch16_224", "wkmedoids", 1.235),
-        ("deit_small_patch16_224", "key_medoids", 4.544),
-    ],
-)
-def test_budgets_that_once_kept_one_token(name: str, method: str, gmacs: float) -> None:
-    model = timm.create_model(name)
+def test_a_budget_that_once_kept_one_token() -> None:
+    model = timm.create_model("deit_tiny_patch16_224")
     start = time.perf_counter()
-    tokenpool.patch(model, method, gmacs=gmacs)
-    assert time.perf_counter() - start < 5  # it takes a tenth of a second
-    assert 0.98 * gmacs <= flops.count(model).gmacs <= gmacs
+    tokenpool.patch(model, "wkmedoids", gmacs=1.235)
+    assert time.perf_counter() - start < 5  # a tenth of a second, where nothing else runs
+    assert 0.98 * 1.235 <= flops.count(model).gmacs <= 1.235
 
 
 @pytest.mark.parametrize("name, method", [*itertools.product(("deit_tiny", "deit_small"), METHODS)])
@@ -188,8 +181,8 @@ def test_every_budget_of_deit_is_met(name: str, method: str) -> None:
     plain = cost([196] * 12)
     for family in ("decay", "step"):
         schedule = budget.family(family, 196, 12)
-        reported = 1.235 / 1.2536832 if name == "deit_tiny" else 4.419 / 4.5988823
-        for share in (0.1, 0.3, 0.6, *np.linspace(0.9, 0.912, 4), reported, *np.linspace(0.98, 1, 6)):
+        reported = (1.235 / 1.2536832, 4.419 / 4.5988823, 4.544 / 4.5988823)
+        for share in (0.1, 0.3, 0.6, *np.linspace(0.9, 0.912, 4), *reported, *np.linspace(0.98, 1, 6)):
             found = cost(budget.meet(int(share * plain), cost, cost.backbone, schedule))
             assert 0.98 * share * plain <= found <= share * plain
 
@@ -199,12 +192,15 @@ def test_committed_results_were_made_at_these_budgets() -> None:
     model = timm.create_model("deit_tiny_patch16_224")
     paths = sorted(RESULTS.glob("agreement-*gmacs-half1-*.json"))
     assert len(paths) == 34
+    costs = {}
     for path in paths:
         result = json.loads(path.read_text())
         run = result["setting"]
         keep = flops.schedule_for(run["budget"], model, run["downsampler"], run["family"], **run["options"])
-        cost = flops.ScheduleCost(model, tokenpool.METHODS[run["downsampler"]], **run["options"])
-        assert cost(keep) == round(result["cost"]["gmacs"] * 1e9), path.name
+        setting = run["downsampler"], *run["options"].items()
+        if setting not in costs:
+            costs[setting] = flops.ScheduleCost(model, tokenpool.METHODS[run["downsampler"]], **run["options"])
+        assert costs[setting](keep) == round(result["cost"]["gmacs"] * 1e9), path.name
 
 
 def models() -> dict[str, Callable[[], VisionTransformer]]:

@@ -239,8 +239,8 @@ def patch(
             of one: 0.9, the share that each block keeps; "-13", the number that each removes; "deit_small:3", the
             paper's schedule of that level, but for one token where the head reads patches (see `schedules.resolve`).
             Spellings and budgets are resolved at the size that the model is built for.
-        gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included (see
-            `flops.schedule_for`).
+        gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included; 98 % or more of
+            it is used (see `flops.schedule_for`).
         carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
             log added to its key's logits (appendix E; *proportional attention* in Bolya et al. 2023). It makes up for
             most of the loss where a model is not fine-tuned. With methods that drop tokens it changes nothing.
