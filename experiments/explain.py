@@ -86,7 +86,7 @@ def _not_too_long(photograph: Image.Image) -> Image.Image:
 def _costs(model: VisionTransformer) -> str:
     count = tokenpool.flops.count(model)
     clustering = f", of which clustering {count.clustering_gmacs:.3g}" if count.clustering_gmacs else ""
-    return f"{count.gmacs:.3g} GMACs{clustering}"
+    return f"{count.gmacs:.4g} GMACs{clustering}"
 
 
 def _likely(logits: Tensor, model: VisionTransformer, count: int = 5) -> str:

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+import tokenpool
 from experiments.explain import _likely, explain
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,15 @@ def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: 
     written = tmp_path / "out" / "photo-key_medoids.png"
     assert lines[-1] == f"picture: {written}"
     assert np.asarray(Image.open(written)).std() > 10  # something is drawn
+
+
+def test_a_budget_and_what_it_really_costs(weights: Path, tmp_path: Path) -> None:
+    picture("RGB", (160, 160)).save(tmp_path / "photo.png")
+    plain, pooled, *_ = run(tmp_path / "photo.png", weights, tmp_path / "out", "kmedoids", gmacs=0.02)
+    model = tokenpool.create_model(MODEL, "kmedoids", gmacs=0.02)
+    counted = tokenpool.flops.count(model)
+    assert pooled.startswith(f"kmedoids: {counted.gmacs:.4g} GMACs, of which clustering {counted.clustering_gmacs:.3g}")
+    assert 0.98 * 0.02 <= counted.gmacs <= 0.02 and f"{counted.gmacs:.4g}" not in plain
 
 
 def test_files_that_are_no_images_are_named(weights: Path, tmp_path: Path) -> None:

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import tokenpool
-from tokenpool import flops, schedules
+from tokenpool import schedules
 from tokenpool.schedules import by_decay, by_rate, by_step, paper, resolve, scaled
 
 
@@ -93,50 +92,6 @@ def test_bad_spellings_are_named(keep: object, message: str) -> None:
 def test_rates_at_bad_blocks_are_named() -> None:
     with pytest.raises(ValueError, match="block 12 must be a whole number in 0..11"):
         by_rate(0.7, 196, 12, at=[3, 12])
-
-
-@pytest.mark.parametrize("method", ["power_bert", "kmedoids", "wkmeans", "key_medoids", "tome"])
-@pytest.mark.parametrize("family, budget", [("decay", 0.6), ("step", 0.8), ("decay", 1.0)])
-def test_a_budget_is_met_and_used(method: str, family: str, budget: float) -> None:
-    model = timm.create_model("deit_tiny_patch16_224", embed_dim=96, depth=4)
-    whole = flops.count(model).gmacs
-    keep = flops.schedule_for(budget * whole, model, method, family)
-    count = flops.count(tokenpool.patch(model, method, keep))
-    assert keep == sorted(keep, reverse=True)
-    assert 0.97 * budget * whole <= count.gmacs <= budget * whole * (1 + 1e-9)
-
-
-def test_patch_takes_a_budget() -> None:
-    model = timm.create_model("vit_base_patch16_siglip_224", embed_dim=96, depth=3)
-    budget = 0.8 * flops.count(model).gmacs
-    state = torch.get_rng_state()
-    tokenpool.patch(model, "kmedoids", gmacs=budget)
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers change
-    assert 0.97 * budget < flops.count(model).gmacs <= budget
-    assert list(model.blocks.setting.keep) == flops.schedule_for(budget, model, "kmedoids")
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"downsampler": "kmedoids", "gmacs": 0.01}, "0.01 GMACs are too few: with one token left after"),
-        ({"downsampler": "kmedoids", "gmacs": 0}, "gmacs = 0 must be a positive number"),
-        ({"downsampler": "kmedoids", "gmacs": "2"}, "gmacs = '2' must be a positive number"),
-        ({"downsampler": "kmedoids", "gmacs": 1.0, "keep": 0.9}, "keep = 0.9 and gmacs = 1.0 are two schedules"),
-        ({"downsampler": "convolution", "gmacs": 1.0}, "'convolution' has no schedule that could meet a budget"),
-        ({"downsampler": "none", "gmacs": 1.0}, "'none' has no schedule"),
-    ],
-)
-def test_bad_budgets_are_named(arguments: dict, message: str) -> None:
-    model = timm.create_model("deit_tiny_patch16_224", depth=3)
-    with pytest.raises(ValueError, match=message):
-        tokenpool.patch(model, **arguments)
-    assert not tokenpool.is_patched(model)
-
-
-def test_an_unknown_family_is_named() -> None:
-    with pytest.raises(ValueError, match="family = 'cosine' must be"):
-        flops.schedule_for(1.0, timm.create_model("deit_tiny_patch16_224", depth=3), "kmedoids", "cosine")
 
 
 def test_patch_takes_every_spelling(small: tokenpool.vit.VisionTransformer, photos: torch.Tensor) -> None:

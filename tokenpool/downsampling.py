@@ -36,6 +36,15 @@ class Host(NamedTuple):
     grid: tuple[int, int]
     reads_patches: bool  # whether its head needs a patch token to be left
     is_dynamic: bool = False  # whether the grid may differ from image to image
+    unpools: bool = False  # whether merged tokens are put back where the patches were, for its head
+
+    @classmethod
+    def of(cls, model: nn.Module, dense: bool = False) -> "Host":
+        """What there is to know of a timm VisionTransformer, patched or plain; for `dense` see `tokenpool.patch`."""
+        unpools = dense or model.global_pool not in ("token", "")
+        reads_patches = unpools or not model.num_prefix_tokens
+        grid = model.patch_embed.grid_size
+        return cls(len(model.blocks), model.embed_dim, grid, reads_patches, model.dynamic_img_size, unpools)
 
 
 class Downsampler(nn.Module):
@@ -89,6 +98,19 @@ class Downsampler(nn.Module):
         """Reduce N tokens to 0 < K < N."""
         raise NotImplementedError
 
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        """Multiply-adds of `reduce`, as `flops.count` counts them: a closed form, so that budgets are met quickly.
+
+        It holds for the class that states it, not for its subclasses, which may do more. Where a class states none,
+        its `reduce` is traced, which takes longer.
+
+        Args:
+            n: tokens N, more than `keep`.
+            width: D of the tokens.
+            key_width: d of the keys.
+        """
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"keep={self.keep}"
 
@@ -138,9 +160,14 @@ class Selection(Downsampler):
         """Priorities (B, N), the higher the better."""
         raise NotImplementedError
 
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        return 0  # sorting is free
+
 
 class PowerBert(Selection):
     """PoWER-BERT: the K tokens of highest significance score, equation (5) (Goyal et al. 2020)."""
+
+    macs = Selection.macs
 
     def priority(self, tokens: Tensor, scores: Tensor) -> Tensor:
         return scores
@@ -156,6 +183,7 @@ class Random(Selection):
     """
 
     uses_scores = False
+    macs = Selection.macs
 
     def __init__(self, keep: int, seed: int = 0, generator: torch.Generator | None = None) -> None:
         super().__init__(keep)
@@ -172,6 +200,7 @@ class Importance(Random):
     """
 
     uses_scores = True
+    macs = Selection.macs
 
     def priority(self, tokens: Tensor, scores: Tensor) -> Tensor:
         uniform = self.noise.draw(tokens, self.training).clamp(min=torch.finfo(torch.float32).tiny)
@@ -224,23 +253,31 @@ class TokenPooling(Downsampler):
 class KMedoids(TokenPooling):
     """Token Pooling with K-Medoids, equations (10) and (12)."""
 
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        return n * n * width  # all distances, once
+
 
 class KMeans(TokenPooling):
     """Token Pooling with K-Means, equations (10) and (11)."""
 
     algorithm = staticmethod(clustering.kmeans)
 
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        return self.iterations * self.keep * n * width  # distances to the centres, in each iteration
+
 
 class WKMedoids(KMedoids):
     """Token Pooling with K-Medoids weighted by the significance scores, objective (13)."""
 
     weighted = True
+    macs = KMedoids.macs
 
 
 class WKMeans(KMeans):
     """Token Pooling with K-Means weighted by the significance scores, objective (13)."""
 
     weighted = True
+    macs = KMeans.macs
 
 
 class KeyMedoids(Downsampler):
@@ -292,6 +329,9 @@ class KeyMedoids(Downsampler):
         )
         return Downsampled(clusters.centers, clusters.assignment)
 
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        return n * n * (key_width if self.by == "keys" else width)
+
 
 class BipartiteMatching(Downsampler):
     """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3), an extension: a baseline that is not in the paper.
@@ -316,6 +356,13 @@ class BipartiteMatching(Downsampler):
             tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
             assignment = step.gather(1, assignment)
         return Downsampled(tokens, assignment)
+
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        macs = 0
+        while n > self.keep:
+            macs += (n + 1) // 2 * (n // 2) * key_width  # each pair's similarity, in each round
+            n -= min(n - self.keep, n // 2)
+        return macs
 
 
 def _matched(keys: Tensor, pairs: int) -> Tensor:

@@ -9,20 +9,19 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokenpool import schedules
-from tokenpool.downsampling import Convolution, Downsampler, find
-from tokenpool.vit import unpatch
+from tokenpool import budget, schedules
+from tokenpool.downsampling import Convolution, Downsampler, Host, find
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a loss on import, which newer PyTorch warns of
@@ -163,102 +162,193 @@ def schedule_for(
     model: VisionTransformer,
     downsampler: str | type[Downsampler] = "key_medoids",
     family: str = "decay",
+    *,
+    dense: bool = False,
     **options: Any,
 ) -> list[int]:
-    """The schedule of a family that costs as much as it may, clustering included: `keep` for `tokenpool.patch`.
+    """The schedule that uses up a budget, clustering included: `keep` for `tokenpool.patch`.
+
+    What `count` finds for the model that is patched with it lies between 0.98 and 1.0 of the budget; or below, where
+    one more token in any block would be too much. It is a schedule of the family, if the family has one that does so.
+    See `budget.meet`.
 
     Args:
         gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
         model: a timm VisionTransformer; patched or plain, it stays as it is.
         downsampler: see `tokenpool.patch`.
         family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
+        dense: see `tokenpool.patch`.
         **options: of the downsampler.
 
     Raises:
-        ValueError: if even one token after the first block costs more, for an unknown family, method or option, or for
-            a method that has no schedule.
+        ValueError: if even one token after the first block costs more, or all tokens less; for an unknown family,
+            method or option, or for a method that has no schedule.
     """
     name, method = find(downsampler)
     if method in (None, Convolution):
         raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
-    try:
-        method(1, **options)
-    except TypeError as error:
-        raise ValueError(f"downsampler {name!r}: {error}") from error
-    if not isinstance(gmacs, Real) or not gmacs > 0:
+    if not isinstance(gmacs, Real) or isinstance(gmacs, bool) or not 0 < gmacs < math.inf:
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
-    plain = unpatch(copy.deepcopy(model))
-    tokens, depth, prefix = plain.patch_embed.num_patches, len(plain.blocks), plain.num_prefix_tokens
-    schedule = _schedules(family, tokens, depth)
-    parts = count(plain).parts
-
-    def backbone(keep: Sequence[int]) -> float:
-        """Every part of a block is linear in the tokens but for attention, which is quadratic."""
-        cost, n = parts["patch_embedding"] + parts["head"] + parts.get("other", 0.0), tokens
-        for k in keep:
-            entering, leaving = (n + prefix) / (tokens + prefix), (k + prefix) / (tokens + prefix)
-            block = entering**2 * parts["softmax_attention"] + leaving * parts["mlp"]
-            cost += (block + entering * (parts["qkv_projections"] + parts["o_projection"])) / depth
-            n = k
-        return cost
-
-    def clustering(keep: Sequence[int]) -> float:
-        layers = zip([tokens, *keep], [method(k, **options) for k in keep], strict=False)
-        return sum(_downsampler_macs(layer, n, plain) for n, layer in layers if layer.acts_on(n)) / 1e9
-
-    def within(budget: float) -> list[int]:
-        """The dearest schedule whose backbone costs no more, or the cheapest one."""
-        if backbone(schedule(0.0)) <= budget:
-            return schedule(0.0)
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if backbone(schedule(middle)) > budget else (low, middle)
-        return schedule(high)
-
-    best, reserved = schedule(1.0), 0.0
-    least = backbone(best) + clustering(best)
-    if least > gmacs:
-        raise ValueError(f"{gmacs} GMACs are too few: with one token left after the first block, it costs {least:.3g}")
-    # Counting clusterings is slow, so look for what they cost, not for the schedule: what it is where all is spent on
-    # the backbone is too much, and what that leaves room for is too little.
-    for attempt in range(6):
-        keep = within(gmacs - reserved)
-        spent = clustering(keep)
-        if backbone(best) < backbone(keep) <= gmacs - spent:
-            best = keep
-        if spent == reserved:
-            break
-        reserved = (reserved + spent) / 2 if attempt else spent
-    return best
+    cost = ScheduleCost(model, method, dense=dense, **options)
+    schedule = budget.family(family, cost.tokens, len(cost.blocks))
+    macs = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # what was a whole number before 1e9 divided it is one again
+    plain = cost.backbone(schedule(0.0))
+    if macs > plain:
+        raise ValueError(
+            f"gmacs = {float(gmacs):.10g} is more than the plain model costs, {plain / 1e9:.10g}: it needs no pooling; "
+            "give a smaller budget"
+        )
+    return budget.meet(macs, cost, cost.backbone, schedule)
 
 
-def _schedules(family: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
-    """The schedules of a family by their steepness, from 0, all tokens, to 1, one token after the first block."""
-    if family == "decay":
-        return lambda steepness: schedules.by_decay(steepness * depth**2 * math.log(2 * tokens), tokens, depth)
-    if family == "step":
-        return lambda steepness: schedules.by_step(steepness * tokens, tokens, depth)
-    raise ValueError(f'family = {family!r} must be "decay" or "step"')
+class _Block(NamedTuple):
+    """Multiply-adds of a block: of each token before and after the downsampler, and of each pair in the attention."""
+
+    entering: int
+    leaving: int
+    pair: int
+    key_width: int
 
 
-def _downsampler_macs(layer: Downsampler, n: int, model: VisionTransformer) -> int:
+class ScheduleCost:
+    """What a model costs by its schedule, as `count` finds it, without a pass through the whole model.
+
+    fvcore counts the parts once, for a few tokens. The linear layers cost the same for each token, the attention for
+    each pair. Downsamplers state what they cost (`Downsampler.macs`); those that do not are traced, as with
+    `patch(carry=True)`.
+
+    Args:
+        model: a timm VisionTransformer; patched or plain, it stays as it is.
+        method: class of the downsampler.
+        dense: see `tokenpool.patch`.
+        **options: of the downsampler.
+
+    Attributes:
+        tokens: patch tokens of an image.
+        blocks: what each block costs.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, method: type[Downsampler], dense: bool = False, **options: Any
+    ) -> None:
+        self.host, self.method, self.options = Host.of(model, dense), method, options
+        self.prefix = model.num_prefix_tokens
+        known: dict[Any, int] = {}
+        self.blocks = [_block(block, model.embed_dim, known) for block in model.blocks]
+        self._traced: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+        # All but the blocks, which are not copied, and of what comes out of them only so many tokens.
+        rest = copy.deepcopy(model, {id(model.blocks): nn.Sequential(_First(0))}).cpu().float().eval()
+        image = torch.zeros(1, rest.in_chans, *rest.patch_embed.img_size)
+        with torch.no_grad():
+            self.tokens = rest.patch_embed(image).numel() // rest.embed_dim
+        merges = any(layer is not None and layer.merges for layer in self._layers([1] * len(self.blocks)))
+        self._head_reads = self.tokens if self.host.unpools and merges else None
+        self._outside = []
+        for n in [self.tokens] if self._head_reads else [1, 2, 3]:
+            rest.blocks[0].limit = self.prefix + n
+            self._outside.append(sum(_macs_by_part(rest, image).values()))
+
+    def __call__(self, keep: Sequence[int]) -> int:
+        """Multiply-adds of one image, clustering included."""
+        macs, kept, n = 0, [], self.tokens
+        for index, layer in enumerate(self._layers(keep)):
+            spent, n = self._reducing(index, layer, n)
+            macs, kept = macs + spent, [*kept, n]
+        return macs + self._network(kept)
+
+    def backbone(self, keep: Sequence[int]) -> int:
+        """Multiply-adds of one image without clustering, where each downsampler leaves as many as it may."""
+        return self._network(schedules.tokens_kept(keep, self.tokens))
+
+    def _network(self, kept: Sequence[int]) -> int:
+        macs, n = self._embedding_and_head(kept[-1]), self.tokens + self.prefix
+        for block, left in zip(self.blocks, kept, strict=True):
+            macs += n * block.entering + n * n * block.pair
+            n = left + self.prefix
+            macs += n * block.leaving
+        return macs
+
+    def _embedding_and_head(self, n: int) -> int:
+        """The head is at most quadratic in the n tokens that it gets, so that three counts tell all others."""
+        if self._head_reads:
+            return self._outside[0]
+        one, two, three = self._outside
+        return one + (n - 1) * (two - one) + (n - 1) * (n - 2) // 2 * (three - 2 * two + one)
+
+    def _layers(self, keep: Sequence[int]) -> list[Downsampler | None]:
+        try:
+            with torch.random.fork_rng(devices=[]):  # some have weights
+                return self.method.for_blocks(self.host, list(keep), **self.options)
+        except TypeError as error:
+            raise ValueError(f"downsampler {find(self.method)[0]!r}: {error}") from error
+
+    def _reducing(self, index: int, layer: Downsampler | None, n: int) -> tuple[int, int]:
+        """Multiply-adds of the downsampler of a block on n tokens, and how many tokens it leaves."""
+        if layer is None or not layer.acts_on(n):
+            return 0, n
+        width, key_width = self.host.width, self.blocks[index].key_width
+        if "macs" in vars(type(layer)):
+            return layer.macs(n, width, key_width) if layer.keep else 0, layer.keep
+        key = (index, n, layer.keep)
+        if key not in self._traced:
+            # Where nothing reads where the tokens went, what only that needs is not in the graph that `count` sees.
+            is_read = index < len(self.blocks) - 1 or self._head_reads is not None
+            self._traced[key] = _traced(layer, n, width, key_width, is_read)
+        return self._traced[key]
+
+
+class _First(nn.Module):
+    """The first tokens only."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, : self.limit]
+
+
+def _block(block: nn.Module, width: int, known: dict[Any, int]) -> _Block:
+    """What a block costs; its layers are counted but once where others of the same structure are `known`."""
+
+    def per_token(layer: nn.Module | None, inputs: int) -> int:
+        if layer is None:
+            return 0
+        kinds = tuple((name, type(part)) for name, part in layer.named_modules())
+        shapes = tuple((name, value.shape) for name, value in layer.state_dict().items() if torch.is_tensor(value))
+        if (structure := (kinds, shapes)) not in known:
+            copied = copy.deepcopy(layer).cpu().float().eval()
+            known[structure] = sum(_macs_by_part(copied, torch.zeros(1, 1, inputs)).values())
+        return known[structure]
+
+    attention = block.attn
+    inner = attention.num_heads * attention.head_dim
+    entering = per_token(attention.qkv, width) + per_token(attention.proj, inner)
+    entering += per_token(getattr(attention, "gate", None), width)
+    return _Block(entering, per_token(block.mlp, width), 2 * inner, attention.head_dim)
+
+
+def _traced(layer: Downsampler, n: int, width: int, key_width: int, with_assignment: bool = True) -> tuple[int, int]:
+    """Multiply-adds of a downsampler on n tokens, and how many tokens it leaves: by running it."""
     draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))  # of no meaning: no course depends on values
     hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
-    hints |= {"keys": draw(1, n, model.blocks[0].attn.head_dim)} if layer.uses_keys else {}
-    inputs = draw(1, n, model.embed_dim), draw(1, n)
-    return sum(_macs_by_part(_Bare(layer, hints), inputs).values())
+    hints |= {"keys": draw(1, n, key_width)} if layer.uses_keys else {}
+    inputs = draw(1, n, width), draw(1, n)
+    bare = _Bare(copy.deepcopy(layer), hints, with_assignment)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return sum(_macs_by_part(bare, inputs).values()), bare(*inputs)[0].shape[1]
 
 
 class _Bare(nn.Module):
     """A downsampler that is called with tensors only, as tracing wants it."""
 
-    def __init__(self, layer: Downsampler, hints: dict[str, torch.Tensor]) -> None:
+    def __init__(self, layer: Downsampler, hints: dict[str, torch.Tensor], with_assignment: bool) -> None:
         super().__init__()
-        self.layer, self.hints = layer.eval(), hints
+        self.layer, self.hints, self.outputs = layer.eval(), hints, 2 if with_assignment else 1
 
-    def forward(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return self.layer(tokens, scores, **self.hints).tokens
+    def forward(self, tokens: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(self.layer(tokens, scores, **self.hints)[: self.outputs])
 
 
 class FlopsCallback(Callback):

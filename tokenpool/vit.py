@@ -21,6 +21,7 @@ from tokenpool.adoption import adopt, check_exchangeable, give_back, reference
 from tokenpool.attention import ScoredAttention
 from tokenpool.clustering import is_in_graph
 from tokenpool.downsampling import Downsampler, Host, find
+from tokenpool.flops import schedule_for
 
 
 class Stream(NamedTuple):
@@ -261,8 +262,8 @@ def patch(
             of one: 0.9, the share that each block keeps; "-13", the number that each removes; "deit_small:3", the
             paper's schedule of that level, but for one token where the head reads patches (see `schedules.resolve`).
             Spellings and budgets are resolved at the size that the model is built for.
-        gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included (see
-            `flops.schedule_for`).
+        gmacs: instead of `keep`, what one image may cost, in 10^9 multiply-adds, clustering included; 98 % or more of
+            it is used (see `flops.schedule_for`).
         carry: let each token carry the number of original tokens that it stands for into the next attentions, as the
             log added to its key's logits (appendix E; *proportional attention* in Bolya et al. 2023). It makes up for
             most of the loss where a model is not fine-tuned. With methods that drop tokens it changes nothing.
@@ -285,11 +286,9 @@ def patch(
     name, method = find(downsampler)
     _check_model(model)
     if gmacs is not None:
-        from tokenpool.flops import schedule_for  # not on top: counting needs this module in turn
-
         if keep is not None:
             raise ValueError(f"keep = {keep!r} and gmacs = {gmacs!r} are two schedules: give one of them")
-        keep = schedule_for(gmacs, model, downsampler, **options)
+        keep = schedule_for(gmacs, model, downsampler, dense=dense, **options)
     if qk_norm not in (None, "l2"):
         raise ValueError(f'qk_norm = {qk_norm!r} must be None or "l2"')
     if qk_norm is None and (learn_alpha or alpha != 1.0):
@@ -297,10 +296,8 @@ def patch(
     if not isinstance(alpha, Real) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha = {alpha!r} must be a positive number")
 
-    depth, prefix = len(model.blocks), model.num_prefix_tokens
-    pools_patches = model.global_pool not in ("token", "")
-    reads_patches = dense or pools_patches or not prefix
-    host = Host(depth, model.embed_dim, model.patch_embed.grid_size, reads_patches, model.dynamic_img_size)
+    prefix = model.num_prefix_tokens
+    host = Host.of(model, dense)
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     if method is None:
@@ -311,7 +308,7 @@ def patch(
         if keep is not None:
             spelled = isinstance(keep, str)
             keep = schedules.resolve(keep, math.prod(host.grid), host.depth)
-            if spelled and reads_patches:  # the paper's schedules, made for heads that do not, end with no patch
+            if spelled and host.reads_patches:  # the paper's schedules, made for heads that do not, end with no patch
                 keep = [max(limit, 1) for limit in keep]
         try:
             layers = method.for_blocks(host, keep, **options)
@@ -329,7 +326,7 @@ def patch(
     ]
     keep = None if keep is None else tuple(keep)
     setting = Setting(name, keep, carry, qk_norm, alpha, learn_alpha, dense, options)
-    unpools = (dense or pools_patches) and any(layer is not None and layer.merges for layer in layers)
+    unpools = host.unpools and any(layer is not None and layer.merges for layer in layers)
     model.blocks = PooledBlocks(blocks, setting, model.blocks, prefix, unpools)
     return model
 
