@@ -50,6 +50,7 @@ _OTHERS = {
     "HVT": {"color": "#009E73", "marker": "v"},
     "EViT": {"color": "#CC79A7", "marker": "D"},
     "ToMe": {"color": "#56B4E9", "marker": "X", "markersize": 8},
+    "ConViT": {"color": "#666666", "marker": "P", "markersize": 8},
 }
 
 

@@ -1,13 +1,16 @@
 import itertools
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
+from fvcore.nn import FlopCountAnalysis
 from matplotlib.collections import LineCollection
 
 from experiments import figures, illustrations, presets, published, report, throughput
@@ -258,3 +261,16 @@ def test_report_is_one_whole_page(tmp_path: Path) -> None:
     assert "<script" not in page and "viewport" in page and "@media print" in page
     assert page.count('class="status done"') > 25
     assert "python -m experiments figure 3a --preset digits" in page
+
+
+def test_convit_is_counted() -> None:
+    """The cost of ConViT is not in its README: it is counted on timm's model."""
+    rows = published.by_others().set_index("model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        analysis = FlopCountAnalysis(timm.create_model("convit_tiny").eval(), torch.zeros(1, 3, 224, 224))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counted = analysis.by_operator()
+    macs = sum(counted[name] for name in ("conv", "linear", "matmul", "bmm"))
+    assert rows.at["ConViT-Ti", "gmacs"] == pytest.approx(macs / 1e9, abs=0.005)
+    assert rows.at["ConViT-Ti", "top1"] == 73.1

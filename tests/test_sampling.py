@@ -6,6 +6,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, TensorDataset
 
 from tokenpool.data import DigitsDataModule
 from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
+from tokenpool.seeding import step_seed
 
 
 def numbers(count: int) -> TensorDataset:
@@ -39,10 +40,17 @@ def test_order_is_that_of_pytorch_and_changes_with_epoch_and_seed() -> None:
         sampler.set_epoch(epoch)
         return list(sampler)
 
-    reference = DistributedSampler(numbers(48), num_replicas=1, rank=0, seed=2)
-    reference.set_epoch(1)
+    reference = DistributedSampler(numbers(48), num_replicas=1, rank=0, seed=step_seed(2, 1))
     assert order(seed=2, epoch=1) == list(reference)
-    assert order() == order() and order() != order(epoch=1) and order() != order(seed=1)
+    orders = [tuple(order(seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)]
+    assert order() == order() and len(set(orders)) == 16  # no seed repeats another one's epochs
+
+
+def test_seeds_do_not_meet() -> None:
+    """Neither nearby ones nor large ones: ImageNet's images of 300 epochs are numbered up to 1e9."""
+    steps = [*range(20), 1_000_003, 1_000_004, 2_000_006, 10**9]
+    seeds = [step_seed(seed, step, rank) for seed in range(4) for step in steps for rank in range(3)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_repeated_augmentation_repeats_images_with_other_augmentations() -> None:

@@ -2,6 +2,10 @@
 
 Marin et al. 2021, Algorithm 1, equations (10)-(12) and appendix A. Every image of a batch is clustered on its own, at
 the same time as the others, without a Python loop over images, clusters or tokens.
+
+Ties: of centres at equal *computed* distance the first one wins. Points are centred before their distances are taken
+in float32, and both round. So of tokens that are exactly as near to two centres, as on whole numbers, some go to a
+later one.
 """
 
 import math
@@ -164,7 +168,7 @@ class _AllDistances:
         self.matrix = matrix
 
     def assign(self, medoids: Tensor) -> Tensor:
-        """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
+        """Which of the medoids (B, K) is nearest to each point, the lowest in a computed tie: (B, N)."""
         return _take(self.matrix, medoids).min(dim=1).indices
 
     def costs(self, weights: Tensor, assignment: Tensor, medoids: Tensor) -> Tensor:
@@ -208,7 +212,7 @@ class _OthersDistances:
         return suits.tolist()
 
     def assign(self, medoids: Tensor) -> Tensor:
-        """Which of the medoids (B, K) is nearest to each point, the lowest in a tie: (B, N)."""
+        """Which of the medoids (B, K) is nearest to each point, the lowest in a computed tie: (B, N)."""
         batch, n, width = self.points.shape
         k = medoids.shape[1]
         is_other = torch.ones_like(self.norm, dtype=torch.bool).scatter_(1, medoids, False)
@@ -335,7 +339,7 @@ def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor
 
 
 def _nearest_center(points: Tensor, centers: Tensor) -> Tensor:
-    """Index of the nearest center (B, K, D) for each point (B, N, D), the lowest in a tie: (B, N)."""
+    """Index of the nearest center (B, K, D) for each point (B, N, D), the lowest in a computed tie: (B, N)."""
     offset = points.mean(dim=1, keepdim=True)
     points, centers = points - offset, centers - offset
     # The squared length of the point itself is the same for all centres and left out.

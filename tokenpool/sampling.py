@@ -43,7 +43,7 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         images = len(self.dataset)
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch))
         order = torch.randperm(images, generator=generator).repeat_interleave(self.repeats)[:images]
         if isinstance(self.dataset, SeededDataset):
             repetition = torch.arange(images) % self.repeats
