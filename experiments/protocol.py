@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import tokenpool
 from experiments.measurements import MEASURES
-from tokenpool import files, flops, results, soft_selection
+from tokenpool import bits, files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.module import ClassificationModule
@@ -269,9 +269,9 @@ def _train_and_test(
             fit(trainer, module, data, run, checkpoint)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
 
-    measured = _accuracy(metrics, images=len(data.test_set))
+    measured = _accuracy(metrics, module.correct)
     if module.ema is not None:
-        averaged = _accuracy(metrics, images=len(data.test_set), prefix="test_ema_")
+        averaged = _accuracy(metrics, module.ema_correct, prefix="test_ema_")
         measured |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
     if tokenpool.vit.is_patched(module.model) and run.stage == "evaluate":
         measured["relative_error"] = errors.relative
@@ -280,15 +280,20 @@ def _train_and_test(
     return measured, trainer.is_global_zero
 
 
-def _accuracy(metrics: dict[str, float], images: int, prefix: str = "test_") -> dict[str, Any]:
-    """Accuracies in percent, with the standard error that comes of the finite number of images."""
-    top1, loss = metrics[f"{prefix}top1"], metrics[f"{prefix}loss"]
+def _accuracy(metrics: dict[str, float], correct: Tensor, prefix: str = "test_") -> dict[str, Any]:
+    """Accuracies in percent, with the standard error that comes of the finite number of images.
+
+    `correct` says which images were right, see `tokenpool.bits`; it is what pairs runs by image.
+    """
+    images = len(correct)
+    top1, loss = correct.sum().item() / images, metrics[f"{prefix}loss"]
     return {
         "top1": 100 * top1,
         "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
         "top5": 100 * metrics[f"{prefix}top5"],
         "loss": loss if math.isfinite(loss) else None,
         "images": images,
+        "correct": bits.encode(correct.numpy()),
     }
 
 

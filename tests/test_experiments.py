@@ -17,7 +17,7 @@ from PIL import Image
 from experiments import figures, presets, protocol, runner, studies, tables
 from experiments.presets import Preset
 from experiments.protocol import Run
-from tokenpool import results
+from tokenpool import bits, results
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -87,6 +87,8 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     tuned = frame[frame["stage"] == "finetune"]
     assert tuned[tuned["level"] == 1]["keep"].tolist() == [strong, strong]
     assert (frame["images"] == 450).all() and frame["top1"].between(0, 100).all()
+    for row in frame.itertuples():  # searches, base models and fine-tuned ones: which images were right
+        assert row.top1 == 100 * (bits.decode(row.correct, 450).sum() / 450)
 
     study = studies.Study(preset, tmp_path, full=False)
     table = tables.cost_accuracy(study.points(studies.protocol_runs(study)))
@@ -295,6 +297,7 @@ def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     tested = results.read(tmp_path / "evaluate-b-seed0.json")["metrics"]
     errors = tested.pop("relative_error")
+    assert tested.pop("correct") == run["metrics"].pop("correct")
     assert tested == pytest.approx(run["metrics"], rel=1e-4)
     assert len(errors) == 3 and all(0 < error < 1 for error in errors[:2]) and errors[2] is None
 
