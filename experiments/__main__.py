@@ -12,12 +12,12 @@ import yaml
 
 from experiments import presets
 from tokenpool.downsampling import METHODS
-from tokenpool.images import HUB
+from tokenpool.images import HUB, is_downloaded
 from tokenpool.interruption import Interrupted
 
 _FOLDER_OR_HUB = (
     "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
-    "Hugging Face datasets opens (hf:ILSVRC/imagenet-1k)."
+    "Hugging Face datasets opens (hf:ILSVRC/imagenet-1k); or cifar10, which torchvision downloads."
 )
 _DIGITS_OR_FOLDER = f'"digits", or images. {_FOLDER_OR_HUB}'
 _MODELS = (
@@ -68,7 +68,10 @@ Missing = Annotated[bool, typer.Option("--missing", help="Only list the runs tha
 RunMissing = Annotated[bool, typer.Option("--run", help="Make the runs that are missing first.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Images in ImageNet's layout, for presets that need them. Or: $TOKENPOOL_DATA.")
+    Path | None,
+    typer.Option(
+        help="Images in ImageNet's layout, hf:NAME or cifar10, for presets that need them. Or: $TOKENPOOL_DATA."
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option(help="Weights to use instead of timm's download. Or: $TOKENPOOL_WEIGHTS.")
@@ -291,7 +294,7 @@ def _study(preset: str, results: Path | None, quick: bool, data: Path | None, we
     chosen = presets.get(preset)
     for variable, path in ((protocol.DATA, data), (protocol.WEIGHTS, weights)):
         if path is not None:
-            if not path.exists() and not str(path).startswith(HUB):
+            if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
     return Study(chosen, results or Path("runs" if quick else "results") / chosen.name, full=not quick)
@@ -413,6 +416,9 @@ def train(
         repeats=_given(repeats, chosen.repeats),
         ema_decay=_given(ema_decay, chosen.ema_decay),
         crop_pct=chosen.crop_pct,
+        augmentation=chosen.augmentation,
+        train_per_class=chosen.train_per_class,
+        test_per_class=chosen.test_per_class,
         seed=seed,
         split=split,
         options=options,

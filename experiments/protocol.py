@@ -7,7 +7,7 @@ import resource
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -32,13 +32,15 @@ from tokenpool import bits, files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.module import ClassificationModule
+from tokenpool.stored import StoredImageDataModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 NAMED = {  # data, and what messages call them
     "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
-    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
+    "cifar10": "CIFAR-10: cifar10 to download it, a folder train/<class>/* and test/<class>/*, or hf:uoft-cs/cifar10",
 }
+AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -80,6 +82,10 @@ class Run:
         split: of the data into train and test.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
+        augmentation: of images in training: "deit", DeiT's, or "light", flips and shifts of images that are decoded and
+            resized once (`tokenpool.stored`).
+        train_per_class: train on the first so many images of each class; 0 for all.
+        test_per_class: the same for evaluation.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
     """
 
@@ -111,6 +117,9 @@ class Run:
     repeats: int = 1
     ema_decay: float = 0.0
     crop_pct: float = 0.0
+    augmentation: str = "deit"
+    train_per_class: int = 0
+    test_per_class: int = 0
     retention_penalty: float = 0.0
     retention_learning_rate: float = 1e-2
     seed: int = 0
@@ -367,11 +376,13 @@ def build_model(run: Run, folder: Path) -> nn.Module:
 def data_module(run: Run) -> LightningDataModule:
     """The run's data."""
     if run.data == "digits":
-        if run.limit or run.part:
+        if run.limit or run.part or run.train_per_class or run.test_per_class:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
     config = timm.get_pretrained_cfg(run.model) or timm.models.PretrainedCfg()
-    return ImageFolderDataModule(
+    if run.augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation = {run.augmentation!r} must be {' or '.join(AUGMENTATIONS)}")
+    return AUGMENTATIONS[run.augmentation](
         image_source(run),
         image_size=run.model_options.get("img_size", config.input_size[-1]),
         workers=_workers(),
@@ -380,8 +391,26 @@ def data_module(run: Run) -> LightningDataModule:
         crop_pct=run.crop_pct or config.crop_pct or 0.9,
         limit=run.limit,
         part=run.part,
+        train_per_class=run.train_per_class,
+        test_per_class=run.test_per_class,
         **_batches(run),
     )
+
+
+def prepare_data(runs: Sequence[Run]) -> None:
+    """Open the images of all runs, and store those that are to be stored, before anything is trained.
+
+    Raises:
+        ValueError, OSError: as of `data_module` and its `setup`.
+    """
+    names = ("data", "model", "augmentation", "train_per_class", "test_per_class", "crop_pct")
+    users: dict[tuple, Run] = {}
+    for run in sorted(runs, key=lambda run: -run.epochs):
+        key = (*(getattr(run, name) for name in names), str(run.model_options.get("img_size")))
+        if run.data != "digits":
+            users.setdefault(key, run)
+    for run in users.values():
+        data_module(run).setup("fit" if run.epochs else "test")
 
 
 def image_source(run: Run) -> str:

@@ -32,6 +32,9 @@ _RECIPE = (
     "repeats",
     "ema_decay",
     "crop_pct",
+    "augmentation",
+    "train_per_class",
+    "test_per_class",
     "trainer_options",
 )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.transforms import Compose
 
-from tokenpool.images import open_images
+from tokenpool.images import Images, first_of_each_class, open_images
 from tokenpool.mixing import mixed
 from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
 from tokenpool.seeding import step_seed
@@ -186,6 +186,8 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: share of the resized image that evaluation crops.
         limit: evaluate on so many images only, evenly spaced over the list of all; 0 for all.
         part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
+        train_per_class: train on the first so many images of each class only; 0 for all.
+        test_per_class: the same for evaluation.
         mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
         cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
         repeats: how many times in a row an image comes, see `EpochSampler`.
@@ -193,7 +195,7 @@ class ImageFolderDataModule(_DataModule):
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
         ValueError: on reading an image that cannot be read; the message names it. Also if train and val have different
-            classes.
+            classes, or too few images of a class.
     """
 
     def __init__(
@@ -208,6 +210,8 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: float = 0.9,
         limit: int = 0,
         part: str = "",
+        train_per_class: int = 0,
+        test_per_class: int = 0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         repeats: int = 1,
@@ -218,20 +222,32 @@ class ImageFolderDataModule(_DataModule):
         self.crop_pct = crop_pct
         self.limit = limit
         self.part = _part(part)
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
 
     def setup(self, stage: str | None = None) -> None:
         evaluate = create_transform(**self.transforms, interpolation="bicubic", crop_pct=self.crop_pct)
-        self.test_set = open_images(self.root, "val", evaluate)
-        self.num_classes = len(self.test_set.classes)
+        tested = open_images(self.root, "val", evaluate)
+        self.num_classes = len(tested.classes)
         if stage == "fit":
-            folder = open_images(self.root, "train", training_transform(**self.transforms))
-            if folder.classes != self.test_set.classes:
-                raise ValueError(f"the classes of train and val of {self.root} differ")
-            self.train_set = SeededDataset(folder, self.seed)
-        order = list(range(len(self.test_set)))
-        if 0 < self.limit < len(order):
-            order = torch.linspace(0, len(order) - 1, self.limit).long().tolist()
-        self.test_set = Subset(self.test_set, order[self.part])
+            folder = self._training_images(tested, training_transform(**self.transforms))
+            chosen = first_of_each_class(folder, self.train_per_class, f"train of {self.root}")
+            self.train_set = SeededDataset(Subset(folder, chosen) if self.train_per_class else folder, self.seed)
+        chosen = first_of_each_class(tested, self.test_per_class, f"val of {self.root}")
+        self.test_set = Subset(tested, [chosen[index] for index in self._evaluated(len(chosen))])
+
+    def _training_images(self, tested: Images, transform: Any = None) -> Images:
+        images = open_images(self.root, "train", transform)
+        if images.classes != tested.classes:
+            raise ValueError(f"the classes of train and val of {self.root} differ")
+        return images
+
+    def _evaluated(self, images: int) -> list[int]:
+        """Which of so many images are evaluated, by `limit` and `part`."""
+        order = list(range(images))
+        if 0 < self.limit < images:
+            order = torch.linspace(0, images - 1, self.limit).long().tolist()
+        return order[self.part]
 
 
 def training_transform(**options: Any) -> Compose:

@@ -1,8 +1,9 @@
 """Files that are there whole or not at all."""
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -35,6 +36,28 @@ def whole(path: str | Path) -> Iterator[Path]:
             raise
         state = "what it held before is still there" if path.exists() else "there is no such file now"
         raise OSError(f"cannot write {path}: {reason}; {state}") from error
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with the same file, which is made for it and stays.
+
+    The system lets go of it if this process dies. On a file system without locks nobody waits.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again: $TOKENPOOL_CACHE, or ~/.cache/tokenpool (XDG_CACHE_HOME counts)."""
+    chosen = os.environ.get("TOKENPOOL_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenpool"
 
 
 def _refusal(path: Path) -> str:

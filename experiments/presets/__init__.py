@@ -61,6 +61,9 @@ class Preset:
         repeats: of an image in a row (repeated augmentation).
         ema_decay: of the moving average of the weights; 0 for none.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
+        augmentation: of training images: "deit", or "light", which is quick (see `experiments.protocol.Run`).
+        train_per_class: train on the first so many images of each class only; 0 for all.
+        test_per_class: the same for evaluation.
         search_learning_rate: of the network in stage 2.
         retention_learning_rate: of the retention weights in stage 2.
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
@@ -111,6 +114,9 @@ class Preset:
     repeats: int = 1
     ema_decay: float = 0.0
     crop_pct: float = 0.0
+    augmentation: str = "deit"
+    train_per_class: int = 0
+    test_per_class: int = 0
     search_learning_rate: float = 0.0
     retention_learning_rate: float = 1e-2
     penalties: tuple[float, ...] = ()

@@ -10,7 +10,7 @@ import timm
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.images import HUB, open_images, part_folder
+from tokenpool.images import HUB, is_downloaded, open_images, part_folder
 
 
 def check_data(runs: Sequence[Run]) -> None:
@@ -68,7 +68,7 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
 
 
 def _count_classes(root: str, part: str) -> int:
-    if root.startswith(HUB):
+    if root.startswith(HUB) or is_downloaded(root):
         return len(open_images(root, part).classes)
     # The folders are counted; listing a million images takes minutes on some file systems.
     return sum(entry.is_dir() for entry in os.scandir(part_folder(Path(root), part)))
