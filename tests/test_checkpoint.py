@@ -228,3 +228,16 @@ def test_checkpoints_of_timms_training_script_go_in(small: VisionTransformer, tm
     tokenpool.load_weights(small, tmp_path / "last.pth.tar")
     safetensors.torch.save_file(small.state_dict(), tmp_path / "weights.bin")
     tokenpool.load_weights(small, tmp_path / "weights.bin")
+
+
+def test_weights_for_images_of_another_size_are_interpolated_as_timm_does(small, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    options = {"embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7, "img_size": 128}
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    model = tokenpool.create_model("deit_tiny_patch16_224", "wkmedoids", [40, 30, 20, 10], **options)
+    tokenpool.load_weights(model, tmp_path / "small.safetensors")
+    file = {"file": str(tmp_path / "small.safetensors")}
+    reference = timm.create_model("deit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay=file, **options)
+    assert model.pos_embed.shape[1] == 65 and torch.equal(model.pos_embed, reference.pos_embed)
+    assert torch.equal(model.head.weight, small.head.weight)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 from collections.abc import Callable
 from itertools import zip_longest
@@ -12,6 +13,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -107,6 +109,7 @@ def load(path: str | Path) -> VisionTransformer:
 def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False) -> None:
     """Load weights into a model: safetensors, or a `.pth` checkpoint of tensors only (`weights_only=True`).
 
+    Position embeddings for images of another size are interpolated, as timm does for its own weights.
     Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
     left out where the model has none.
 
@@ -136,6 +139,7 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
     except Exception as error:
         raise ValueError(f"cannot read weights {path}: {error}") from error
     own = model.state_dict()
+    state = _resampled(state, model)
     state = {key: value for key, value in state.items() if key in own or not key.endswith(".retention")}
     may_miss = [key for key in own if ".downsampler." in key or key.endswith("attn.alpha")]
     if other_classes:
@@ -144,6 +148,18 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
         may_miss += heads - set(state)
     _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss)
     model.load_state_dict(state, strict=False)
+
+
+def _resampled(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Weights whose position embeddings fit the model's grid, by timm's interpolation; both grids square."""
+    embeddings, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if embeddings is None or own is None or embeddings.dim() != 3 or embeddings.shape[1] == own.shape[1]:
+        return state
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    if math.isqrt(embeddings.shape[1] - prefix) ** 2 != embeddings.shape[1] - prefix:
+        return state  # of another model
+    grid = list(model.patch_embed.grid_size)
+    return state | {"pos_embed": resample_abs_pos_embed(embeddings, grid, num_prefix_tokens=prefix)}
 
 
 def _is_safetensors(path: Path) -> bool:
