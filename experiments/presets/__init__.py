@@ -82,11 +82,14 @@ class Preset:
         clustered_level: number of the schedule that Figure 1c shows.
         redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
         budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
+        placements: of convolutions in the full study, as blocks, on the extra seeds; None for all that appendix D
+            allows, single ones on all seeds.
         depth: blocks.
         model_options: further arguments of the timm model.
         trainer_options: of Lightning's Trainer, such as the precision.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
-        evaluation_seconds: the same for a run without training.
+        evaluation_seconds: the same for the test of a run, and all that it does beside training.
+        pooled_effort: of a model with fewer tokens, relative to the plain one's, mean over methods and schedules.
         file: that it was read from, if it is none of this package.
     """
 
@@ -130,10 +133,12 @@ class Preset:
     clustered_level: int = 0
     redundancy_images: int = 0
     budgets: tuple[float, ...] = ()
+    placements: tuple[tuple[int, ...], ...] | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    pooled_effort: float = 1.0
     file: Path | None = None
 
     @property
