@@ -27,6 +27,17 @@ _MODELS = (
 )
 _PRESETS = f"Preset: {', '.join(presets.NAMES)}; or a file like theirs, my_preset.py, that defines PRESET."
 
+
+def _log_to(name: str | None) -> str | None:
+    """Say by an environment variable, which the processes of a study inherit, what logs their training."""
+    if name is not None:
+        from experiments import loggers
+
+        loggers.check(name)
+        os.environ[loggers.VARIABLE] = name
+    return name
+
+
 # Options that several verbs have.
 Model = Annotated[str, typer.Option(help=_MODELS)]
 Method = Annotated[str, typer.Option(help=f"Downsampling method: {', '.join(METHODS)}.")]
@@ -76,6 +87,14 @@ Data = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Weights to use instead of timm's download. Or: $TOKENPOOL_WEIGHTS.")
 ]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        "--logger",
+        callback=_log_to,
+        help="What logs training: csv, tensorboard or wandb (offline). Results stay the same. Or: $TOKENPOOL_LOGGER.",
+    ),
+]
 FigureRuns = Annotated[str | None, typer.Option(help="The runs of this figure, or all.")]
 TableRuns = Annotated[str | None, typer.Option(help="The runs of this table, or all.")]
 
@@ -94,6 +113,7 @@ def reproduce(
     full: Annotated[bool, typer.Option("--full", help="All methods, more schedules, several seeds.")] = False,
     jobs: Jobs = 0,
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: runs/<preset>[-full].")] = None,
+    logger: LogTo = None,
 ) -> None:
     """Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.
 
@@ -133,6 +153,7 @@ def table(
     jobs: Jobs = 0,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Write a table of the paper as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
     from experiments import tables
@@ -153,6 +174,7 @@ def figure(
     jobs: Jobs = 0,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Draw a figure of the paper as PNG and PDF: from its printed numbers, and from the runs of a preset."""
     from experiments import figures
@@ -190,6 +212,7 @@ def run(
     quick: Quick = False,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Make one run of a preset, as each task of a job array does. Goes on where an interrupted run stopped."""
     from lightning.pytorch.utilities import rank_zero_only
@@ -334,13 +357,13 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
 
 
 def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:
+    from experiments.studies import duration
+
     lacking = study.missing(runs)
     lines = [f"{run.name}: about {study.seconds([run]):.0f} s" for run in lacking]
     if lacking:
-        minutes = study.seconds(lacking) / jobs / 60
-        lines.append(
-            f"{len(lacking)} runs are missing, about {minutes:.0f} minutes in {jobs} processes; --run makes them"
-        )
+        text = duration(study.seconds(lacking) / jobs)
+        lines.append(f"{len(lacking)} runs are missing, about {text} in {jobs} processes; --run makes them")
     return lines
 
 
@@ -376,6 +399,7 @@ def train(
     option: Options = None,
     model_option: ModelOptions = None,
     trainer: TrainerOptions = None,
+    logger: LogTo = None,
 ) -> None:
     """Train one setting, test it, and write weights and one JSON file. Goes on where an interrupted run stopped."""
     from experiments.protocol import Run, weights_path

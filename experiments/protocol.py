@@ -21,12 +21,12 @@ import timm
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import tokenpool
+from experiments import loggers
 from experiments.measurements import MEASURES
 from tokenpool import bits, files, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
@@ -274,9 +274,12 @@ def _train_and_test(
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
-        if run.epochs:
-            fit(trainer, module, data, run, checkpoint)
-        metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+        try:
+            if run.epochs:
+                fit(trainer, module, data, run, checkpoint)
+            metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+        finally:
+            loggers.close(trainer.logger)
 
     measured = _accuracy(metrics, module.correct)
     if module.ema is not None:
@@ -490,7 +493,7 @@ def _trainer(
         callbacks.append(_EpochReporter(on_epoch))
     defaults = {
         "max_epochs": run.epochs or 1,
-        "logger": CSVLogger(folder / "logs", name=run.name) if run.epochs else False,
+        "logger": loggers.create(run.name, folder) if run.epochs else False,
         "default_root_dir": folder,
         "enable_progress_bar": progress,
         "enable_model_summary": progress,
@@ -585,11 +588,11 @@ class _Record(Checkpoint):
             {"epoch": trainer.current_epoch + 1, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
             | {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
         )
-        top1, loss = (100 * metrics.get("val_top1", math.nan), metrics["train_loss"])
+        top1 = f"top-1 {100 * metrics['val_top1']:.2f} %, " if "val_top1" in metrics else ""
         rate = self.images / self.busy if self.busy else math.nan
         self._print(
             trainer,
-            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {loss:.4f}, top-1 {top1:.2f} %, "
+            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {metrics['train_loss']:.4f}, {top1}"
             f"{rate:.0f} images/s",
         )
 
