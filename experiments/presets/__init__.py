@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenpool.schedules import LEVELS
 
-NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
+NAMES = ("digits", "pretrained", "cifar10", "cifar10_128", "imagenet", "imagenet_printed")
 
 
 @dataclass(frozen=True)
