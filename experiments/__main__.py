@@ -16,12 +16,12 @@ import yaml
 
 from experiments import presets
 from tokenpool.downsampling import METHODS
-from tokenpool.images import HUB
+from tokenpool.images import HUB, is_downloaded
 from tokenpool.interruption import Interrupted
 
 _FOLDER_OR_HUB = (
     "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
-    "Hugging Face datasets opens (hf:ILSVRC/imagenet-1k)."
+    "Hugging Face datasets opens (hf:ILSVRC/imagenet-1k); or cifar10, which torchvision downloads."
 )
 _DIGITS_OR_FOLDER = f'"digits", or images. {_FOLDER_OR_HUB}'
 _MODELS = (
@@ -30,6 +30,17 @@ _MODELS = (
     "deit_digits_patch2_16."
 )
 _PRESETS = f"Preset: {', '.join(presets.NAMES)}; or a file like theirs, my_preset.py, that defines PRESET."
+
+
+def _log_to(name: str | None) -> str | None:
+    """Say by an environment variable, which the processes of a study inherit, what logs their training."""
+    if name is not None:
+        from experiments import loggers
+
+        loggers.check(name)
+        os.environ[loggers.VARIABLE] = name
+    return name
+
 
 # Options that several verbs have.
 Model = Annotated[str, typer.Option(help=_MODELS)]
@@ -89,10 +100,21 @@ Missing = Annotated[bool, typer.Option("--missing", help="Only list the runs tha
 RunMissing = Annotated[bool, typer.Option("--run", help="Make the runs that are missing first.")]
 Jobs = Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, at most 8.")]
 Data = Annotated[
-    Path | None, typer.Option(help="Images in ImageNet's layout, for presets that need them. Or: $TOKENPOOL_DATA.")
+    Path | None,
+    typer.Option(
+        help="Images in ImageNet's layout, hf:NAME or cifar10, for presets that need them. Or: $TOKENPOOL_DATA."
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option(help="Weights to use instead of timm's download. Or: $TOKENPOOL_WEIGHTS.")
+]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        "--logger",
+        callback=_log_to,
+        help="What logs training: csv, tensorboard or wandb (offline). Results stay the same. Or: $TOKENPOOL_LOGGER.",
+    ),
 ]
 FigureRuns = Annotated[str | None, typer.Option(help="The runs of this figure, or all.")]
 TableRuns = Annotated[str | None, typer.Option(help="The runs of this table, or all.")]
@@ -114,6 +136,7 @@ def reproduce(
     output: Annotated[Path | None, typer.Option(help="Folder for results. Default: runs/<preset>[-full].")] = None,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.
 
@@ -152,6 +175,7 @@ def table(
     jobs: Jobs = 0,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Print a table of the paper and write it as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
     from experiments import tables
@@ -172,6 +196,7 @@ def figure(
     jobs: Jobs = 0,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Draw a figure of the paper as PNG and PDF: from its printed numbers, and from the runs of a preset."""
     from experiments import figures
@@ -209,6 +234,7 @@ def run(
     quick: Quick = False,
     data: Data = None,
     weights: Weights = None,
+    logger: LogTo = None,
 ) -> None:
     """Make one run of a preset, as each task of a job array does. Goes on where an interrupted run stopped."""
     from lightning.pytorch.utilities import rank_zero_only
@@ -333,7 +359,7 @@ def _study(
         raise ValueError(f"preset {chosen.name} trains its models from scratch: it takes no --weights")
     for variable, path in ((DATA, data), (WEIGHTS, weights)):
         if path is not None:
-            if not path.exists() and not str(path).startswith(HUB):
+            if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):
                 files.check_local(path)
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
@@ -384,13 +410,13 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
 
 
 def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:
+    from experiments.studies import duration
+
     lacking = study.missing(runs)
     lines = [f"{run.name}: about {study.seconds([run]):.0f} s" for run in lacking]
     if lacking:
-        minutes = study.seconds(lacking) / jobs / 60
-        lines.append(
-            f"{len(lacking)} runs are missing, about {minutes:.0f} minutes in {jobs} processes; --run makes them"
-        )
+        text = duration(study.seconds(lacking) / jobs)
+        lines.append(f"{len(lacking)} runs are missing, about {text} in {jobs} processes; --run makes them")
     return lines
 
 
@@ -429,6 +455,7 @@ def train(
     option: Options = None,
     model_option: ModelOptions = None,
     trainer: TrainerOptions = None,
+    logger: LogTo = None,
 ) -> None:
     """Train one setting, test it, and write weights and one JSON file. Goes on where an interrupted run stopped."""
     from experiments.protocol import Run, weights_path
@@ -470,6 +497,9 @@ def train(
         repeats=_given(repeats, chosen.repeats),
         ema_decay=_given(ema_decay, chosen.ema_decay),
         crop_pct=chosen.crop_pct,
+        augmentation=chosen.augmentation,
+        train_per_class=chosen.train_per_class,
+        test_per_class=chosen.test_per_class,
         seed=seed,
         split=split,
         allow_empty_classes=allow_empty_classes,

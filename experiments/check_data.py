@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenpool import files
-from tokenpool.images import HUB, Images, load_image, open_images
+from tokenpool.images import HUB, Images, is_downloaded, load_image, open_images
 
 PARTS = ("train", "val")
 
@@ -243,7 +243,7 @@ def _as_text(number: int) -> str:
 
 
 def _default_output(data: str, parts: Sequence[str]) -> Path:
-    source = data if data.startswith(HUB) else str(Path(data).resolve())
+    source = data if data.startswith(HUB) or is_downloaded(data) else str(Path(data).resolve())
     name = re.sub("[^A-Za-z0-9]+", "-", source).strip("-")[-60:]
     told_apart = hashlib.sha256(" ".join([source, *parts]).encode(errors="surrogateescape")).hexdigest()[:8]
     return Path("runs/check-data") / f"{name}-{told_apart}.json"

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 import tokenpool
+from experiments import loggers
 from experiments.measurements import MEASURES
 from experiments.run import (  # noqa: F401 - the names of a run are also found here
     DATA,
@@ -44,13 +44,15 @@ from experiments.run import (  # noqa: F401 - the names of a run are also found 
     result_path,
     weights_path,
 )
-from tokenpool import files, fingerprint, flops, results, soft_selection
+from tokenpool import bits, files, fingerprint, flops, results, soft_selection
 from tokenpool.data import DigitsDataModule, ImageFolderDataModule
 from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
 from tokenpool.labels import outputs_of
 from tokenpool.module import ClassificationModule
+from tokenpool.stored import StoredImageDataModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
+AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
@@ -161,13 +163,16 @@ def _train_and_test(
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
-        if run.epochs:
-            fit(trainer, module, data, run, checkpoint, identity)
-        metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+        try:
+            if run.epochs:
+                fit(trainer, module, data, run, checkpoint, identity)
+            metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+        finally:
+            loggers.close(trainer.logger)
 
-    measured = _accuracy(metrics, images=len(data.test_set))
+    measured = _accuracy(metrics, module.correct)
     if module.ema is not None:
-        averaged = _accuracy(metrics, images=len(data.test_set), prefix="test_ema_")
+        averaged = _accuracy(metrics, module.ema_correct, prefix="test_ema_")
         measured |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
     if tokenpool.vit.is_patched(module.model) and run.stage == "evaluate":
         measured["relative_error"] = errors.relative
@@ -176,15 +181,20 @@ def _train_and_test(
     return measured, trainer.is_global_zero
 
 
-def _accuracy(metrics: dict[str, float], images: int, prefix: str = "test_") -> dict[str, Any]:
-    """Accuracies in percent, with the standard error that comes of the finite number of images."""
-    top1, loss = metrics[f"{prefix}top1"], metrics[f"{prefix}loss"]
+def _accuracy(metrics: dict[str, float], correct: Tensor, prefix: str = "test_") -> dict[str, Any]:
+    """Accuracies in percent, with the standard error that comes of the finite number of images.
+
+    `correct` says which images were right, see `tokenpool.bits`; it is what pairs runs by image.
+    """
+    images = len(correct)
+    top1, loss = correct.sum().item() / images, metrics[f"{prefix}loss"]
     return {
         "top1": 100 * top1,
         "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
         "top5": 100 * metrics[f"{prefix}top5"],
         "loss": loss if math.isfinite(loss) else None,
         "images": images,
+        "correct": bits.encode(correct.numpy()),
     }
 
 
@@ -296,11 +306,13 @@ def build_model(run: Run, folder: Path) -> nn.Module:
 def data_module(run: Run) -> LightningDataModule:
     """The run's data."""
     if run.data == "digits":
-        if run.limit or run.part:
+        if run.limit or run.part or run.train_per_class or run.test_per_class:
             raise ValueError("the digits are few; only image folders can be limited or parted")
         return DigitsDataModule(split=run.split, **_batches(run))
+    if run.augmentation not in AUGMENTATIONS:
+        raise ValueError(f"augmentation = {run.augmentation!r} must be {' or '.join(AUGMENTATIONS)}")
     source, prepared = image_source(run), preprocessing(run)
-    return ImageFolderDataModule(
+    return AUGMENTATIONS[run.augmentation](
         source,
         image_size=tuple(prepared.pop("input_size")[1:]),
         workers=_workers(),
@@ -309,8 +321,26 @@ def data_module(run: Run) -> LightningDataModule:
         allow_empty=run.allow_empty_classes,
         allow_truncated=run.allow_truncated,
         **prepared,
+        train_per_class=run.train_per_class,
+        test_per_class=run.test_per_class,
         **_batches(run),
     )
+
+
+def prepare_data(runs: Sequence[Run]) -> None:
+    """Open the images of all runs, and store those that are to be stored, before anything is trained.
+
+    Raises:
+        ValueError, OSError: as of `data_module` and its `setup`.
+    """
+    names = ("data", "model", "augmentation", "train_per_class", "test_per_class", "crop_pct")
+    users: dict[tuple, Run] = {}
+    for run in sorted(runs, key=lambda run: -run.epochs):
+        key = (*(getattr(run, name) for name in names), str(run.model_options.get("img_size")))
+        if run.data != "digits":
+            users.setdefault(key, run)
+    for run in users.values():
+        data_module(run).setup("fit" if run.epochs else "test")
 
 
 def _batches(run: Run) -> dict[str, Any]:
@@ -402,7 +432,7 @@ def _trainer(
         callbacks.append(_EpochReporter(on_epoch))
     defaults = {
         "max_epochs": run.epochs or 1,
-        "logger": CSVLogger(folder / "logs", name=run.name) if run.epochs else False,
+        "logger": loggers.create(run.name, folder) if run.epochs else False,
         "default_root_dir": folder,
         "enable_progress_bar": progress,
         "enable_model_summary": progress,
@@ -498,11 +528,11 @@ class _Record(Checkpoint):
             {"epoch": trainer.current_epoch + 1, "learning_rate": trainer.optimizers[0].param_groups[0]["lr"]}
             | {name: round(value, 6) for name, value in metrics.items() if math.isfinite(value)}
         )
-        top1, loss = (100 * metrics.get("val_top1", math.nan), metrics["train_loss"])
+        top1 = f"top-1 {100 * metrics['val_top1']:.2f} %, " if "val_top1" in metrics else ""
         rate = self.images / self.busy if self.busy else math.nan
         self._print(
             trainer,
-            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {loss:.4f}, top-1 {top1:.2f} %, "
+            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {metrics['train_loss']:.4f}, {top1}"
             f"{rate:.0f} images/s",
         )
 

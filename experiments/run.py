@@ -22,7 +22,7 @@ from tokenpool.images import check_no_url, open_images
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 NAMED = {  # data, and what messages call them
     "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
-    "cifar10": "CIFAR-10, a folder train/<class>/* and test/<class>/* or hf:uoft-cs/cifar10",
+    "cifar10": "CIFAR-10: cifar10 to download it, a folder train/<class>/* and test/<class>/*, or hf:uoft-cs/cifar10",
 }
 
 _CONFIGURING = {"pretrained_cfg", "pretrained_cfg_overlay"}  # of timm.create_model, what changes the configuration
@@ -61,6 +61,10 @@ class Run:
         model_options: of the timm model.
         trainer_options: of Lightning's Trainer.
         split: of the data into train and test.
+        augmentation: of images in training: "deit", DeiT's, or "light", flips and shifts of images that are decoded and
+            resized once (`tokenpool.stored`).
+        train_per_class: train on the first so many images of each class; 0 for all.
+        test_per_class: the same for evaluation.
         allow_empty_classes: see `tokenpool.images.open_images`.
         allow_truncated: see `tokenpool.images.load_image`.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
@@ -98,6 +102,9 @@ class Run:
     repeats: int = 1
     ema_decay: float = 0.0
     crop_pct: float = 0.0
+    augmentation: str = "deit"
+    train_per_class: int = 0
+    test_per_class: int = 0
     retention_penalty: float = 0.0
     retention_learning_rate: float = 1e-2
     seed: int = 0

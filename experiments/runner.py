@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,17 +80,23 @@ class Runner:
     Args:
         folder: for results, weights, checkpoints and logs.
         jobs: number of processes.
-        epochs: that all runs of the study have in total, for the estimate of the time left; see `effort`.
+        seconds: that a run is expected to take one process; their ratios decide what the bar says of the time left.
+        total: of these, over all runs.
     """
 
-    def __init__(self, folder: Path, jobs: int, epochs: int) -> None:
+    def __init__(self, folder: Path, jobs: int, seconds: Callable[[Run], float], total: float) -> None:
         self.folder = folder
+        self.jobs = jobs
+        self.seconds = seconds
         context = multiprocessing.get_context("spawn")
         self.queue = context.SimpleQueue()
+        self._shown: dict[str, float] = {}  # how far the bar has moved for a run that is not finished
         parent = os.getpid()
         self.pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(self.queue, parent))
         interval = 0.5 if sys.stderr.isatty() else 15
-        self.bar = tqdm(total=epochs, unit="epoch", mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+        form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
+        options = {"mininterval": interval, "maxinterval": interval, "dynamic_ncols": True, "bar_format": form}
+        self.bar = tqdm(total=total, smoothing=0, **options)
 
     def __enter__(self) -> "Runner":
         return self
@@ -104,38 +110,61 @@ class Runner:
         for process in multiprocessing.active_children():
             process.kill()  # whatever they are at goes on from its last checkpoint next time
 
-    def run_all(self, runs: Sequence[Run], alone: bool = False) -> None:
-        """Execute the runs, in any order. The first error ends the study; finished runs stay finished.
+    def run_all(
+        self, runs: Sequence[Run], prepared: Callable[[Run, set[str]], Run | None], alone: bool = False
+    ) -> None:
+        """Execute the runs, each as soon as a process is free and those before it in the list run or have to wait.
+
+        The first error ends the study; finished runs stay finished.
 
         Args:
-            runs: to execute.
+            runs: to execute, the most urgent ones first.
+            prepared: gives the run as it is to be executed, or None while it waits for others; it gets the names of
+                those of the runs that are not finished.
             alone: one at a time, for those that measure time.
+
+        Raises:
+            RuntimeError: if a run fails; the message names it.
         """
-        if alone:
-            for run in runs:
-                self.run_all([run])
-            return
-        waiting: dict[Future, Run] = {self.pool.submit(_execute, run, self.folder): run for run in runs}
-        reported: dict[str, int] = {}
-        while waiting:
-            done, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            while not self.queue.empty():
-                name = self.queue.get()
-                reported[name] = reported.get(name, 0) + 1
-                self.bar.update()
+        waiting = list(runs)
+        running: dict[Future, Run] = {}
+        while waiting or running:
+            while len(running) < (1 if alone else self.jobs):
+                run = _next(waiting, {run.name for run in [*waiting, *running.values()]}, prepared)
+                if run is None:
+                    break
+                running[self.pool.submit(_execute, run, self.folder)] = run
+            done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            self._show_epochs({run.name: run for run in running.values()})
             for future in done:
-                run = waiting.pop(future)
+                run = running.pop(future)
                 try:
                     outcome = future.result()
                 except Exception as error:
                     raise RuntimeError(f"run {run.name} failed: {error}") from error
-                self.bar.update(effort(run) - reported.pop(run.name, 0))  # those of an earlier, interrupted attempt
+                self._advance(run, self.seconds(run) - self._shown.pop(run.name, 0.0))
                 self.bar.write(f"{run.name}: {summary(outcome)}")
 
+    def _show_epochs(self, running: dict[str, Run]) -> None:
+        """Move the bar by the epochs that have ended meanwhile. The test after the last one counts as an epoch."""
+        while not self.queue.empty():
+            run = running[self.queue.get()]
+            share = self.seconds(run) / (run.epochs + 1)
+            self._shown[run.name] = self._shown.get(run.name, 0.0) + share
+            self._advance(run, share)
 
-def effort(run: Run) -> int:
-    """Epochs of a run; one that does not train counts as one."""
-    return max(run.epochs, 1)
+    def _advance(self, run: Run, seconds: float) -> None:
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))  # sums of floating-point numbers are not exact
+
+
+def _next(waiting: list[Run], unfinished: set[str], prepared: Callable[[Run, set[str]], Run | None]) -> Run | None:
+    """Take the first run out of the list that need not wait; None if all have to."""
+    for index, run in enumerate(waiting):
+        ready = prepared(run, unfinished)
+        if ready is not None:
+            del waiting[index]
+            return ready
+    return None
 
 
 def summary(outcome: dict) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import off_the_shelf
+from experiments import off_the_shelf, protocol
 from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
-from experiments.runner import Runner, effort
+from experiments.runner import Runner
+from experiments.slurm import checks
 from tokenpool import results, schedules
 
 CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
@@ -32,6 +33,9 @@ _RECIPE = (
     "repeats",
     "ema_decay",
     "crop_pct",
+    "augmentation",
+    "train_per_class",
+    "test_per_class",
     "trainer_options",
 )
 
@@ -69,6 +73,12 @@ class Study:
     def extra_seeds(self) -> tuple[int, ...]:
         """Seeds of the ablations and of the other base models."""
         return self.preset.extra_seeds if self.full else self.preset.seeds
+
+    @property
+    def placements(self) -> Sequence[tuple[int, ...]]:
+        """Blocks at which convolutions are put, one to three at a time."""
+        chosen = self.preset.placements
+        return placements(self.preset.depth, self.preset.grid) if chosen is None else chosen
 
     def base(self, seed: int, variant: Variant | None = None) -> Run:
         """Stage 1: a base model."""
@@ -150,8 +160,9 @@ class Study:
                     runs.append(Run("evaluate", "none", **common))
                 elif method == "convolution":
                     runs += [
-                        Run("evaluate", f"convolution{suffix}-at{block}", **common, options={"at": [block]})
-                        for block in range(self.preset.depth)
+                        Run("evaluate", f"convolution{suffix}-at{at[0]}", **common, options={"at": list(at)})
+                        for at in self.placements
+                        if len(at) == 1
                     ]
                 else:
                     runs += [
@@ -348,27 +359,44 @@ class Study:
         return sum(self._estimate(run) for run in runs)
 
     def execute(self, runs: Sequence[Run], jobs: int) -> None:
-        """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes."""
+        """Execute those of the runs that are not finished, and whatever they need, in `jobs` processes.
+
+        Seed by seed, so that a study that is stopped early has all of the first seeds.
+
+        Raises:
+            FileNotFoundError, ValueError: before anything is trained, if data or weights are missing or wrong.
+            RuntimeError: if a run fails; the message names it.
+        """
         bases, searches = self.prerequisites(runs)
         for run in [*bases, *searches]:
             self.check_finished(run)
         rest = [run for run in runs if not self.check_finished(run) and run not in bases]
-        epochs = sum(effort(run) for run in [*bases, *searches, *rest])
-        trained = len(bases) + sum(run.stage == "base" for run in rest)
+        order = {"base": 0, "search": 1}
+        todo = sorted([*bases, *searches, *rest], key=lambda run: (run.seed, order.get(run.stage, 2)))
+        trained = sum(run.stage == "base" for run in todo)
         print(
             f"{self.preset.name} in {self.folder}: {trained} base models, {len(searches)} searches for a schedule and "
-            f"{sum(run.stage != 'base' for run in rest)} other runs to go, {epochs} epochs in {jobs} processes",
+            f"{len(todo) - trained - len(searches)} other runs to go, about {duration(self.seconds(todo) / jobs)} in "
+            f"{jobs} processes",
             flush=True,
         )
-        if not rest:
+        if not todo:
             return
-        with Runner(self.folder, jobs, epochs) as runner:
-            runner.run_all([*bases, *(run for run in rest if run.stage == "base")])
-            runner.run_all(searches)
-            study = Study(self.preset, self.folder, self.full)  # which knows the schedules that have just been learned
-            rest = [study.with_schedule(run) for run in rest if run.stage != "base"]
-            runner.run_all([run for run in rest if run.stage not in TIMED])
-            runner.run_all([run for run in rest if run.stage in TIMED], alone=True)
+        checks.check_data(todo)
+        checks.check_weights(todo)
+        protocol.prepare_data(todo)
+
+        def prepared(run: Run, unfinished: set[str]) -> Run | None:
+            """The run with its schedule; None while another one that it needs is not finished."""
+            if any(other.name in unfinished for other in self.awaited(run)):
+                return None
+            if run.level is None or run.keep is not None or run.stage == "search":
+                return run
+            return Study(self.preset, self.folder, self.full).with_schedule(run)  # which knows what has been learned
+
+        with Runner(self.folder, jobs, self._estimate, self.seconds(todo)) as runner:
+            runner.run_all([run for run in todo if run.stage not in TIMED], prepared)
+            runner.run_all([run for run in todo if run.stage in TIMED], prepared, alone=True)
 
     def with_schedule(self, run: Run) -> Run:
         """The run with its schedule, if it had to wait for one."""
@@ -420,26 +448,50 @@ class Study:
         return weights_path(base.name, self.folder).exists()
 
     @cached_property
-    def _typical(self) -> pd.Series:
-        """Median seconds of one process that finished runs took for an epoch, by stage, method and model."""
+    def _taken(self) -> pd.DataFrame:
+        """Of finished runs: stage, downsampler, variant, epochs, and the seconds that they took one process."""
+        columns = ["stage", "downsampler", "variant", "epochs", "total"]
         if not self.folder.is_dir() or not any(self.folder.glob("*.json")):
-            return pd.Series(dtype=float)
+            return pd.DataFrame(columns=columns)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 frame = results.load(self.folder, skip_broken=True)
         except ValueError:  # all of them are broken
-            return pd.Series(dtype=float)
+            return pd.DataFrame(columns=columns)
         frame = frame.reindex(columns=frame.columns.union(["processes", "variant"]))  # which early results lack
-        each = frame["seconds"] * frame["processes"].fillna(1) / frame["epochs"].clip(lower=1)
-        return each.groupby(
-            [frame["stage"], frame["downsampler"], frame["variant"].where(frame["variant"].notna(), "")]
-        ).median()
+        frame["variant"] = frame["variant"].where(frame["variant"].notna(), "")
+        frame["total"] = frame["seconds"] * frame["processes"].fillna(1)
+        return frame[columns]
+
+    @cached_property
+    def _typical(self) -> pd.Series:
+        """Median seconds of one process that finished runs took for an epoch, by stage, method and model."""
+        taken = self._taken
+        each = (taken["total"] / taken["epochs"].clip(lower=1)).astype(float)
+        return each.groupby([taken["stage"], taken["downsampler"], taken["variant"]]).median()
 
     def _estimate(self, run: Run) -> float:
-        otherwise = self.preset.epoch_seconds if run.epochs else self.preset.evaluation_seconds
-        effort = self._variant_of(run).effort
-        return max(run.epochs, 1) * self._typical.get((run.stage, run.downsampler, run.variant), otherwise * effort)
+        typical = self._typical.get((run.stage, run.downsampler, run.variant))
+        if typical is not None:
+            return max(run.epochs, 1) * typical
+        return self._pace * self._expected(run.variant, run.downsampler, run.epochs)
+
+    def _expected(self, variant: str, downsampler: str, epochs: int) -> float:
+        """Seconds that the preset expects of a run."""
+        effort = next(each for each in self._variants if each.name == variant).effort
+        if downsampler not in ("none", "soft_selection"):
+            effort *= self.preset.pooled_effort
+        return effort * (epochs * self.preset.epoch_seconds + self.preset.evaluation_seconds)
+
+    @cached_property
+    def _pace(self) -> float:
+        """How much longer finished runs took than the preset expects: this machine may be another one."""
+        taken = self._taken
+        taken = taken[taken["variant"].isin([variant.name for variant in self._variants])]
+        taken = taken[~taken["stage"].isin(MEASURES)] if len(taken) else taken
+        expected = [self._expected(row.variant, row.downsampler, row.epochs) for row in taken.itertuples()]
+        return taken["total"].sum() / sum(expected) if sum(expected) else 1.0
 
     def _common(self, seed: int, variant: Variant) -> dict[str, Any]:
         preset = self.preset
@@ -514,6 +566,13 @@ def status(study: Study, name: str) -> tuple[str, str]:
     return state, f"{state}, {found} of {len(runs)} runs"
 
 
+def duration(seconds: float) -> str:
+    """A time in words: "40 s", "8 minutes", "3.5 hours"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def protocol_runs(study: Study) -> list[Run]:
     """The protocol of section 5 on the main model: base models, and all methods fine-tuned.
 
@@ -524,8 +583,9 @@ def protocol_runs(study: Study) -> list[Run]:
         raise ValueError(f"preset {study.preset.name} trains nothing; {command(study, 'figure 9', '--run')}")
     if not study.full:
         return [*_bases(study), *_main(study, study.preset.methods)]
-    single = [(block,) for block in range(study.preset.depth)]
-    return [*_bases(study), *_main(study, (*SELECTIONS, *CLUSTERINGS)), *study.convolutions(study.seeds, single)]
+    seeds = study.seeds if study.preset.placements is None else study.extra_seeds
+    single = [at for at in study.placements if len(at) == 1]
+    return [*_bases(study), *_main(study, (*SELECTIONS, *CLUSTERINGS)), *study.convolutions(seeds, single)]
 
 
 def everything(study: Study) -> list[Run]:
@@ -615,7 +675,7 @@ def _whole_family(study: Study, methods: Sequence[str]) -> list[Run]:
 
 
 def _convolutions(study: Study) -> list[Run]:
-    return study.convolutions(study.extra_seeds, placements(study.preset.depth, study.preset.grid))
+    return study.convolutions(study.extra_seeds, study.placements)
 
 
 def _twice_trained(study: Study) -> list[Run]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tokenpool import results
+from tokenpool import bits, results
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["embed_dim=16", "depth=3", "num_heads=2", "patch_size=4", "weight_init=jax", "drop_path_rate=0.3"]
@@ -41,6 +41,11 @@ def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: 
             # Top-1 of an image may turn where two classes are as likely; the others differ by rounding.
             assert second[name] == pytest.approx(first[name], abs=3 / 450 if "top" in name else 1e-5), name
     assert many["metrics"]["images"] == one["metrics"]["images"] == 450
+    for name in ("", "ema_"):
+        differing = bits.decode(many["metrics"][f"{name}correct"], 450) ^ bits.decode(
+            one["metrics"][f"{name}correct"], 450
+        )
+        assert differing.sum() <= 3
     assert many["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], abs=1e-5)
     for name in ("train-run-seed0", "train-run-seed0.ema"):
         first, second = (load_file(place / "weights" / f"{name}.safetensors") for place in (folder, tmp_path))
@@ -62,5 +67,8 @@ def test_an_evaluation_shared_out_unevenly_counts_each_image_once(alone, tmp_pat
         found.append(results.read(tmp_path / str(processes) / "evaluate-run-seed0.json")["metrics"])
     one, four = found
     assert one["images"] == four["images"] == 450
-    assert four["top1"] == pytest.approx(one["top1"], abs=0.01) and four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert four["correct"] == one["correct"]  # in the order of the images, whoever has evaluated them
+    right = bits.decode(one["correct"], 450).sum()
+    assert 20 < right < 430 and one["top1"] == four["top1"] == 100 * (right / 450)
+    assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
     assert four["relative_error"] == pytest.approx(one["relative_error"], rel=1e-4)

@@ -17,7 +17,7 @@ from PIL import Image
 from experiments import figures, presets, protocol, runner, studies, tables
 from experiments.presets import Preset
 from experiments.protocol import Run
-from tokenpool import results
+from tokenpool import bits, results
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -87,6 +87,8 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     tuned = frame[frame["stage"] == "finetune"]
     assert tuned[tuned["level"] == 1]["keep"].tolist() == [strong, strong]
     assert (frame["images"] == 450).all() and frame["top1"].between(0, 100).all()
+    for row in frame.itertuples():  # searches, base models and fine-tuned ones: which images were right
+        assert row.top1 == 100 * (bits.decode(row.correct, 450).sum() / 450)
 
     study = studies.Study(preset, tmp_path, full=False)
     table = tables.cost_accuracy(study.points(studies.protocol_runs(study)))
@@ -231,6 +233,34 @@ def test_image_folders_resume_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_stored_images_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Light augmentation, killed in the second epoch; and prepared beforehand, so that no run decodes an image."""
+    monkeypatch.setenv("TOKENPOOL_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(9):
+                pixels = random.integers(0, 255, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{index}.png")
+    model_options = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 3, "num_heads": 2, "num_classes": 2}
+    options = {"data": str(tmp_path / "images"), "model": "deit_tiny_patch16_224", "batch_size": 4}
+    run = training_run(**options, model_options=model_options, augmentation="light", train_per_class=8)
+    with pytest.raises(ValueError, match="val of .*images: expected 10 images of each class, but a has 9, b has 9"):
+        protocol.prepare_data([run, dataclasses.replace(run, test_per_class=10)])
+    with pytest.raises(ValueError, match="augmentation = 'dark' must be deit or light"):
+        protocol.prepare_data([dataclasses.replace(run, augmentation="dark")])
+    protocol.prepare_data([dataclasses.replace(run, epochs=0, stage="evaluate"), run])
+    monkeypatch.setattr("tokenpool.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
+    whole = protocol.execute(run, tmp_path / "whole")
+    assert whole["metrics"]["images"] == 18 and len(whole["epochs"]) == 3
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        protocol.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
+    assert protocol.execute(run, tmp_path / "cut")["metrics"] == whole["metrics"]
+    first, second = weights(run, tmp_path / "whole"), weights(run, tmp_path / "cut")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_fine_tuning_with_learned_alpha_starts_from_a_plain_model(tmp_path: Path) -> None:
     plain = training_run(label="plain", downsampler="none", keep=None, epochs=1)
     protocol.execute(plain, tmp_path)
@@ -295,6 +325,7 @@ def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     tested = results.read(tmp_path / "evaluate-b-seed0.json")["metrics"]
     errors = tested.pop("relative_error")
+    assert tested.pop("correct") == run["metrics"].pop("correct")
     assert tested == pytest.approx(run["metrics"], rel=1e-4)
     assert len(errors) == 3 and all(0 < error < 1 for error in errors[:2]) and errors[2] is None
 

@@ -16,7 +16,7 @@ from PIL import Image
 from experiments import presets, protocol
 from experiments.run import DATA, WEIGHTS, Run
 from experiments.studies import Study, needs
-from tokenpool import fingerprint, results
+from tokenpool import files, fingerprint, results
 from tokenpool.images import open_images
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ SMALL = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_class
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv(fingerprint.CACHE, str(folder))
+    monkeypatch.setenv(files.CACHE, str(folder))
     for variable in (DATA, WEIGHTS):
         monkeypatch.delenv(variable, raising=False)
     return folder

@@ -32,6 +32,7 @@ def test_training_learns_and_metrics_are_right(tmp_path) -> None:
     with torch.no_grad():
         logits = module.eval()(images)
     assert measured["test_top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-6)
+    assert torch.equal(module.correct, logits.argmax(1) == labels) and module.ema_correct is None
     among_five = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
     assert measured["test_top5"] == pytest.approx(among_five, abs=1e-6)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
@@ -95,9 +96,11 @@ def test_the_moving_average_is_one_and_is_tested_apart(tmp_path) -> None:
     assert all(torch.allclose(averaged[name], expected[name], atol=1e-6) for name in expected)
     measured = fitted.test(module, datamodule=data, verbose=False)[0]
     images, labels = data.test_set.tensors
-    for name, model in (("test", module.model), ("test_ema", module.ema.module)):
+    found = (("test", module.model, module.correct), ("test_ema", module.ema.module, module.ema_correct))
+    for name, model, correct in found:
         with torch.no_grad():
             logits = model.eval()(images)
+        assert torch.equal(correct, logits.argmax(1) == labels)
         loss = torch.nn.functional.cross_entropy(logits, labels).item()
         assert measured[f"{name}_loss"] == pytest.approx(loss, rel=1e-4)
         assert measured[f"{name}_top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-6)

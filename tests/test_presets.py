@@ -1,16 +1,19 @@
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 
 import tokenpool
 from experiments import figures, presets, protocol, tables
-from experiments.studies import Study, needs, status
-from tokenpool import results
+from experiments.studies import CLUSTERINGS, SELECTIONS, Study, everything, needs, placements, status
+from tokenpool import bits, results
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2}
 
@@ -67,6 +70,44 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
     outcome = protocol.execute(runs[0], folder)
     assert outcome["metrics"]["images"] == 20 and outcome["setting"]["trainer_options"]["precision"] == "bf16-mixed"
     assert str(tmp_path) not in protocol.result_path(runs[0], folder).read_text()
+
+
+def test_cifar10_128_starts_from_weights_for_larger_images(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base model and plain fine-tuning in small, on lists of images that are stored once."""
+    pretrained = timm.create_model("deit_tiny_patch16_224", **SMALL | {"img_size": 48})
+    tokenpool.save(pretrained, tmp_path / "pretrained.safetensors")
+    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "pretrained.safetensors"))
+    monkeypatch.setenv("TOKENPOOL_CACHE", str(tmp_path / "cache"))
+    preset, folder = presets.get("cifar10_128"), tmp_path / "runs"
+    changes = {"depth": 3, "grid": 2, "train_per_class": 3, "test_per_class": 2, "learning_rate": 2e-6}
+    study = Study(dataclasses.replace(preset, model_options=preset.model_options | SMALL, **changes), folder)
+    tuned = study.plain([0])[0]
+    for run in study.missing([tuned]):
+        outcome = protocol.execute(run, folder)
+        correct = bits.decode(outcome["metrics"]["correct"], 20)
+        assert outcome["metrics"]["top1"] == 100 * (correct.sum() / 20) and run.epochs == 2
+    assert outcome["setting"]["start"] == "base-seed0" and outcome["training_images_per_second"] > 0
+    assert len(list((tmp_path / "cache" / "images").glob("*.npy"))) == 2  # 30 and 20 images, for both runs
+    expected = resample_abs_pos_embed(pretrained.pos_embed, [2, 2])
+    found = load_file(protocol.weights_path("base-seed0", folder))["pos_embed"]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_cifar10_128_has_what_the_paper_compares() -> None:
+    study = Study(presets.get("cifar10_128"), Path("nowhere"))
+    runs = everything(study)
+    tuned = Counter((run.downsampler, run.seed) for run in runs if run.stage == "finetune" and not run.options)
+    methods = (*SELECTIONS, *CLUSTERINGS)
+    assert tuned == {(method, seed): 1 if method == "none" else 5 for method in ("none", *methods) for seed in range(3)}
+    others = Counter(run.downsampler for run in runs if run.stage == "finetune" and run.options)
+    assert others == {"kmedoids": 5, "wkmedoids": 5, "convolution": len(study.placements)}  # random centres
+    for carry, compared in ((False, methods), (True, CLUSTERINGS)):
+        found = {run.downsampler for run in runs if run.stage == "evaluate" and run.carry == carry}
+        assert found >= {"convolution", *compared}
+    assert set(study.placements) <= set(placements(12, 8))
+    assert 4 * 3600 < study.seconds(study.missing(runs)) / 2 < 10 * 3600  # a night on two cores
 
 
 def test_a_preset_from_a_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures, presets, protocol, report, studies, tables
+from experiments import figures, presets, protocol, report, runner, studies, tables
 from experiments.presets import Preset
 from experiments.studies import Study, everything, needs, placements, status
 from tokenpool import results
@@ -138,7 +138,22 @@ def test_estimates_follow_finished_runs(one_study: Study) -> None:
     taken = results.load(one_study.folder)
     assert one_study.seconds([run]) == pytest.approx(24 * (taken["seconds"] / taken["epochs"]).median())
     fresh = Study(one_study.preset, one_study.folder / "none")
-    assert fresh.seconds([run]) == 24 * one_study.preset.epoch_seconds
+    assert fresh.seconds([run]) == 24 * one_study.preset.epoch_seconds + one_study.preset.evaluation_seconds
+    pooled = dataclasses.replace(fresh, preset=dataclasses.replace(fresh.preset, pooled_effort=0.5))
+    assert pooled.seconds([run]) == fresh.seconds([run]) / 2
+    assert pooled.seconds([pooled.base(0)]) == fresh.seconds([fresh.base(0)])  # of as many tokens as before
+    assert [studies.duration(seconds) for seconds in (99, 600, 36_000)] == ["99 s", "10 minutes", "10.0 hours"]
+
+
+def test_other_kinds_of_runs_are_expected_to_go_as_fast_as_finished_ones(one_study: Study) -> None:
+    """A machine that is ten times as slow as the preset's."""
+    for path in one_study.folder.glob("*.json"):
+        run = results.read(path)
+        run["seconds"] = 10 * (12 * one_study.preset.epoch_seconds + one_study.preset.evaluation_seconds)
+        results.save(run, path)
+    other = one_study.finetunes(["wkmedoids"], [0])[0]
+    fresh = Study(one_study.preset, one_study.folder / "none")
+    assert one_study.seconds([other]) == pytest.approx(10 * fresh.seconds([other]))
 
 
 def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> None:
@@ -243,6 +258,53 @@ def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
     assert status(study, "figure 6")[0] == "partial"
     study.execute(needs(study, "figure 6"), jobs=1)
     assert results.read(lost)["metrics"] == before
+
+
+def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
+    tiny: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs start in the order of their seeds; one that waits for others lets the next one go before it."""
+    started = []
+
+    class Pool:
+        """Takes its time over every run, and ends them in the order in which they came."""
+
+        def __init__(self, folder: Path, jobs: int, seconds: object, total: float) -> None:
+            self.jobs, self.seconds, self.total = jobs, seconds, total
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            assert sum(map(self.seconds, started)) == pytest.approx(self.total)
+
+        def run_all(self, runs: list, prepared: object, alone: bool = False) -> None:
+            waiting, running = list(runs), []
+            while waiting or running:
+                while len(running) < (1 if alone else self.jobs):
+                    run = runner._next(waiting, {run.name for run in [*waiting, *running]}, prepared)
+                    if run is None:
+                        break
+                    running.append(run)
+                    started.append(run)
+                finished = running.pop(0)
+                outcome = results.read(RESULTS / "digits" / "base-seed0.json") | {"setting": finished.setting}
+                outcome["metrics"] = outcome["metrics"] | {"learned_keep": [8, 4]}
+                results.save(outcome, protocol.result_path(finished, tmp_path))
+
+    monkeypatch.setattr(studies, "Runner", Pool)
+    study = Study(dataclasses.replace(tiny, full_seeds=(0, 1)), tmp_path)
+    study.execute(everything(study), jobs=2)
+    names = [run.name for run in started]
+    # While the first base model is made, the second one is; nothing else can start.
+    assert names[:2] == ["base-seed0", "base-e252-seed0"]
+    assert [run.seed for run in started[2:]] == sorted(run.seed for run in started[2:] if run.stage != "throughput") + [
+        run.seed for run in started if run.stage == "throughput"
+    ]
+    assert all(run.keep == (8, 4) for run in started if run.stage == "finetune" and run.level is not None)
+    for run in started:
+        assert all(names.index(other.name) < names.index(run.name) for other in study.awaited(run))
+    assert len(set(names)) == len(names) == len({run.name for run in study.with_awaited(everything(study))})
 
 
 def test_carried_sizes_change_nothing_where_tokens_are_dropped(tmp_path: Path) -> None:

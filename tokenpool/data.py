@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, Te
 from torchvision.transforms import Compose
 
 from tokenpool.fingerprint import of_arrays
-from tokenpool.images import open_images
+from tokenpool.images import Images, first_of_each_class, open_images
 from tokenpool.mixing import mixed
 from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
 from tokenpool.seeding import step_seed
@@ -197,6 +197,8 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: share of the resized image that evaluation crops.
         limit: evaluate on so many images only, evenly spaced over the list of all; 0 for all.
         part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
+        train_per_class: train on the first so many images of each class only; 0 for all.
+        test_per_class: the same for evaluation.
         mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
         cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
         repeats: how many times in a row an image comes, see `EpochSampler`.
@@ -209,7 +211,7 @@ class ImageFolderDataModule(_DataModule):
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
         ValueError: on reading an image that cannot be read; the message names it. Also if train and val have different
-            classes, or if `mean` has not three channels.
+            classes, too few images of a class, or if `mean` has not three channels.
     """
 
     def __init__(
@@ -224,6 +226,8 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: float = 0.9,
         limit: int = 0,
         part: str = "",
+        train_per_class: int = 0,
+        test_per_class: int = 0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         repeats: int = 1,
@@ -236,29 +240,43 @@ class ImageFolderDataModule(_DataModule):
         self.root = root
         size = {"input_size": (3, *to_2tuple(image_size))}
         self.transforms = size | {"mean": mean, "std": std, "interpolation": interpolation}
-        self.crop_pct = crop_pct
-        self.crop_mode = crop_mode
+        self.cropping = {"crop_pct": crop_pct, "crop_mode": crop_mode}
         self.allowed = {"allow_empty": allow_empty, "allow_truncated": allow_truncated}
         self.limit = limit
         self.part = _part(part)
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
 
     def setup(self, stage: str | None = None) -> None:
-        evaluate = create_transform(**self.transforms, crop_pct=self.crop_pct, crop_mode=self.crop_mode)
-        self.test_set = open_images(self.root, "val", evaluate, **self.allowed)
+        tested = self._tested_images(create_transform(**self.transforms, **self.cropping))
+        if stage == "fit":
+            folder = self._training_images(tested, training_transform(**self.transforms))
+            chosen = first_of_each_class(folder, self.train_per_class, f"train of {self.root}")
+            self.train_set = SeededDataset(Subset(folder, chosen) if self.train_per_class else folder, self.seed)
+        chosen = first_of_each_class(tested, self.test_per_class, f"val of {self.root}")
+        self.test_set = Subset(tested, [chosen[index] for index in self._evaluated(len(chosen))])
+
+    def _tested_images(self, transform: Any = None) -> Images:
+        images = open_images(self.root, "val", transform, **self.allowed)
         channels = len(self.transforms["mean"])
         if channels != 3:
             raise ValueError(f"the model takes images of {channels} channels, but those of {self.root} have 3")
-        self.classes = self.test_set.classes
+        self.classes = images.classes
         self.num_classes = len(self.classes)
-        if stage == "fit":
-            folder = open_images(self.root, "train", training_transform(**self.transforms), **self.allowed)
-            if folder.classes != self.classes:
-                raise ValueError(f"the classes of train and val of {self.root} differ")
-            self.train_set = SeededDataset(folder, self.seed)
-        order = list(range(len(self.test_set)))
-        if 0 < self.limit < len(order):
-            order = torch.linspace(0, len(order) - 1, self.limit).long().tolist()
-        self.test_set = Subset(self.test_set, order[self.part])
+        return images
+
+    def _training_images(self, tested: Images, transform: Any = None) -> Images:
+        images = open_images(self.root, "train", transform, **self.allowed)
+        if images.classes != tested.classes:
+            raise ValueError(f"the classes of train and val of {self.root} differ")
+        return images
+
+    def _evaluated(self, images: int) -> list[int]:
+        """Which of so many images are evaluated, by `limit` and `part`."""
+        order = list(range(images))
+        if 0 < self.limit < images:
+            order = torch.linspace(0, images - 1, self.limit).long().tolist()
+        return order[self.part]
 
 
 def training_transform(**options: Any) -> Compose:

@@ -1,16 +1,18 @@
 """Files that are there whole or not at all, and paths that are none."""
 
+import fcntl
 import glob
 import os
 import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
 
+CACHE = "TOKENPOOL_CACHE"  # environment variable: a folder for what can be made again
 DEAD_AFTER = 3600  # seconds; a writer that has written nothing for so long was killed
 _BYTES = 6  # of the number that tells writers of one path apart
 
@@ -90,6 +92,28 @@ def _modified(path: Path, otherwise: float) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:  # its writer has ended
         return otherwise
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with the same file, which is made for it and stays.
+
+    The system lets go of it if this process dies. On a file system without locks nobody waits.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again: $TOKENPOOL_CACHE, or ~/.cache/tokenpool (XDG_CACHE_HOME counts)."""
+    chosen = os.environ.get(CACHE)
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenpool"
 
 
 def _refusal(path: Path) -> str:

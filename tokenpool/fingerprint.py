@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from tokenpool import files
 from tokenpool.images import Images
 
-CACHE = "TOKENPOOL_CACHE"  # environment variable: a folder for what can be computed again
 READ_BYTES = 2**31  # so much of a data set's content is read; of a larger one, evenly spaced images
 
 T = TypeVar("T")
@@ -38,7 +36,7 @@ def of_images(images: Images) -> str:
     """
     about = f"{len(images)} images of {len(images.classes)} classes"
     stamp = _digest([str(READ_BYTES), *_description(images), *_parallel(images.stamp, len(images), f"list of {about}")])
-    cached = cache_folder() / "fingerprints" / stamp
+    cached = files.cache_folder() / "fingerprints" / stamp
     try:
         return f"{about}, {cached.read_text()}"
     except OSError:
@@ -77,14 +75,6 @@ def of_weights(path: str | Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     return _of_file(path)[:16]
-
-
-def cache_folder() -> Path:
-    """Folder for what can be computed again: $TOKENPOOL_CACHE, else `tokenpool` in the user's cache."""
-    chosen = os.environ.get(CACHE)
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tokenpool"
 
 
 def _description(images: Images) -> list[str]:

@@ -18,11 +18,14 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from timm.utils import natural_key
 from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from tokenpool import files
+from tokenpool.files import alone, cache_folder
 
 HUB = "hf:"
+DOWNLOADED = ("cifar10",)  # what torchvision downloads, by name
 
 _PARTS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}  # under which names, the best first
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -44,7 +47,8 @@ def open_images(
         root: a folder that holds `<part>/<class>/<image>`; or, as a string, "hf:" and a folder written by
             `datasets.save_to_disk`, a folder of parquet files or tar shards in webdataset's layout whose names say the
             part (`train-000.tar`), or a name on the Hugging Face hub. Parquet files and shards are copied once into the
-            cache of `datasets` ($HF_HOME), from which images are read by index.
+            cache of `datasets` ($HF_HOME), from which images are read by index. Or "cifar10", where there is no folder
+            of that name: torchvision's, downloaded into `tokenpool.files.cache_folder`.
         part: "train" or "val". Where there is no val (`validation` with "hf:"), `test` is taken.
         transform: of the image; None leaves it a PIL image.
         allow_empty: let a class folder be empty. The class counts, and has no image.
@@ -60,7 +64,35 @@ def open_images(
         raise ValueError(f"part = {part!r} must be one of {', '.join(_PARTS)}")
     if str(root).startswith(HUB):
         return HubImages(str(root), part, transform, allow_truncated)
+    if is_downloaded(root):
+        return Cifar10Images(part, transform)
     return FolderImages(Path(root), part, transform, allow_empty, allow_truncated)
+
+
+def is_downloaded(root: str | Path) -> bool:
+    """Whether a source is the name of a data set that torchvision downloads; a folder of that name goes before it."""
+    return str(root) in DOWNLOADED and not Path(root).is_dir()
+
+
+def first_of_each_class(images: "Images", count: int, title: str) -> np.ndarray:
+    """Numbers of the first `count` images of each class, ascending; of all images if `count` is 0.
+
+    Args:
+        images: with `labels` and `classes`.
+        count: images a class.
+        title: what messages call them.
+
+    Raises:
+        ValueError: if a class has fewer; the message says which class has how many.
+    """
+    if not count:
+        return np.arange(len(images))
+    chosen = [np.flatnonzero(images.labels == label)[:count] for label in range(len(images.classes))]
+    short = [f"{name} has {len(few)}" for name, few in zip(images.classes, chosen, strict=True) if len(few) < count]
+    if short:
+        more = f" and {len(short) - 8} more" if len(short) > 8 else ""
+        raise ValueError(f"{title}: expected {count} images of each class, but {', '.join(short[:8])}{more}")
+    return np.sort(np.concatenate(chosen))
 
 
 class Images(Dataset):
@@ -276,6 +308,43 @@ class HubImages(Images):
 
     def size(self, index: int) -> int:
         return self.bytes_each
+
+
+class Cifar10Images(Images):
+    """CIFAR-10 (Krizhevsky 2009) by torchvision, which downloads it into the cache folder and checks it."""
+
+    def __init__(self, part: str, transform: Callable | None = None) -> None:
+        folder = cache_folder() / "cifar10"
+        try:
+            with alone(folder / ".lock"):
+                opened = CIFAR10(folder, train=part == "train", download=True)
+        except Exception as error:  # of the network, of the disk, and of a download that was cut off
+            raise ValueError(
+                f"cannot download CIFAR-10 into {folder} ({error}); --data can also name a folder of it, or "
+                f"{HUB}uoft-cs/cifar10"
+            ) from error
+        self.pixels = opened.data  # (N, 32, 32, 3) uint8
+        self.title = f"{part} of CIFAR-10"
+        files = opened.train_list if opened.train else opened.test_list
+        self.files = " ".join(checksum for _, checksum in files)
+        super().__init__(list(opened.classes), np.array(opened.targets), transform)
+
+    def source(self, index: int) -> tuple[bytes, str]:
+        file = BytesIO()
+        Image.fromarray(self.pixels[index]).save(file, "PNG")  # which loses nothing
+        return file.getvalue(), f"{index} of {self.title}"
+
+    def stamp(self, index: int) -> str:
+        return f"{index} {self.files}"
+
+    def relative_name(self, index: int) -> str:
+        return str(index)
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    def size(self, index: int) -> int:
+        return self.pixels[index].nbytes
 
 
 def load_image(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from tokenpool import soft_selection, stochastic_depth
 from tokenpool.seeding import step_seed
@@ -45,6 +46,9 @@ class ClassificationModule(LightningModule):
 
     Attributes:
         ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
+        correct: after a test, whether each image is classified right, in the order of the data set: (images,) booleans
+            in each process, if an `EvaluationSampler` has shared out the images. None before.
+        ema_correct: the same for the averaged weights.
     """
 
     def __init__(
@@ -91,6 +95,9 @@ class ClassificationModule(LightningModule):
             measures.clone(prefix="val_ema_"),
             measures.clone(prefix="test_ema_"),
         )
+        self.correct: Tensor | None = None
+        self.ema_correct: Tensor | None = None
+        self._tested: list[list[Tensor]] = [[], []]  # whether right, a batch an entry: by the model, by its average
         self._shared_generator: torch.Generator | None = None
         self.searches = bool(soft_selection.layers(model))
 
@@ -140,11 +147,18 @@ class ClassificationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation(self.val_metrics, self.val_ema_metrics)
 
+    def on_test_epoch_start(self) -> None:
+        self._tested = [[], []]
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, self.test_ema_metrics)
+        found = self._evaluate(batch, self.test_metrics, self.test_ema_metrics)
+        for correct, logits in zip(self._tested, found, strict=True):
+            if logits is not None:
+                correct.append(logits.argmax(-1) == batch[1])
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation(self.test_metrics, self.test_ema_metrics)
+        self.correct, self.ema_correct = (_of_all_processes(correct) for correct in self._tested)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of the epoch so far, those of all processes together."""
@@ -160,14 +174,20 @@ class ClassificationModule(LightningModule):
                 for key, value in sums.items():
                     setattr(self.train_metrics[name], key, value.to(self.device))
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, ema: MetricCollection) -> None:
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, ema: MetricCollection
+    ) -> list[Tensor | None]:
+        """Logits of the model, and of its moving average if it has one."""
         images, labels = batch
+        found: list[Tensor | None] = []
         for model, measures in ((self.model, metrics), (self.ema, ema)):
-            if model is not None:
-                logits = self._of_the_data(model(images))
+            logits = None if model is None else self._of_the_data(model(images))
+            if logits is not None:
                 measures["top1"].update(logits, labels)
                 measures["top5"].update(logits, labels)
                 measures["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+            found.append(logits)
+        return found
 
     def _of_the_data(self, logits: Tensor) -> Tensor:
         return logits if self.outputs is None else logits[:, self.outputs]
@@ -224,3 +244,17 @@ class ClassificationModule(LightningModule):
         batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+
+
+def _of_all_processes(parts: list[Tensor]) -> Tensor | None:
+    """Values of all images in the order of the data set; the r-th of R processes has those of images r, r + R, ..."""
+    if not parts:
+        return None
+    mine = torch.cat(parts)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine.cpu()
+    shares = gather_all_tensors(mine)  # of different lengths
+    found = torch.empty(sum(map(len, shares)), dtype=mine.dtype)
+    for rank, share in enumerate(shares):
+        found[rank :: len(shares)] = share.cpu()
+    return found

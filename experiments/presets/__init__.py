@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.presets.checks import check
 
-NAMES = ("digits", "pretrained", "cifar10", "imagenet", "imagenet_printed")
+NAMES = ("digits", "pretrained", "cifar10", "cifar10_128", "imagenet", "imagenet_printed")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Preset:
         repeats: of an image in a row (repeated augmentation).
         ema_decay: of the moving average of the weights; 0 for none.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
+        augmentation: of training images: "deit", or "light", which is quick (see `experiments.protocol.Run`).
+        train_per_class: train on the first so many images of each class only; 0 for all.
+        test_per_class: the same for evaluation.
         search_learning_rate: of the network in stage 2.
         retention_learning_rate: of the retention weights in stage 2.
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
@@ -78,11 +81,14 @@ class Preset:
         clustered_level: number of the schedule that Figure 1c shows; one of the quick study, too.
         redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
         budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
+        placements: of convolutions in the full study, as blocks, on the extra seeds; None for all that appendix D
+            allows, single ones on all seeds.
         depth: blocks.
         model_options: further arguments of the timm model.
         trainer_options: of Lightning's Trainer, such as the precision.
         epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
-        evaluation_seconds: the same for a run without training.
+        evaluation_seconds: the same for the test of a run, and all that it does beside training.
+        pooled_effort: of a model with fewer tokens, relative to the plain one's, mean over methods and schedules.
         file: that it was read from, if it is none of this package.
     """
 
@@ -110,6 +116,9 @@ class Preset:
     repeats: int = 1
     ema_decay: float = 0.0
     crop_pct: float = 0.0
+    augmentation: str = "deit"
+    train_per_class: int = 0
+    test_per_class: int = 0
     search_learning_rate: float = 0.0
     retention_learning_rate: float = 1e-2
     penalties: tuple[float, ...] = ()
@@ -123,10 +132,12 @@ class Preset:
     clustered_level: int = 0
     redundancy_images: int = 0
     budgets: tuple[float, ...] = ()
+    placements: tuple[tuple[int, ...], ...] | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    pooled_effort: float = 1.0
     file: Path | None = None
 
     def __post_init__(self) -> None:

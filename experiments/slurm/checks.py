@@ -10,7 +10,7 @@ import timm
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.images import HUB, class_names, open_images, part_folder
+from tokenpool.images import HUB, class_names, is_downloaded, open_images, part_folder
 from tokenpool.labels import outputs_of
 
 
@@ -70,7 +70,7 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
 
 
 def _class_names(root: str, part: str) -> list[str]:
-    if root.startswith(HUB):
+    if root.startswith(HUB) or is_downloaded(root):
         return open_images(root, part).classes
     # The folders are listed; listing a million images takes minutes on some file systems.
     return class_names(part_folder(Path(root), part))

@@ -20,7 +20,7 @@ from experiments import protocol, runner
 from experiments.protocol import Run
 from experiments.slurm import checks, queue
 from experiments.studies import TIMED, Study
-from tokenpool.images import HUB
+from tokenpool.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
 _NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template
@@ -193,7 +193,9 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """The path of a file or folder, also of one after "hf:", from the root on; names on a hub stay as they are."""
+    """The path of a file or folder, also of one after "hf:", from the root on; names stay as they are."""
+    if is_downloaded(path):
+        return path
     hub = HUB if path.startswith(HUB) else ""
     place = Path(path.removeprefix(hub)).expanduser()
     return path if hub and not place.exists() else f"{hub}{place.resolve()}"
