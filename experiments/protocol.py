@@ -54,6 +54,7 @@ from tokenpool.tracing import ReconstructionErrorCallback
 
 AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
+COMMIT = "TOKENPOOL_COMMIT"  # for copies of the code without its history, as in containers
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -415,12 +416,12 @@ def environment() -> dict[str, Any]:
 
 @cache  # of the code that is running, whatever is committed meanwhile
 def commit() -> str | None:
-    """The commit of this code, with "-dirty" if it has changed since; None outside of a repository."""
+    """The commit of this code, "-dirty" if it has changed since; outside of a repository $TOKENPOOL_COMMIT, or None."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT)
 
 
 def _trainer(

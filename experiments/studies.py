@@ -385,6 +385,8 @@ class Study:
         checks.check_data(todo)
         checks.check_weights(todo)
         protocol.prepare_data(todo)
+        for run in todo:  # fingerprints are taken here, once, and found in the cache by all processes
+            self._identities.of(run)
 
         def prepared(run: Run, unfinished: set[str]) -> Run | None:
             """The run with its schedule; None while another one that it needs is not finished."""
