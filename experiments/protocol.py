@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ from tokenpool.module import ClassificationModule
 from tokenpool.tracing import ReconstructionErrorCallback
 
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
+SLURM_RESERVED = 0xFFFFFFF0  # from here on the numbers of steps mean a batch script, an interactive shell, and so on
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -161,6 +163,8 @@ def _train_and_test(
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
+        if trainer.world_size > 1:
+            signals.expose()  # until all processes have met
         if run.epochs:
             fit(trainer, module, data, run, checkpoint, identity)
         metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
@@ -412,15 +416,46 @@ def _trainer(
         "num_sanity_val_steps": 0,
         "plugins": [WholeCheckpoints()],
     }
-    if SLURMEnvironment.detect():
-        # Nodes and tasks are as sbatch was told. Lightning's own requeueing can hang (its issue 21406).
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        defaults |= {"num_nodes": nodes, "devices": int(os.environ.get("SLURM_NTASKS", nodes)) // nodes}
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeueing can hang (its issue 21406).
+        nodes, tasks = _slurm_nodes_and_tasks()
+        defaults |= {"num_nodes": nodes, "devices": tasks // nodes}
         defaults["plugins"].append(SLURMEnvironment(auto_requeue=False))
     try:
         return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
     except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
+
+
+def _slurm_nodes_and_tasks() -> tuple[int, int]:
+    """Nodes and tasks as sbatch or srun was told.
+
+    Raises:
+        ValueError: if there are several tasks and `srun` has not started this process, so that the others would never
+            come; or if the nodes have different numbers of tasks.
+    """
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    tasks = int(os.environ.get("SLURM_NTASKS", nodes))
+    if tasks > 1 and not _is_task_of_srun():
+        raise ValueError(
+            f"Slurm has {tasks} tasks for this job (SLURM_NTASKS), but srun has not started this process, and the "
+            "others would never come: put srun before the command; for a single process, srun --ntasks=1 --nodes=1"
+        )
+    if tasks % nodes:
+        raise ValueError(
+            f"Slurm has {tasks} tasks on {nodes} nodes, but each node needs as many as the others: "
+            "use --nodes and --ntasks-per-node"
+        )
+    return nodes, tasks
+
+
+def _is_task_of_srun() -> bool:
+    """Whether this process is a task of a step that srun started, not the batch script or the shell of salloc.
+
+    Those have no number of a step, or one of Slurm's reserved ones.
+    """
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < SLURM_RESERVED and "SLURM_PROCID" in os.environ
 
 
 class _Record(Checkpoint):
@@ -523,7 +558,8 @@ def _peak_memory() -> float:
     """The most memory that this process has used, in GiB: of the GPU if it has one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, others KiB
 
 
 class _EpochReporter(Callback):
