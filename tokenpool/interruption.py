@@ -54,7 +54,8 @@ class Signals:
         While a process waits in PyTorch for the others no handler of Python's is called: it would wait on.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._handle(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and & in a script have it
+                self._handle(number, signal.SIG_DFL)
 
     def note_all(self) -> None:
         """Note SIGTERM and SIGUSR1 from now on, and let Ctrl-C do what it did."""
