@@ -570,6 +570,7 @@ def explain(
 
 @app.command()
 def throughput(
+    context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(help=_MODELS + " Repeatable; default: DeiT-S.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Repeatable; default: wkmedoids.")] = None,
     level: Annotated[
@@ -598,17 +599,17 @@ def throughput(
 ) -> None:
     """Time pooled models and timm's plain one in turns: is the speed-up what the FLOPs promise?
 
-    One JSON file a setting; what has been timed is not timed again.
+    One JSON file a setting; what has been timed on this machine is not timed again.
     """
     import itertools
 
     import torch
 
     from experiments import figures, speed
+    from experiments import throughput as timing
     from tokenpool import files
 
-    if threads:
-        torch.set_num_threads(threads)
+    context.with_resource(timing.threads(threads))
     schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
     choices = itertools.product(
         model or ["deit_small_patch16_224"],

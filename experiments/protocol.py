@@ -382,9 +382,20 @@ def environment() -> dict[str, Any]:
         name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics", "fvcore", "scikit-learn")
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+    machine = {"system": platform.system(), "processor": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()}
+    machine["gpus"] = gpus
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
     return {"versions": versions, "commit": commit(), "machine": machine, "threads": torch.get_num_threads()} | job
+
+
+def _cpu() -> str | None:
+    """Name of the CPU's model, as Linux has it; elsewhere what Python knows; None if that is nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or None
 
 
 @cache  # of the code that is running, whatever is committed meanwhile

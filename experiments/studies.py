@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import off_the_shelf
+from experiments import off_the_shelf, throughput
 from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
@@ -286,9 +286,9 @@ class Study:
 
         Raises:
             ValueError: if a run was made from other images or weights than those that are named now, or the runs from
-                different ones; the message names both.
+                different ones; or if runs that measure time were made on different machines; the message names both.
         """
-        rows = []
+        rows, timed = [], {}
         for run in runs:
             path = result_path(run, self.folder)
             if not path.exists():
@@ -303,6 +303,9 @@ class Study:
             self._check_identity(run, outcome, path)
             identity = outcome.get("identity", {})
             rows.append({"run": run.name} | run.setting | outcome["metrics"] | outcome["cost"] | identity)
+            if run.stage in TIMED:
+                timed[run.name] = throughput.timed_on(outcome)
+        _check_one_machine(timed, self.folder)
         return _of_one_origin(pd.DataFrame(rows), self.folder)
 
     def made_from(self, runs: Sequence[Run]) -> str:
@@ -546,6 +549,21 @@ def _check_complete(outcome: dict[str, Any], path: Path) -> None:
     missing += [key for key in ("gmacs", "clustering_gmacs") if key not in outcome["cost"]]
     if missing:
         raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}")
+
+
+def _check_one_machine(timed: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Refuse times of different machines: what each run's times depend on, see `experiments.throughput.timed_on`.
+
+    Raises:
+        ValueError: the message names two of the runs.
+    """
+    for (first, here), (second, there) in combinations(timed.items(), 2):
+        found, other = throughput.differences(here, there)
+        if found:
+            raise ValueError(
+                f"{folder} mixes times of different machines: {first} with {found}, {second} with {other}. Delete the "
+                "files of one of them, or choose another folder (--results), and time all on one machine"
+            )
 
 
 def _of_one_origin(found: pd.DataFrame, folder: Path) -> pd.DataFrame:
