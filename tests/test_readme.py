@@ -39,7 +39,7 @@ def test_snippets_run(
     elif "tokenpool.save" in snippet:
         assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
     else:
-        assert "finetune-wkmedoids" in shown
+        assert "wkmedoids-level" in shown
 
 
 def test_links_lead_somewhere() -> None:
