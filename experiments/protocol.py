@@ -167,7 +167,10 @@ def _train_and_test(
             signals.expose()  # until all processes have met
         if run.epochs:
             fit(trainer, module, data, run, checkpoint, identity)
-        metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+        tested = trainer.test(module, datamodule=data, verbose=progress)
+        if not tested:
+            raise ValueError(f"no image was tested with the Trainer's options {run.trainer_options}")
+        metrics = tested[0]
 
     measured = _accuracy(metrics, images=len(data.test_set))
     if module.ema is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -228,8 +229,11 @@ def stored(folder: Path) -> tuple[list[Setting], list[dict[str, Any]]]:
     for path in sorted(folder.glob("*.json")):
         outcome = results.read(path)
         known = {name: outcome["setting"].get(name) for name in Setting.__dataclass_fields__}
-        if "realised_fraction" not in outcome["metrics"]:
-            raise ValueError(f"{path} is no result of throughput")
+        numbers = ("threads", "speed_up", "flops_ratio", "realised_fraction")
+        lacking = [name for name in numbers if not isinstance(outcome["metrics"].get(name), Real)]
+        lacking += [name for name in ("model", "method", "schedule") if name not in outcome["setting"]]
+        if lacking:
+            raise ValueError(f"{path} is no result of throughput: it lacks {', '.join(lacking)}")
         settings.append(Setting(**known | {"keep": outcome["setting"]["schedule"]}))
         rows.append(_row(path, outcome))
     if not settings:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from experiments import off_the_shelf, throughput
-from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
 from experiments.runner import Runner, effort
@@ -433,7 +433,9 @@ class Study:
                 frame = results.load(self.folder, skip_broken=True)
         except ValueError:  # all of them are broken
             return pd.Series(dtype=float)
-        frame = frame.reindex(columns=frame.columns.union(["processes", "variant"]))  # which early results lack
+        numbers, names = ["seconds", "processes", "epochs"], ["stage", "downsampler", "variant"]
+        frame = frame.reindex(columns=frame.columns.union(numbers + names))  # some of which early results lack
+        frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
         each = frame["seconds"] * frame["processes"].fillna(1) / frame["epochs"].clip(lower=1)
         return each.groupby(
             [frame["stage"], frame["downsampler"], frame["variant"].where(frame["variant"].notna(), "")]
@@ -542,13 +544,29 @@ def everything(study: Study) -> list[Run]:
     return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
 
 
+_RIGHT = {"top1": Real, "top1_error": Real, "images": Real}
+_METRICS = {  # that a result has by its stage, and of which type; stages that are not named here have `_RIGHT`
+    "search": _RIGHT | {"learned_keep": list},
+    "agreement": _RIGHT | {"divergence": Real, "correct": list, "divergences": list},
+    "throughput": dict.fromkeys(("speed_up", "plain_images_per_second", "measured_batch", "threads"), Real),
+    "redundancy": {"images": Real, "gaussian_difference": Real}
+    | {
+        f"{measure}_{signal}": list
+        for measure in ("leading_energy", "neighbour_distance", "mean_energy")
+        for signal in ("values", "filtered", "before", "after")
+    },
+    "clusters": {"assignments": list, "names": list, "tokens": list},
+}
+
+
 def _check_complete(outcome: dict[str, Any], path: Path) -> None:
-    metrics = outcome["metrics"]
-    needed = () if outcome["setting"].get("stage") in MEASURES else ("top1", "top1_error", "images")
-    missing = [key for key in needed if key not in metrics]
-    missing += [key for key in ("gmacs", "clustering_gmacs") if key not in outcome["cost"]]
+    parts = (
+        (outcome["metrics"], _METRICS.get(outcome["setting"].get("stage"), _RIGHT)),
+        (outcome["cost"], {"gmacs": Real, "clustering_gmacs": Real}),
+    )
+    missing = [name for part, needed in parts for name, kind in needed.items() if not isinstance(part.get(name), kind)]
     if missing:
-        raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}, or holds no values there")
 
 
 def _check_one_machine(timed: dict[str, dict[str, Any]], folder: Path) -> None:

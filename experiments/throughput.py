@@ -33,7 +33,8 @@ def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
         `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where it does not tell.
     """
     environment = outcome.get("environment", {})
-    told = environment | environment.get("versions", {}) | environment.get("machine", {}) | outcome["metrics"]
+    parts = [environment, environment.get("versions"), environment.get("machine"), outcome["metrics"]]
+    told = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
     return {name: told.get(name) for name in ("device", "threads", "torch", "system", "processor", "cpu", "cores")}
 
 

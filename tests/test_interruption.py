@@ -130,6 +130,12 @@ def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -
     assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
 
 
+def test_a_run_that_tests_no_image_is_refused(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, epochs=1, trainer_options={"limit_test_batches": 0})
+    with pytest.raises(ValueError, match="no image was tested .*limit_test_batches"):
+        protocol.execute(run, tmp_path)
+
+
 def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()

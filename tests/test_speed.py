@@ -167,6 +167,12 @@ def test_what_has_fallen_is_named(tmp_path: Path) -> None:
     assert line.startswith(f"{one['run']}: realised ")
     with pytest.raises(ValueError, match="holds no results of throughput"):
         speed.stored(tmp_path / "nothing")
+    path = tmp_path / f"{one['run']}.json"
+    outcome = results.read(path)
+    for part, name in (("setting", "schedule"), ("metrics", "threads")):
+        results.save(outcome | {part: {key: value for key, value in outcome[part].items() if key != name}}, path)
+        with pytest.raises(ValueError, match=f"{path} is no result of throughput: it lacks {name}"):
+            speed.stored(tmp_path)
 
 
 def test_the_command_fails_where_less_is_realised(tmp_path: Path) -> None:
