@@ -7,14 +7,18 @@ if __name__ == "__main__":  # before the imports below: Matplotlib refuses what 
 
 import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from tqdm import tqdm
 
 from experiments import presets
+from tokenpool import files
 from tokenpool.downsampling import METHODS
 from tokenpool.images import HUB, is_downloaded
 from tokenpool.interruption import Interrupted
@@ -221,6 +225,8 @@ def report(
     from experiments.studies import Study
 
     folder = results or Path("runs" if quick else "results")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder of results")
     names = preset or [name for name in presets.NAMES if (folder / name).is_dir()] or presets.NAMES[:1]
     studies = [Study(presets.get(name), folder / name, full=not quick) for name in names]
     print(f"page: {page.write(studies, output)}")
@@ -350,7 +356,6 @@ def _study(
     """
     from experiments.run import DATA, NAMED, WEIGHTS
     from experiments.studies import Study
-    from tokenpool import files
 
     chosen = presets.get(preset)
     if data is not None and chosen.data not in NAMED:
@@ -363,6 +368,8 @@ def _study(
                 files.check_local(path)
                 raise FileNotFoundError(f"no file or folder {path}")
             os.environ[variable] = str(path)
+    if results is not None and results.exists() and not results.is_dir():
+        raise ValueError(f"{results} is a file, not a folder of results")
     if results is None:
         named = (chosen.data in NAMED and DATA in os.environ) or (chosen.pretrained and WEIGHTS in os.environ)
         results = Path("runs") / (chosen.name if quick else f"{chosen.name}-full")
@@ -446,7 +453,7 @@ def train(
     cutmix: Annotated[float | None, typer.Option(min=0, help="Alpha of CutMix's ratio; 0: none.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Of an image in a row: repeated augmentation.")] = None,
     ema_decay: Annotated[float | None, typer.Option(min=0, help="Of the weights' moving average; 0: none.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything.")] = 0,
     split: Split = 0,
     allow_empty_classes: AllowEmpty = False,
     allow_truncated: AllowTruncated = False,
@@ -461,7 +468,7 @@ def train(
     from experiments.protocol import Run, weights_path
 
     chosen = presets.get(preset)
-    model = model or chosen.model
+    model = _given(model, chosen.model)
     options = _options(option)
     taken = {
         name: value
@@ -473,8 +480,8 @@ def train(
         raise ValueError(f"preset {preset} trains nothing; give --epochs")
     run = Run(
         stage="train",
-        label=name or "-".join(filter(None, [downsampler, _file_name(keep, gmacs)])),
-        data=data or chosen.data,
+        label=_plain_name(name) or "-".join(filter(None, [downsampler, _file_name(keep, gmacs)])),
+        data=_given(data, chosen.data),
         model=model,
         downsampler=downsampler,
         keep=_schedule(keep, gmacs, downsampler, model, options, model_options),
@@ -545,7 +552,8 @@ def evaluate(
     options, model_options = _options(option), _options(model_option)
     run = Run(
         stage="evaluate",
-        label=name or "-".join(filter(None, [model, downsampler, _file_name(keep, gmacs), "carry" if carry else ""])),
+        label=_plain_name(name)
+        or "-".join(filter(None, [model, downsampler, _file_name(keep, gmacs), "carry" if carry else ""])),
         data=data,
         model=model,
         downsampler=downsampler,
@@ -600,6 +608,7 @@ def explain(
 
 @app.command()
 def throughput(
+    context: typer.Context,
     model: Annotated[list[str] | None, typer.Option(help=_MODELS + " Repeatable; default: DeiT-S.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Repeatable; default: wkmedoids.")] = None,
     level: Annotated[
@@ -617,7 +626,7 @@ def throughput(
     carry: Carry = False,
     option: Options = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="Of the CPU; 0: as PyTorch chooses.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Of the CPU; 0: as PyTorch chooses.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each model.")] = 7,
     against: Annotated[
         Path | None,
@@ -628,17 +637,16 @@ def throughput(
 ) -> None:
     """Time pooled models and timm's plain one in turns: is the speed-up what the FLOPs promise?
 
-    One JSON file a setting; what has been timed is not timed again.
+    One JSON file a setting; what has been timed on this machine is not timed again.
     """
     import itertools
 
     import torch
 
     from experiments import figures, speed
-    from tokenpool import files
+    from experiments import throughput as timing
 
-    if threads:
-        torch.set_num_threads(threads)
+    context.with_resource(timing.threads(threads))
     schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
     choices = itertools.product(
         model or ["deit_small_patch16_224"],
@@ -766,6 +774,13 @@ def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def _plain_name(name: str) -> str:
+    """A part of the names of files, as the user gives it."""
+    if os.sep in name:
+        raise ValueError(f"--name {name} must be a name without {os.sep}: --output names the folder")
+    return name
+
+
 def _path(path: Path | None) -> str | None:
     """A path with a separator in it, which tells it from the name of a run."""
     if path is None:
@@ -797,13 +812,25 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     options = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
-        if not equals:
+        if not equals or not key:
             raise ValueError(f"{pair!r} must have the form name=value")
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"{pair!r} must have the form name=value with a YAML value: {error}") from error
+            reason = " ".join(str(error).split())  # in one line
+            raise ValueError(f"{pair!r} must have the form name=value with a YAML value: {reason}") from error
     return options
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, category: type[Warning], filename: str, *rest: Any
+) -> None:
+    """A warning of these packages to their user, in one line and without the code that gives it."""
+    own = {Path(__file__).parent, Path(files.__file__).parent}
+    if issubclass(category, UserWarning) and own & set(Path(filename).parents):
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # beside the bars of progress
+    else:
+        otherwise(message, category, filename, *rest)
 
 
 def main() -> None:
@@ -813,7 +840,9 @@ def main() -> None:
     os.environ["MPLBACKEND"] = "Agg"  # for the processes that it starts
     matplotlib.use("Agg")
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            app()
     except Interrupted as error:
         print(error if error.requeued else f"{error}; the same command goes on", file=sys.stderr)
         sys.exit(0 if error.requeued else 1)

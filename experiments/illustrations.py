@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments import measurements, protocol
 from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
-from tokenpool import plotting, tracing
+from tokenpool import plotting, results, tracing
 from tokenpool.downsampling import Downsampled, KMeans, PowerBert
 from tokenpool.plotting import STYLES
 
@@ -198,7 +198,12 @@ def rank_correlations(runs: pd.DataFrame, least: float = 10.0) -> pd.Series:
     """Spearman's rank correlation of the columns `error` and `top1` over methods, for each `level`.
 
     Levels at which no method reaches `least` percent are left out: there is no accuracy left to compare.
+
+    Raises:
+        ValueError: if runs of a method are of different data or base models, or with and without carried sizes.
     """
+    columns = ("data", "part", "images", "model", "variant", "carry", "options")
+    results.check_alike(runs, columns, "a rank correlation", within=["downsampler"])
     means = runs.groupby(["level", "downsampler"])[["error", "top1"]].mean()
     means = means[means.groupby(level=0)["top1"].transform("max") >= least]
     return pd.Series({level: rows["error"].rank().corr(rows["top1"].rank()) for level, rows in means.groupby(level=0)})

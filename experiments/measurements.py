@@ -67,18 +67,16 @@ def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> d
     """
     sums: dict[str, np.ndarray] = {}
     difference, images = 0.0, 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other make small eigenvalue problems a thousand times slower
-    for batch in _batches(model, data):
-        images += len(batch)
-        blocks = redundancy.signals(model, batch)
-        difference = max(difference, *(_filter_difference(block) for block in blocks))
-        for measure in (redundancy.leading_energy, redundancy.neighbour_distance, redundancy.mean_energy):
-            for signal in ("values", "filtered", "before", "after"):
-                found = [measure(getattr(block, signal)).sum().item() for block in blocks]
-                name = f"{measure.__name__}_{signal}"
-                sums[name] = sums.get(name, 0) + np.array(found)
-    torch.set_num_threads(threads)
+    with throughput.threads(1):  # that wait for each other make small eigenvalue problems a thousand times slower
+        for batch in _batches(model, data):
+            images += len(batch)
+            blocks = redundancy.signals(model, batch)
+            difference = max(difference, *(_filter_difference(block) for block in blocks))
+            for measure in (redundancy.leading_energy, redundancy.neighbour_distance, redundancy.mean_energy):
+                for signal in ("values", "filtered", "before", "after"):
+                    found = [measure(getattr(block, signal)).sum().item() for block in blocks]
+                    name = f"{measure.__name__}_{signal}"
+                    sums[name] = sums.get(name, 0) + np.array(found)
     means = {name: (total / images).tolist() for name, total in sums.items()}
     return means | {"gaussian_difference": difference, "images": images}
 

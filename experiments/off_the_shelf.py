@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.protocol import Run
+from tokenpool import results
 
 if TYPE_CHECKING:
     from experiments.studies import Study
@@ -95,7 +96,11 @@ def compared(points: pd.DataFrame) -> pd.DataFrame:
         percent), divergence, divergence_difference, divergence_difference_error (mean Kullback-Leibler divergence of
         the pooled model's predictions from the plain model's, in nats). Differences are to the reference with decaying
         schedules; NaN where that run is missing.
+
+    Raises:
+        ValueError: if two runs of the same label, budget and half are there, as of two seeds.
     """
+    results.check_alike(points, ["seed", "split", "run"], "differences", within=["label", "budget", "part"])
     labels = {candidate.label: candidate for candidate in CANDIDATES}
     rows = []
     for row in points.itertuples():

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import safetensors.torch
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -55,6 +56,7 @@ from tokenpool.tracing import ReconstructionErrorCallback
 AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
 COMMIT = "TOKENPOOL_COMMIT"  # for copies of the code without its history, as in containers
+SLURM_RESERVED = 0xFFFFFFF0  # from here on the numbers of steps mean a batch script, an interactive shell, and so on
 WORKERS, MINUTES = "TOKENPOOL_WORKERS", "TOKENPOOL_MINUTES"  # what results do not depend on
 
 
@@ -164,12 +166,17 @@ def _train_and_test(
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
+        if trainer.world_size > 1:
+            signals.expose()  # until all processes have met
         try:
             if run.epochs:
                 fit(trainer, module, data, run, checkpoint, identity)
-            metrics = trainer.test(module, datamodule=data, verbose=progress)[0]
+            tested = trainer.test(module, datamodule=data, verbose=progress)
         finally:
             loggers.close(trainer.logger)
+        if not tested:
+            raise ValueError(f"no image was tested with the Trainer's options {run.trainer_options}")
+        metrics = tested[0]
 
     measured = _accuracy(metrics, module.correct)
     if module.ema is not None:
@@ -409,9 +416,20 @@ def environment() -> dict[str, Any]:
         name: version(name) for name in ("torch", "lightning", "timm", "torchmetrics", "fvcore", "scikit-learn")
     }
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    machine = {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+    machine = {"system": platform.system(), "processor": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count()}
+    machine["gpus"] = gpus
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
     return {"versions": versions, "commit": commit(), "machine": machine, "threads": torch.get_num_threads()} | job
+
+
+def _cpu() -> str | None:
+    """Name of the CPU's model, as Linux has it; elsewhere what Python knows; None if that is nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or None
 
 
 @cache  # of the code that is running, whatever is committed meanwhile
@@ -443,15 +461,46 @@ def _trainer(
         "num_sanity_val_steps": 0,
         "plugins": [WholeCheckpoints()],
     }
-    if SLURMEnvironment.detect():
-        # Nodes and tasks are as sbatch was told. Lightning's own requeueing can hang (its issue 21406).
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        defaults |= {"num_nodes": nodes, "devices": int(os.environ.get("SLURM_NTASKS", nodes)) // nodes}
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeueing can hang (its issue 21406).
+        nodes, tasks = _slurm_nodes_and_tasks()
+        defaults |= {"num_nodes": nodes, "devices": tasks // nodes}
         defaults["plugins"].append(SLURMEnvironment(auto_requeue=False))
     try:
         return Trainer(callbacks=callbacks, **defaults | run.trainer_options)
     except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise ValueError(f"Lightning's Trainer does not take these options: {error}") from error
+
+
+def _slurm_nodes_and_tasks() -> tuple[int, int]:
+    """Nodes and tasks as sbatch or srun was told.
+
+    Raises:
+        ValueError: if there are several tasks and `srun` has not started this process, so that the others would never
+            come; or if the nodes have different numbers of tasks.
+    """
+    nodes = int(os.environ.get("SLURM_NNODES", 1))
+    tasks = int(os.environ.get("SLURM_NTASKS", nodes))
+    if tasks > 1 and not _is_task_of_srun():
+        raise ValueError(
+            f"Slurm has {tasks} tasks for this job (SLURM_NTASKS), but srun has not started this process, and the "
+            "others would never come: put srun before the command; for a single process, srun --ntasks=1 --nodes=1"
+        )
+    if tasks % nodes:
+        raise ValueError(
+            f"Slurm has {tasks} tasks on {nodes} nodes, but each node needs as many as the others: "
+            "use --nodes and --ntasks-per-node"
+        )
+    return nodes, tasks
+
+
+def _is_task_of_srun() -> bool:
+    """Whether this process is a task of a step that srun started, not the batch script or the shell of salloc.
+
+    Those have no number of a step, or one of Slurm's reserved ones.
+    """
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < SLURM_RESERVED and "SLURM_PROCID" in os.environ
 
 
 class _Record(Checkpoint):
@@ -554,7 +603,8 @@ def _peak_memory() -> float:
     """The most memory that this process has used, in GiB: of the GPU if it has one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, others KiB
 
 
 class _EpochReporter(Callback):

@@ -343,7 +343,8 @@ def image_source(run: Run) -> str:
     """
     root = os.environ.get(DATA) if run.data in NAMED else run.data
     if not root:
-        raise ValueError(f"no images: --data or the variable {DATA} must name {NAMED[run.data]}")
+        wanted = NAMED.get(run.data, "a folder in ImageNet's layout")
+        raise ValueError(f"no images: --data or the variable {DATA} must name {wanted}")
     check_no_url(root)  # here, before weights are fetched
     return root
 

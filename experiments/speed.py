@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 import tokenpool
 from experiments import protocol
-from experiments.throughput import peak_memory, seconds, summary
+from experiments.throughput import device_name, differences, peak_memory, seconds, summary, timed_on
 from tokenpool import clustering, flops, results
 from tokenpool.attention import ScoredAttention
 
@@ -129,7 +130,7 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         found |= shares(pooled, images, setting.precision, repeats)
     keep = pooled.blocks.setting.keep
     exact = asdict(setting) | {"schedule": setting.keep, "keep": None if keep is None else list(keep)}
-    found["tokens"] = plain.patch_embed.num_patches
+    found |= {"tokens": plain.patch_embed.num_patches, "repeats": repeats}
     return {"setting": exact, "metrics": found, "cost": cost, "environment": protocol.environment()}
 
 
@@ -146,8 +147,11 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
     """Compare each of the settings and write one JSON file each; those whose file is there are not timed again.
 
     Raises:
-        ValueError: if a file is broken or holds another setting; the message names it.
+        ValueError: if a file is broken, or holds another setting, or times of another machine, number of threads,
+            version of PyTorch or number of repeats; the message names it.
     """
+    here = {"device": device_name(torch.device(device)), "repeats": repeats}
+    now = {"environment": protocol.environment(), "metrics": here | {"threads": torch.get_num_threads()}}
     for setting in settings:
         path = folder / f"{setting.run_name(device)}.json"
         if not path.exists():
@@ -157,7 +161,17 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
         wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
         if {name: before.get(name) for name in wanted} != wanted:
             raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
+        then, today = differences(_times(outcome), _times(now))
+        if then:
+            raise ValueError(
+                f"{path} was timed with {then}, now {today}: choose another folder (--output), or delete the file"
+            )
         yield _row(path, outcome)
+
+
+def _times(outcome: dict[str, Any]) -> dict[str, Any]:
+    """What the times of a result depend on."""
+    return timed_on(outcome) | {"repeats": outcome["metrics"].get("repeats")}
 
 
 def shares(model: VisionTransformer, images: Tensor, precision: str = "float32", repeats: int = 5) -> dict[str, float]:
@@ -215,8 +229,11 @@ def stored(folder: Path) -> tuple[list[Setting], list[dict[str, Any]]]:
     for path in sorted(folder.glob("*.json")):
         outcome = results.read(path)
         known = {name: outcome["setting"].get(name) for name in Setting.__dataclass_fields__}
-        if "realised_fraction" not in outcome["metrics"]:
-            raise ValueError(f"{path} is no result of throughput")
+        numbers = ("threads", "speed_up", "flops_ratio", "realised_fraction")
+        lacking = [name for name in numbers if not isinstance(outcome["metrics"].get(name), Real)]
+        lacking += [name for name in ("model", "method", "schedule") if name not in outcome["setting"]]
+        if lacking:
+            raise ValueError(f"{path} is no result of throughput: it lacks {', '.join(lacking)}")
         settings.append(Setting(**known | {"keep": outcome["setting"]["schedule"]}))
         rows.append(_row(path, outcome))
     if not settings:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments import off_the_shelf, protocol
+from experiments import off_the_shelf, protocol, throughput
 from experiments.measurements import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
@@ -297,9 +298,9 @@ class Study:
 
         Raises:
             ValueError: if a run was made from other images or weights than those that are named now, or the runs from
-                different ones; the message names both.
+                different ones; or if runs that measure time were made on different machines; the message names both.
         """
-        rows = []
+        rows, timed = [], {}
         for run in runs:
             path = result_path(run, self.folder)
             if not path.exists():
@@ -314,6 +315,9 @@ class Study:
             self._check_identity(run, outcome, path)
             identity = outcome.get("identity", {})
             rows.append({"run": run.name} | run.setting | outcome["metrics"] | outcome["cost"] | identity)
+            if run.stage in TIMED:
+                timed[run.name] = throughput.timed_on(outcome)
+        _check_one_machine(timed, self.folder)
         return _of_one_origin(pd.DataFrame(rows), self.folder)
 
     def made_from(self, runs: Sequence[Run]) -> str:
@@ -461,7 +465,9 @@ class Study:
                 frame = results.load(self.folder, skip_broken=True)
         except ValueError:  # all of them are broken
             return pd.DataFrame(columns=columns)
-        frame = frame.reindex(columns=frame.columns.union(["processes", "variant"]))  # which early results lack
+        numbers, names = ["seconds", "processes", "epochs"], ["stage", "downsampler", "variant"]
+        frame = frame.reindex(columns=frame.columns.union(numbers + names))  # some of which early results lack
+        frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
         frame["variant"] = frame["variant"].where(frame["variant"].notna(), "")
         frame["total"] = frame["seconds"] * frame["processes"].fillna(1)
         return frame[columns]
@@ -601,13 +607,44 @@ def everything(study: Study) -> list[Run]:
     return sorted(unique, key=lambda run: (order.get(run.stage, 2), run.seed))
 
 
+_RIGHT = {"top1": Real, "top1_error": Real, "images": Real}
+_METRICS = {  # that a result has by its stage, and of which type; stages that are not named here have `_RIGHT`
+    "search": _RIGHT | {"learned_keep": list},
+    "agreement": _RIGHT | {"divergence": Real, "correct": list, "divergences": list},
+    "throughput": dict.fromkeys(("speed_up", "plain_images_per_second", "measured_batch", "threads"), Real),
+    "redundancy": {"images": Real, "gaussian_difference": Real}
+    | {
+        f"{measure}_{signal}": list
+        for measure in ("leading_energy", "neighbour_distance", "mean_energy")
+        for signal in ("values", "filtered", "before", "after")
+    },
+    "clusters": {"assignments": list, "names": list, "tokens": list},
+}
+
+
 def _check_complete(outcome: dict[str, Any], path: Path) -> None:
-    metrics = outcome["metrics"]
-    needed = () if outcome["setting"].get("stage") in MEASURES else ("top1", "top1_error", "images")
-    missing = [key for key in needed if key not in metrics]
-    missing += [key for key in ("gmacs", "clustering_gmacs") if key not in outcome["cost"]]
+    parts = (
+        (outcome["metrics"], _METRICS.get(outcome["setting"].get("stage"), _RIGHT)),
+        (outcome["cost"], {"gmacs": Real, "clustering_gmacs": Real}),
+    )
+    missing = [name for part, needed in parts for name, kind in needed.items() if not isinstance(part.get(name), kind)]
     if missing:
-        raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is no whole result of a run: it lacks {', '.join(missing)}, or holds no values there")
+
+
+def _check_one_machine(timed: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Refuse times of different machines: what each run's times depend on, see `experiments.throughput.timed_on`.
+
+    Raises:
+        ValueError: the message names two of the runs.
+    """
+    for (first, here), (second, there) in combinations(timed.items(), 2):
+        found, other = throughput.differences(here, there)
+        if found:
+            raise ValueError(
+                f"{folder} mixes times of different machines: {first} with {found}, {second} with {other}. Delete the "
+                "files of one of them, or choose another folder (--results), and time all on one machine"
+            )
 
 
 def _of_one_origin(found: pd.DataFrame, folder: Path) -> pd.DataFrame:

@@ -1,19 +1,23 @@
 """Tables 1 to 5 as queries over finished runs, beside what the paper prints, and what is best off the shelf."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
 from experiments import off_the_shelf, published
+from experiments.run import Run
 from experiments.studies import Study, needs
-from tokenpool import pareto, plotting
+from tokenpool import pareto, plotting, results
 
 NAMES = ("1", "2", "3", "4", "5", "off_the_shelf")
 _MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}
 _MISPRINTS = {"3": ", but for K-Means at level 0: printed 4.7, counted 4.62"}
 _PER_CENT = "top-1 (%)"
+_SETTING = tuple(Run.__dataclass_fields__)
+_OF_A_SEED = ("split", "start")  # what runs of one seed share
+_OF_A_PAIR = ("label", "seed", "downsampler", "level", "keep", "schedule", "options")  # and what pairs differ in
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,14 @@ def cost_accuracy(runs: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         runs: one row a run, from `Study.points` or `tokenpool.results.load`.
+
+    Raises:
+        ValueError: if runs of the same stage and label are of different settings, or two of the same seed.
     """
-    runs = runs.copy()
+    runs = _with_defaults(runs)
+    setting = [name for name in _SETTING if name not in (*_OF_A_SEED, "seed", "schedule")]
+    results.check_alike(runs, [*setting, "images"], "a mean over seeds", within=["stage", "label"])
+    results.check_alike(runs, ["run"], "a mean over seeds", within=["stage", "label", "seed"])
     for column in ("variant", "level", "keep", "carry"):
         runs[column] = runs[column].astype(object).where(runs[column].notna(), None) if column in runs else None
     groups = runs.groupby(["stage", "label"], sort=False)
@@ -110,14 +120,32 @@ def differences(runs: pd.DataFrame, reference: str = "power_bert") -> pd.DataFra
     Args:
         runs: one row a run, from `Study.points` or `tokenpool.results.load`.
         reference: name of the method to compare with.
+
+    Raises:
+        ValueError: if the runs are of different base models, options or recipes: which ones are compared is not clear.
     """
-    runs = runs[(runs["stage"] == "finetune") & runs["level"].notna()]
-    top1 = runs.pivot_table(index=["seed", "level"], columns="downsampler", values="top1")
+    runs = _with_defaults(runs[(runs["stage"] == "finetune") & runs["level"].notna()])
+    common = [name for name in _SETTING if name not in (*_OF_A_SEED, *_OF_A_PAIR)]
+    results.check_alike(runs, [*common, "images"], "differences")
+    results.check_alike(runs, ["options"], "differences", within=["downsampler"])
+    results.check_alike(runs, ["keep"], "differences", within=["level"])
+    results.check_alike(runs, _OF_A_SEED, "differences", within=["seed"])
+    results.check_alike(runs, ["run"], "differences", within=["downsampler", "level", "seed"])
+    top1 = runs.pivot(index=["seed", "level"], columns="downsampler", values="top1")
     if reference not in top1:
         return pd.DataFrame(columns=["method", "difference", "error", "seeds"])
     by_seed = top1.sub(top1[reference], axis=0).groupby("seed").mean().drop(columns=reference)
     rows = pd.DataFrame({"difference": by_seed.mean(), "error": by_seed.sem(), "seeds": by_seed.count()})
     return rows[rows["seeds"] > 1].rename_axis("method").reset_index()
+
+
+def _with_defaults(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, with what a setting had by default where a file is older than the setting."""
+    defaults = {
+        field.name: field.default for field in fields(Run) if isinstance(field.default, str | bool | int | float)
+    }
+    present = {name: value for name, value in defaults.items() if name in runs}
+    return runs.astype(dict.fromkeys(present, object)).fillna(present)
 
 
 def differences_markdown(rows: pd.DataFrame, reference: str = "power_bert") -> str:
@@ -158,7 +186,12 @@ def best(table: pd.DataFrame, models: Iterable[str]) -> pd.DataFrame:
     Returns:
         One row for each configuration that is on the front of any method, by cost: model, level, and for each method
         its gmacs and top1, NaN where it is not on the method's own front.
+
+    Raises:
+        ValueError: if a method has two rows of one model and level.
     """
+    results.check_alike(table, ("stage", "options", "carry"), "a front", within=["downsampler"])
+    results.check_alike(table, ("gmacs", "top1"), "a front", within=["downsampler", "model", "level"])
     fronts = []
     for method, rows in table.groupby("downsampler", sort=False):
         front = pareto.front(rows)[["model", "level", "gmacs", "top1"]]

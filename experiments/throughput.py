@@ -1,7 +1,8 @@
 """Timing: calls in turns, so that all of them meet the same machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -9,6 +10,46 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """PyTorch computes with so many threads on a CPU, until the block ends; 0: with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
+    """What the times in a stored result depend on beside the setting, as far as it tells: machine and software.
+
+    Args:
+        outcome: a result with "environment" (see `experiments.protocol.environment`), and `device` in "metrics".
+
+    Returns:
+        `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where it does not tell.
+    """
+    environment = outcome.get("environment", {})
+    parts = [environment, environment.get("versions"), environment.get("machine"), outcome["metrics"]]
+    told = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
+    return {name: told.get(name) for name in ("device", "threads", "torch", "system", "processor", "cpu", "cores")}
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str]:
+    """What two times depend on (see `timed_on`) where they differ, each in words; both empty where they do not.
+
+    What one of them does not tell is not compared.
+    """
+    names = [name for name in first if None not in (first[name], second[name]) and first[name] != second[name]]
+    return tuple(", ".join(f"{name} {one[name]}" for name in names) for one in (first, second))
+
+
+def device_name(device: torch.device) -> str:
+    """What results call a device: the GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def measure(model: nn.Module, plain: nn.Module, images: Tensor, repeats: int = 5, warm_up: int = 2) -> dict[str, Any]:
@@ -70,7 +111,7 @@ def summary(times: dict[str, list[float]], images: Tensor) -> dict[str, Any]:
         "speed_up": other / own,
         "spread": (quartiles[1] - quartiles[0]) / own,
         "measured_batch": len(images),
-        "device": torch.cuda.get_device_name(images.device) if images.is_cuda else "CPU",
+        "device": device_name(images.device),
         "threads": torch.get_num_threads(),
     }
 

@@ -158,6 +158,20 @@ def test_every_figure_copes_with_one_study(pattern: str, tmp_path: Path) -> None
     assert study.missing(needs(study, "figure 5a"))
 
 
+def test_a_curve_of_ambiguous_rows_is_refused() -> None:
+    rows = pd.DataFrame({"downsampler": "kmedoids", "gmacs": [1.0, 2.0], "top1": [70, 80], "carry": [False, True]})
+    with pytest.raises(
+        ValueError, match="one curve cannot .* downsampler kmedoids that differ: carry is empty or True"
+    ):
+        plotting.cost_accuracy(rows)
+    with pytest.raises(ValueError, match="one picture cannot .* differ: seed is 0 or 1"):
+        plotting.cost_accuracy(rows.assign(seed=[0, 1], carry=False))
+    plotting.cost_accuracy(rows.assign(downsampler=["kmeans", "kmedoids"]))
+    pairs = rows.assign(level=0, error=[1.0, 2.0])
+    with pytest.raises(ValueError, match="a rank correlation cannot .* carry is empty or True"):
+        illustrations.rank_correlations(pairs)
+
+
 def test_figure_1b_has_the_papers_saving(digits: Study) -> None:
     """Abstract: "the same ImageNet top-1 accuracy using 42 % fewer computations"."""
     texts = [text.get_text() for text in figures.draw(digits, "1b").axes[0].texts]

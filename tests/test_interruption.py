@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from experiments.protocol import Run
 from tokenpool import interruption, results
 from tokenpool.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
 
+ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax", "drop_path_rate": 0.2}
 RUN = Run(
     stage="train",
@@ -128,6 +130,12 @@ def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -
     assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
 
 
+def test_a_run_that_tests_no_image_is_refused(tmp_path: Path) -> None:
+    run = dataclasses.replace(RUN, epochs=1, trainer_options={"limit_test_batches": 0})
+    with pytest.raises(ValueError, match="no image was tested .*limit_test_batches"):
+        protocol.execute(run, tmp_path)
+
+
 def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()
@@ -157,15 +165,40 @@ def test_the_name_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_signals_are_noted_while_listening_only() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before, ctrl_c = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with listening() as signals:
-        assert signals.wish == 0
+        assert signals.wish == 0 and signal.getsignal(signal.SIGTERM) is before  # until training begins
+        signals.expose()
+        assert signal.getsignal(signal.SIGTERM) is signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        signals.note_all()
+        assert signal.getsignal(signal.SIGINT) is ctrl_c
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.wish == interruption.STOP
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.wish == interruption.REQUEUE
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+OTHER_NEVER_COMES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+OTHER_NEVER_COMES |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_the_others_ends_of_a_signal(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "experiments", "train", "--output", str(tmp_path)]
+    command += ["--trainer=accelerator=cpu", "--trainer=devices=2", "--epochs=1", "--model-option=depth=1"]
+    with subprocess.Popen(
+        command, env=os.environ | OTHER_NEVER_COMES, cwd=ROOT, text=True, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert any("MEMBER: 1/2" in line for line in process.stderr)
+            time.sleep(1)  # into the waiting itself
+            assert process.poll() is None
+            process.send_signal(number)
+            assert process.wait(timeout=5) == -number
+        finally:
+            process.kill()
 
 
 def test_a_blocked_signal_is_heard_when_listening_begins() -> None:
@@ -207,3 +240,42 @@ WholeCheckpoints().save_checkpoint({{"weights": torch.ones(1000000)}}, {str(path
     )
     assert torch.load(path)["weights"].equal(torch.zeros(1000)) and list(tmp_path.iterdir()) == [path]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # of the child only
+
+
+SBATCH = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
+SBATCH |= {"SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = SBATCH | {"SLURM_STEP_ID": "0"}
+
+
+def devices(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> int:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = dataclasses.replace(RUN, trainer_options={"accelerator": "cpu"})
+    return protocol._trainer(run, folder, [], None, False).world_size
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}])
+def test_several_tasks_without_srun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: dict) -> None:
+    """In a batch script and in the shell of salloc."""
+    with pytest.raises(ValueError, match="Slurm has 2 tasks .* put srun before the command"):
+        devices(tmp_path, monkeypatch, SBATCH | step)
+
+
+def test_tasks_of_slurm_are_processes_where_srun_has_started_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert devices(tmp_path, monkeypatch, SRUN) == 2
+    assert devices(tmp_path, monkeypatch, SBATCH | {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}) == 1
+    assert devices(tmp_path, monkeypatch, SBATCH | {"SLURM_JOB_NAME": "interactive"}) == 1  # not Slurm, for Lightning
+    with pytest.raises(ValueError, match="3 tasks on 2 nodes, but each node needs as many"):
+        devices(tmp_path, monkeypatch, SRUN | {"SLURM_NTASKS": "3", "SLURM_NNODES": "2"})
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 1)])
+def test_peak_memory_is_in_gib_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "platform", system)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    assert protocol._peak_memory() == pytest.approx(used, rel=0.1)

@@ -54,6 +54,10 @@ def test_differences_are_paired_by_image(study: studies.Study) -> None:
     assert row["top1_difference_error"] == pytest.approx(np.std([0, 100, 0, 0], ddof=1) / 2)
     assert row["divergence_difference_error"] == pytest.approx(np.std([-0.1, 0, 0.1, -0.2], ddof=1) / 2)
     assert rows.loc["ToMe's matching", "top1_difference"] == 0
+    other_seed = dataclasses.replace(reference, seed=1)
+    write(study, other_seed, [1, 0, 1, 0], [0.2, 0.2, 0.2, 0.6])
+    with pytest.raises(ValueError, match="differences cannot be made of rows of label tome.* seed is 0 or 1"):
+        off_the_shelf.compared(study.points([ours, reference, other_seed]))
     (section,) = tables.sections(study, "off_the_shelf")
     assert section.name == "pretrained-half2" and "+25.0 ± 25.0" in section.markdown()
 

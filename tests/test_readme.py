@@ -1,13 +1,25 @@
 """What readers of the README will run is run here."""
 
+import ast
+import inspect
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+import tokenpool
+from experiments.__main__ import app
+from tokenpool.downsampling import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {page.name: page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_snippets() -> None:
@@ -27,7 +39,7 @@ def test_snippets_run(
     elif "tokenpool.save" in snippet:
         assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
     else:
-        assert "finetune-wkmedoids" in shown
+        assert "wkmedoids-level" in shown
 
 
 def test_links_lead_somewhere() -> None:
@@ -35,9 +47,85 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_methods_are_all_named() -> None:
-    from tokenpool.downsampling import METHODS
+def inline(page: str) -> list[str]:
+    """The inline code of a page."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
 
+
+def command_lines(page: str) -> list[list[str]]:
+    """The commands of `python -m experiments` that a page names, as words, from the verb on."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)).replace("\\\n", "")
+    lines = [line for line in [*blocks.splitlines(), *inline(page)] if "python -m experiments " in line]
+    lines = [line.partition("python -m experiments ")[2].replace("\n", " ") for line in lines]
+    # Inline code also names commands by their verb alone.
+    lines += [code for code in inline(page) if code.split()[0] in COMMANDS and " " in code]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page: str) -> None:
+    lines = command_lines(page)
+    assert lines
+    for verb, *arguments in lines:
+        try:
+            COMMANDS[verb].make_context(verb, [*arguments]).close()
+        except typer.Exit:
+            assert arguments == ["--help"]
+        except Exception as error:
+            pytest.fail(f"{verb} {arguments}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_targets_variables_and_files_in_inline_code_exist(page: str) -> None:
+    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
+    options = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    slurm, targets = {"--signal"}, re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    sources = "".join(path.read_text() for path in [*ROOT.glob("tokenpool/*.py"), *ROOT.glob("experiments/*.py")])
+    files = {path.name for folder in ("tokenpool", "experiments") for path in (ROOT / folder).rglob("*.py")}
+    for code in inline(page):
+        if code.startswith("--"):
+            assert set(re.findall(r"(?:^| )(--[\w-]+)", code)) <= options | slurm, code
+        if code.startswith("make "):
+            assert code.split()[1] in targets, code
+        for variable in re.findall(r"TOKENPOOL_\w+", code):
+            assert f'"{variable}"' in sources, code
+        if re.fullmatch(r"[\w./-]*/", code) or re.fullmatch(r"[\w/.-]+\.(py|md|sh)", code):
+            assert (ROOT / code).exists() or code in {*files, "paper/", "my_preset.py"}, code
+
+
+def named(page: str) -> Iterator[tuple[str, Any, list[str]]]:
+    """What inline code names of tokenpool: the code, the object, and the keywords that it is called with."""
+    for code in inline(page):
+        match = re.search(r"tokenpool\.([\w.]+)(\(.*\))?", code)
+        if match and "/" not in code:
+            found = tokenpool
+            for name in match[1].split("."):
+                found = getattr(found, name)
+            called = ast.parse(match[0], mode="eval").body if match[2] else None
+            yield code, found, [keyword.arg for keyword in called.keywords] if called else []
+
+
+def test_names_in_inline_code_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tokenpool._ON_DEMAND:
+        monkeypatch.delattr(tokenpool, name, raising=False)  # as if nobody had imported it
+    found = [one for page in PAGES for one in named(page)]
+    assert len(found) > 8 and tokenpool.plotting.strip in [thing for _, thing, _ in found]
+    for code, thing, keywords in found:
+        assert not keywords or set(keywords) <= inspect.signature(thing).parameters.keys(), code
+
+
+def test_arguments_in_inline_code_exist() -> None:
+    known = {"fullgraph"}
+    for function in (tokenpool.patch, tokenpool.load_weights):
+        known |= inspect.signature(function).parameters.keys()
+    for method in filter(None, METHODS.values()):
+        known |= inspect.signature(method).parameters.keys() | inspect.signature(method.for_blocks).parameters.keys()
+    for code in inline("README.md"):
+        match = re.match(r"([a-z_]+)=", code)
+        assert not match or match[1] in known, code
+
+
+def test_methods_are_all_named() -> None:
     for name in METHODS:
         assert f"`{name}`" in README
 

@@ -67,6 +67,18 @@ def test_front() -> None:
         pareto.front(frame, cost="latency")
 
 
+def test_rows_of_different_seeds_or_data_make_no_front() -> None:
+    frame = pd.DataFrame({"gmacs": [1, 1], "top1": [70, 71], "seed": [0, 1], "data": ["a", "a"]})
+    with pytest.raises(
+        ValueError, match="a front cannot be made of rows that differ: seed is 0 or 1. Filter or average"
+    ):
+        pareto.front(frame)
+    with pytest.raises(ValueError, match="data is a or b"):
+        pareto.front(frame.assign(seed=0, data=["a", "b"]))
+    assert len(pareto.front(frame.assign(seed=0))) == 1
+    assert len(pareto.front(frame.assign(top1=[70, None]))) == 1  # what lacks a value is left out
+
+
 def test_front_of_the_papers_runs_is_its_table_2() -> None:
     """Tables 3-5 with counted GFLOPs give Table 2, but for the two places where the print disagrees with itself."""
     from pathlib import Path

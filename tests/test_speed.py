@@ -7,9 +7,11 @@ import torch
 from typer.testing import CliRunner
 
 import tokenpool
-from experiments import speed, throughput
+from experiments import measurements, presets, speed, throughput
 from experiments.__main__ import app
+from experiments.run import result_path
 from experiments.speed import Setting
+from experiments.studies import Study, needs
 from tokenpool import clustering, results
 from tokenpool.attention import ScoredAttention
 
@@ -41,6 +43,57 @@ def test_what_has_been_timed_is_not_timed_again(tmp_path: Path, monkeypatch: pyt
     path.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="holds another setting"):
         list(speed.run([Setting(**TINY)], tmp_path, repeats=1))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("machine", "cpu", "Z80"),
+        ("machine", "cores", 1000),
+        ("versions", "torch", "1.0"),
+        ("metrics", "threads", 99),
+        ("metrics", "device", "NVIDIA Z80"),
+        ("metrics", "repeats", 8),
+    ],
+)
+def test_times_of_another_machine_are_not_passed_off_as_this_ones(
+    tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    (first,) = speed.run([Setting(**TINY)], tmp_path, repeats=1)
+    path = tmp_path / f"{first['run']}.json"
+    outcome = results.read(path)
+    (outcome if part == "metrics" else outcome["environment"])[part][name] = value
+    results.save(outcome, path)
+    with pytest.raises(ValueError, match=f"{path} was timed with {name} {value}, now {name} .*--output.* or delete"):
+        list(speed.run([Setting(**TINY)], tmp_path, repeats=1))
+
+
+def test_figure_12_does_not_mix_machines(tmp_path: Path) -> None:
+    study = Study(presets.get("digits"), ROOT / "results" / "digits")
+    runs = [run for run in needs(study, "figure 12") if run.stage == "throughput"]
+    assert len(study.points(runs)) == len(runs)
+    mixed = Study(study.preset, tmp_path)
+    for run in runs[:3]:
+        outcome = results.read(result_path(run, study.folder))
+        outcome["environment"]["machine"]["cores"] += run is runs[2]
+        results.save(outcome, result_path(run, tmp_path))
+    with pytest.raises(
+        ValueError, match=f"mixes times of .*: {runs[0].name} with cores 2, {runs[2].name} with cores 3"
+    ):
+        mixed.points(runs)
+    assert len(mixed.points(runs[:2])) == 2
+
+
+def test_the_number_of_threads_is_put_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with throughput.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    CliRunner().invoke(app, ["throughput", "--threads", str(before + 1), "--method", "none", "--output", str(tmp_path)])
+    assert torch.get_num_threads() == before
+    with pytest.raises(AttributeError):
+        measurements.measure_redundancy(None, None)
+    assert torch.get_num_threads() == before
 
 
 def test_training_steps_and_low_precision(tmp_path: Path) -> None:
@@ -106,7 +159,7 @@ def test_what_has_fallen_is_named(tmp_path: Path) -> None:
     (one,) = speed.run([setting], tmp_path, repeats=1)
     settings, rows = speed.stored(tmp_path)
     assert settings[0].name == setting.name and rows == [one]
-    assert list(speed.run(settings, tmp_path)) == [one]  # the same setting: read, not timed
+    assert list(speed.run(settings, tmp_path, repeats=1)) == [one]  # the same setting: read, not timed
     assert speed.fallen([one], rows, 0.1) == []
     slower = one | {"realised_fraction": 0.8 * one["realised_fraction"]}
     assert speed.fallen([slower], rows, 0.25) == []
@@ -114,6 +167,12 @@ def test_what_has_fallen_is_named(tmp_path: Path) -> None:
     assert line.startswith(f"{one['run']}: realised ")
     with pytest.raises(ValueError, match="holds no results of throughput"):
         speed.stored(tmp_path / "nothing")
+    path = tmp_path / f"{one['run']}.json"
+    outcome = results.read(path)
+    for part, name in (("setting", "schedule"), ("metrics", "threads")):
+        results.save(outcome | {part: {key: value for key, value in outcome[part].items() if key != name}}, path)
+        with pytest.raises(ValueError, match=f"{path} is no result of throughput: it lacks {name}"):
+            speed.stored(tmp_path)
 
 
 def test_the_command_fails_where_less_is_realised(tmp_path: Path) -> None:

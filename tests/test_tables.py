@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from experiments import presets, published, tables
-from experiments.studies import Study
-from tokenpool import flops, schedules
+from experiments.studies import Study, protocol_runs
+from tokenpool import flops, results, schedules
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -131,3 +131,56 @@ def test_an_unknown_table_lists_the_known_ones(digits: Study) -> None:
 
 def test_levels_of_the_schedules() -> None:
     assert schedules.LEVELS == 8 and len(schedules.paper("deit_e252", schedules.LEVELS - 1)) == 12
+
+
+def test_differences_of_all_runs_of_a_folder_are_refused(digits: Study) -> None:
+    """They would be a mean over base models of four widths, two kinds of attention and two of initial centres."""
+    runs = results.load(RESULTS / "digits")
+    with pytest.raises(
+        ValueError, match=r"^differences cannot .* variant is .*; model_options is .* first, by variant"
+    ):
+        tables.differences(runs)
+    main = runs[runs["variant"].fillna("") == ""]
+    with pytest.raises(ValueError, match=r"rows of downsampler kmedoids that differ: options is empty or .*random"):
+        tables.differences(main)
+    with pytest.raises(ValueError, match="rows of level 0 that differ: keep is"):
+        tables.differences(
+            main[main["options"].map(len) == 0].assign(keep=lambda rows: [[n] for n in range(len(rows))])
+        )
+    found = tables.differences(main[main["options"].map(len) == 0])
+    pd.testing.assert_frame_equal(found, tables.differences(digits.points(protocol_runs(digits))))
+    assert found.set_index("method").loc["kmedoids", "difference"] == pytest.approx(
+        0.2963, abs=1e-4
+    )  # as the README has
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("model", "other"), ("data", "other"), ("carry", True), ("epochs", 99), ("images", 7), ("options", {"seed": 1})],
+)
+def test_a_mean_over_seeds_of_different_settings_is_refused(digits: Study, column: str, value: object) -> None:
+    runs = digits.points(digits.finetunes(["wkmedoids"], (0, 1, 2)))
+    assert len(tables.cost_accuracy(runs)) == 7
+    changed = runs.astype({column: object})
+    changed.at[3, column] = value
+    complaint = f"a mean over seeds cannot .* stage finetune, label wkmedoids-level3 that differ: {column} is"
+    with pytest.raises(ValueError, match=complaint):
+        tables.cost_accuracy(changed)
+    for made in (tables.cost_accuracy, tables.differences):
+        with pytest.raises(
+            ValueError, match="run is elsewhere or finetune-wkmedoids-level0-seed0|run is finetune.*else"
+        ):
+            made(pd.concat([runs, runs[:1].assign(run="elsewhere")]))
+
+
+def test_what_older_files_do_not_tell_is_the_default(digits: Study) -> None:
+    runs = digits.points(digits.finetunes(["wkmedoids"], (0, 1)))
+    older = runs.astype({"mixup": object})
+    older.at[0, "mixup"] = float("nan")
+    pd.testing.assert_frame_equal(tables.cost_accuracy(older), tables.cost_accuracy(runs))
+
+
+def test_fronts_of_ambiguous_rows_are_refused() -> None:
+    rows = pd.DataFrame({"model": "deit_small", "level": [0, 0], "downsampler": "a", "gmacs": [1, 2], "top1": [70, 80]})
+    with pytest.raises(ValueError, match="a front cannot .* level 0 that differ: gmacs is 1 or 2; top1 is 70 or 80"):
+        tables.best(rows, published.MODELS)

@@ -1,5 +1,8 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
+from importlib import import_module
+from types import ModuleType
+
 from tokenpool import clustering, deit, flops, pareto, results, schedules, soft_selection
 from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
@@ -29,3 +32,27 @@ __all__ = [
     "unpatch",
     "unpool",
 ]
+
+# Imported when first used: they need Matplotlib, Lightning's data modules, torchvision.
+_ON_DEMAND = (
+    "data",
+    "images",
+    "interruption",
+    "mixing",
+    "module",
+    "plotting",
+    "redundancy",
+    "sampling",
+    "seeding",
+    "stochastic_depth",
+)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_DEMAND:
+        return import_module(f"tokenpool.{name}")
+    raise AttributeError(f"module 'tokenpool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

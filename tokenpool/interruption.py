@@ -4,10 +4,10 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +34,68 @@ class Interrupted(Exception):
         self.requeued = requeued
 
 
-@dataclass
-class Signals:
-    """What the signals received so far ask for: 0, STOP or REQUEUE."""
+_WISHES = {signal.SIGTERM: STOP, signal.SIGUSR1: REQUEUE}
 
-    wish: int = 0
+
+class Signals:
+    """What the signals received so far ask for, and who hears them.
+
+    Attributes:
+        wish: 0, STOP or REQUEUE.
+    """
+
+    def __init__(self) -> None:
+        self.wish = 0
+        self._before: dict[int, Any] = {}
+
+    def expose(self) -> None:
+        """Let SIGTERM and Ctrl-C end this process at once, until `note_all`.
+
+        While a process waits in PyTorch for the others no handler of Python's is called: it would wait on.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and & in a script have it
+                self._handle(number, signal.SIG_DFL)
+
+    def note_all(self) -> None:
+        """Note SIGTERM and SIGUSR1 from now on, and let Ctrl-C do what it did."""
+        for number in _WISHES:
+            self._handle(number, self._note)
+        if signal.SIGINT in self._before:
+            self._handle(signal.SIGINT, self._before[signal.SIGINT])
+
+    def put_back(self) -> None:
+        """Have all handlers as they were."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.wish = max(self.wish, _WISHES[signal.Signals(number)])
+
+    def _handle(self, number: int, handler: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+            before = signal.signal(number, handler)
+            self._before.setdefault(number, before)
 
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Note SIGTERM (stop) and SIGUSR1 (stop, and be requeued) instead of dying of them, until the block ends.
+    """Note SIGUSR1 (stop, and be requeued), and once training has begun SIGTERM (stop), until the block ends.
+
+    Until then SIGTERM ends the process as before. `InterruptibleCheckpoint` says when training has begun.
 
     Handlers that save at once, as Lightning's do, find one process in the middle of a collective operation and another
     one before it, and hang. Outside of the main thread, where Python sets no handlers, nothing is noted.
     """
     signals = Signals()
-    wishes = {signal.SIGTERM: STOP, signal.SIGUSR1: REQUEUE}
-
-    def note(number: int, frame: Any) -> None:
-        signals.wish = max(signals.wish, wishes[signal.Signals(number)])
-
-    try:
-        before = {number: signal.signal(number, note) for number in wishes}
-    except ValueError:  # not in the main thread
-        yield signals
-        return
+    signals._handle(signal.SIGUSR1, signals._note)
     # Whoever has blocked them, so as not to die of them before this, gets them now.
-    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, wishes)
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, _WISHES)
     try:
         yield signals
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signals.put_back()
 
 
 class InterruptibleCheckpoint(Checkpoint):
@@ -95,24 +124,18 @@ class InterruptibleCheckpoint(Checkpoint):
         self.signals = signals
         self.minutes = minutes
         self._saved = time.monotonic()
-        self._handlers: dict[int, Any] = {}
         self._test_batches = 0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self._saved = time.monotonic()
-        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self.signals.note_all()  # the other processes, if there are any, are there
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._put_handlers_back()
-
-    def _put_handlers_back(self) -> None:
         # Lightning's handler of SIGTERM, set since, waits for other processes from within the handler.
-        for number, handler in self._handlers.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
+        self.signals.note_all()
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._put_handlers_back()
+        self.signals.note_all()
         # Processes may have different numbers of batches; they can agree while all of them have one.
         batches = torch.tensor(sum(trainer.num_test_batches), device=trainer.strategy.root_device)
         self._test_batches = int(trainer.strategy.reduce(batches, reduce_op="min"))

@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from tokenpool import results
 from tokenpool.tracing import Trace
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too, for print.
@@ -56,7 +57,7 @@ def cost_accuracy(
     """Draw quality against cost, one curve a downsampler, in the order of cost.
 
     Args:
-        frame: one row a point, with the columns `downsampler`, `cost` and `quality`.
+        frame: one row a point, with the columns `downsampler`, `cost` and `quality`. Seeds are to be averaged before.
         cost: column for the x-axis.
         quality: column for the y-axis.
         error: column of the standard error, drawn as bars; None, or a column that is missing, for no bars.
@@ -66,7 +67,13 @@ def cost_accuracy(
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: if the points of a curve are of different data, seeds, stages or base models, or with and without
+            carried sizes.
     """
+    results.check_alike(frame, results.INCOMPARABLE, "one picture")
+    results.check_alike(frame, ("stage", "variant", "carry"), "one curve", within=["downsampler"])
     names = dict.fromkeys(frame["downsampler"])
     ordered = [*(name for name in STYLES if name in names), *(name for name in names if name not in STYLES)]
     styles = [STYLES.get(name, {"label": name, "marker": "."}) for name in ordered]

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pandas as pd
 from tokenpool import files
 
 SECTIONS = ("setting", "metrics", "cost")
+OPTIONAL = ("identity", "environment")
+INCOMPARABLE = ("data", "part", "images", "seed")  # columns in which the points of one curve or front may not differ
 
 
 def save(run: dict[str, Any], path: str | Path) -> None:
@@ -34,7 +37,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         run = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file of a run ({error}); delete it to have the run made again") from error
     _check(run, path)
     return run
@@ -72,6 +75,48 @@ def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def check_alike(runs: pd.DataFrame, columns: Iterable[str], purpose: str, within: Sequence[str] = ()) -> None:
+    """Whether rows that are put together are of one kind.
+
+    Args:
+        runs: one row a run or a configuration.
+        columns: in which the rows may not differ; those that the frame lacks are passed over. An empty cell equals
+            "", False and an empty dictionary or list.
+        purpose: what is made of the rows, as the error says it.
+        within: columns; only rows that are equal in them are compared.
+
+    Raises:
+        ValueError: if rows differ; the message names the columns and their values.
+    """
+    keys = [column for column in within if column in runs]
+    present = [column for column in columns if column in runs and column not in keys]
+    cells = runs[[*keys, *present]].map(_comparable)
+    for key, rows in cells.groupby(keys, sort=False) if keys else [((), cells)]:
+        differing = {column: rows[column].drop_duplicates() for column in present}
+        differing = {column: values for column, values in differing.items() if len(values) > 1}
+        if differing:
+            where = ", ".join(f"{name} {value}" for name, value in zip(keys, key, strict=True))
+            found = "; ".join(f"{column} is {_some(values)}" for column, values in differing.items())
+            raise ValueError(
+                f"{purpose} cannot be made of rows{f' of {where}' if where else ''} that differ: {found}. Filter or "
+                f"average the frame first, by {', '.join(differing)}"
+            )
+
+
+def _comparable(value: Any) -> str:
+    """A cell as text; empty where it says nothing."""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(value, sort_keys=True, default=str) if value else ""
+    if value is None or value is pd.NA or value != value or value is False or str(value) == "False":
+        return ""
+    return f"{value:g}" if isinstance(value, Real) and not isinstance(value, bool) else str(value)
+
+
+def _some(values: Iterable[str], most: int = 4) -> str:
+    shown = [value or "empty" for value in values]
+    return " or ".join([*shown[:most], *(["..."] if len(shown) > most else [])])
+
+
 def _rows(paths: Iterable[Path], skip_broken: bool) -> Iterable[dict[str, Any]]:
     for path in paths:
         try:
@@ -89,3 +134,6 @@ def _check(run: Any, path: str | Path) -> None:
     missing = [key for key in SECTIONS if not isinstance(run, dict) or not isinstance(run.get(key), dict)]
     if missing:
         raise ValueError(f"{path} is no result of a run: it lacks {', '.join(missing)}")
+    wrong = [key for key in OPTIONAL if not isinstance(run.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"{path} is no result of a run: its {', '.join(wrong)} must be JSON objects")

@@ -397,7 +397,7 @@ def create_model(
     pooling = {option: options.pop(option) for option in _option_names(method) & options.keys()}
     try:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
     settings = {"gmacs": gmacs, "carry": carry, "qk_norm": qk_norm, "alpha": alpha, "learn_alpha": learn_alpha}
     return patch(model, downsampler, keep, dense=dense, **settings, **pooling)

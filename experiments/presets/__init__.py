@@ -173,7 +173,7 @@ def _read(path: Path) -> Preset:
         raise FileNotFoundError(f"no preset {path}")
     try:
         preset = runpy.run_path(str(path)).get("PRESET")
-    except Exception as error:  # whatever the code in it raises
+    except (Exception, SystemExit) as error:  # whatever the code in it raises
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"cannot read preset {path}: {kind}{error}") from error
     if not isinstance(preset, Preset) or preset.name in NAMES:
