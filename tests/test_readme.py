@@ -23,7 +23,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
@@ -36,6 +36,8 @@ def test_snippets_run(
     shown = capsys.readouterr().out
     if "GMACs, of which" in snippet:
         assert shown.strip() == "2.33 GMACs, of which clustering 0.06"
+    elif "tokenpool.compare" in snippet:
+        assert shown.strip() == "+3.7 (+2.5, +5.0), p = 5e-153"
     elif "tokenpool.save" in snippet:
         assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
     else:
@@ -128,6 +130,20 @@ def test_arguments_in_inline_code_exist() -> None:
 def test_methods_are_all_named() -> None:
     for name in METHODS:
         assert f"`{name}`" in README
+
+
+def test_the_table_of_cifar10_is_the_runs() -> None:
+    frame = tokenpool.results.load(ROOT / "results" / "cifar10_128")
+    frame = frame[frame["options"].map(len) == 0]
+    rows = {"K-Medoids": "kmedoids", "K-Means": "kmeans", "WK-Means": "wkmeans", "WK-Medoids": "wkmedoids"}
+    for title, method in (rows | {"importance selection": "importance", "random selection": "random"}).items():
+        levels = [{"level": level} for level in (1, 2, 3, 4)] + [{}]
+        pairs = [
+            [{"stage": "finetune", "downsampler": name} | level for name in (method, "power_bert")] for level in levels
+        ]
+        found = [tokenpool.compare(frame, *pair) for pair in pairs]
+        cells = [f"{each.difference:+.1f} ({each.low:+.1f}, {each.high:+.1f})" for each in found]
+        assert f"| {title} | {' | '.join(cells)} |" in README
 
 
 def test_the_table_of_photographs_is_the_runs() -> None:

@@ -72,6 +72,21 @@ def test_committed_results_are_whole(preset: str) -> None:
         assert "dirty" not in str(results.read(path)["environment"]["commit"])
 
 
+def test_committed_results_of_cifar10_are_of_one_study() -> None:
+    """Not all of it is there; all that is there belongs to it, and tells the same images."""
+    study = Study(presets.get("cifar10_128"), RESULTS / "cifar10_128")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = study.points(study.with_awaited(everything(study)))
+    assert set(found["run"]) == {path.stem for path in study.folder.glob("*.json")} and len(found) == 187
+    assert found["test_images"].nunique() == 1 and found["pretrained_weights"].nunique() == 1
+    for path in study.folder.glob("*.json"):
+        outcome = results.read(path)
+        assert "dirty" not in str(outcome["environment"]["commit"])
+        outcome["metrics"].pop("correct", None)  # whose letters may look like anything
+        assert not any(place in json.dumps(outcome) for place in ("/home", "/work", "/tmp", "/root"))
+
+
 def test_status_of_one_study(one_study: Study) -> None:
     assert status(one_study, "figure 5a") == ("partial", "partial, 21 of 87 runs")
     assert status(one_study, "figure 9")[0] == "missing"

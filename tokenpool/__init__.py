@@ -1,7 +1,7 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from tokenpool import clustering, deit, flops, pareto, results, schedules, soft_selection
 from tokenpool.checkpoint import load, load_weights, save
@@ -33,8 +33,9 @@ __all__ = [
     "unpool",
 ]
 
-# Imported when first used: they need Matplotlib, Lightning's data modules, torchvision.
+# Imported when first used: they need Matplotlib, Lightning's data modules, torchvision, SciPy.
 _ON_DEMAND = (
+    "comparison",
     "data",
     "images",
     "interruption",
@@ -48,11 +49,13 @@ _ON_DEMAND = (
 )
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
+    if name == "compare":
+        return import_module("tokenpool.comparison").compare
     if name in _ON_DEMAND:
         return import_module(f"tokenpool.{name}")
     raise AttributeError(f"module 'tokenpool' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND})
+    return sorted({*globals(), *_ON_DEMAND, "compare"})

@@ -1,7 +1,7 @@
 """The paper's protocol on natural images, on two CPU cores: a pretrained DeiT-Ti, fine-tuned on CIFAR-10 at 128 pixels.
 
-    TOKENPOOL_DATA=cifar10 python -m experiments reproduce --preset cifar10_128 --full    # a night on two cores
-    TOKENPOOL_DATA=FOLDER TOKENPOOL_WEIGHTS=FILE python -m experiments reproduce --preset cifar10_128 --full
+    python -m experiments reproduce --preset cifar10_128 --full --data cifar10     # a night on two cores
+    python -m experiments reproduce --preset cifar10_128 --full --data FOLDER --weights FILE
 
 The data are cifar10, which torchvision downloads; a FOLDER with train/<class>/* and test/<class>/*; or
 hf:uoft-cs/cifar10. Without weights, timm downloads them. 10,000 images train, the first 1,000 of each class, and all
@@ -11,8 +11,10 @@ As in the paper, fine-tuning takes as many epochs as the base model. Everything 
 random initial centres and convolutions has three seeds. The study goes seed by seed and can be killed at any moment.
 
 Cost: about nine hours on two cores, whose threads take 300 s for an epoch of the plain model and 95 s for its test, and
-3 GB of memory a process. On a GPU (--jobs 1) it has not been timed.
-Expected result: none yet.
+3 GB of memory a process. On one H100 (--jobs 14, with NVIDIA's multi-process service and 16 cores) 187 of the 223 runs
+took 12 minutes; they are in results/cifar10_128, and the others are still to be made.
+
+Expected: 87.6 % plain, fine-tuned; at 0.135 GMACs of 0.374 PoWER-BERT 71.2 %, K-Medoids 77.7 %, WK-Medoids 75.7 %.
 """
 
 from experiments.presets import Preset, Variant
