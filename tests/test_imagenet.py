@@ -53,7 +53,13 @@ def test_the_recipe_reaches_data_module_and_optimiser(tmp_path: Path, monkeypatc
     monkeypatch.setenv(protocol.DATA, str(tmp_path))
     run = Study(PRESET, tmp_path).base(0)
     data = protocol.data_module(run)
-    assert (data.mixup, data.cutmix, data.repeats, data.batch_size, data.crop_pct) == (0.8, 1.0, 3, 1024, 0.875)
+    assert (data.mixup, data.cutmix, data.repeats, data.batch_size, data.cropping["crop_pct"]) == (
+        0.8,
+        1.0,
+        3,
+        1024,
+        0.875,
+    )
     module = protocol.training_module(run, protocol.build_model(run, tmp_path))
     assert module.ema.decay == 0.99996 and module.label_smoothing == 0.1 and module.final_learning_rate == 1e-5
     assert [round(block.drop_path1.drop_prob, 3) for block in module.model.blocks[1:]] == [
