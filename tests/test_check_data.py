@@ -80,18 +80,6 @@ def test_good_and_bad_images(folder: Path, tmp_path: Path, read: list[str]) -> N
         f"cannot read image {folder}/val/green/01.png: it is empty",
     ]
     assert json.loads(output.read_text())["done"] == 46
-    assert len(read) == 46 - 32 and "train/green/00.png" not in read  # it went on
-
-
-def test_an_image_that_was_exchanged_is_read_again(folder: Path, tmp_path: Path, read: list[str]) -> None:
-    """By one of the same size, with the times of the old one."""
-    output = tmp_path / "report.json"
-    lines(folder, output)
-    first = folder / "train" / "green" / "00.png"
-    before = first.stat()
-    first.write_bytes(b"x" * before.st_size)
-    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert lines(folder, output)[1] == "1 of 46 images cannot be read"
 
 
 def test_bad_images_are_tried_again_alone(folder: Path, tmp_path: Path, read: list[str]) -> None:
@@ -274,3 +262,15 @@ def test_ctrl_c(folder: Path, tmp_path: Path, read: list[str]) -> None:
     printed, error = lines(folder, output)
     assert error == "1 of 46 images cannot be read" and f"cannot read image {pipe}: " in printed[2]
     assert json.loads(output.read_text())["done"] == 46
+    assert len(read) == 46 - 32 and "train/green/00.png" not in read  # it went on
+
+
+def test_an_image_that_was_exchanged_is_read_again(folder: Path, tmp_path: Path, read: list[str]) -> None:
+    """By one of the same size, with the times of the old one."""
+    output = tmp_path / "report.json"
+    lines(folder, output)
+    first = folder / "train" / "green" / "00.png"
+    before = first.stat()
+    first.write_bytes(b"x" * before.st_size)
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert lines(folder, output)[1] == "1 of 46 images cannot be read"
