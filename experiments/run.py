@@ -215,10 +215,12 @@ class Identities:
 
     Args:
         folder: of the runs' results.
+        named: whether the images and weights that variables name now are meant.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, named: bool = True) -> None:
         self.folder = folder
+        self.named = named
         self._taken: dict[Any, str] = {}
 
     def of(self, run: Run) -> dict[str, str]:
@@ -238,7 +240,7 @@ class Identities:
         return self._images(run) | self._weights(run) | {"preprocessing": prepared}
 
     def _images(self, run: Run) -> dict[str, str]:
-        if not knows_images(run):
+        if not knows_images(run) or (run.data in NAMED and not self.named):
             return {}
         if run.data == "digits":
             return {"test_images": self._once("digits", DigitsDataModule.fingerprint)}
@@ -253,10 +255,10 @@ class Identities:
 
     def _weights(self, run: Run) -> dict[str, str]:
         found = {}
-        file = os.environ.get(WEIGHTS)
+        file = os.environ.get(WEIGHTS) if self.named else None
         if run.pretrained and file:
             found["pretrained_weights"] = self._once(file, lambda: fingerprint.of_weights(file))
-        elif run.pretrained and knows_images(run):
+        elif run.pretrained and self.named and knows_images(run):
             found["pretrained_weights"] = self._once(run.model, lambda: _of_timm(run.model))
         if is_path(run.start):
             found["start_weights"] = self._once(run.start, lambda: fingerprint.of_weights(run.start))

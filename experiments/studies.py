@@ -49,11 +49,14 @@ class Study:
         preset: what to run.
         folder: of the results.
         full: all of it, not the quick study that `make reproduce` runs.
+        named: compare the runs with the images and weights that variables name now. Without it they are shown as they
+            are, such as shipped results in a notebook.
     """
 
     preset: Preset
     folder: Path
     full: bool = True
+    named: bool = True
 
     @property
     def penalties(self) -> tuple[float, ...]:
@@ -351,7 +354,7 @@ class Study:
 
     @cached_property
     def _identities(self) -> Identities:
-        return Identities(self.folder)
+        return Identities(self.folder, self.named)
 
     @cached_property
     def _checked(self) -> set[str]:

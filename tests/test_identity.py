@@ -267,6 +267,15 @@ def test_a_checkpoint_does_not_go_on_with_other_images(tmp_path: Path) -> None:
         protocol.execute(run, tmp_path)
 
 
+def test_a_notebook_shows_shipped_results_whatever_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(WEIGHTS, str(make_weights(tmp_path / "weights.safetensors")))
+    folder, preset = ROOT / "results" / "pretrained", presets.get("pretrained")
+    study = Study(preset, folder, named=False)
+    assert len(study.points(study.redundancies())) == 1
+    with pytest.raises(ValueError, match="does not tell its pretrained weights"):
+        Study(preset, folder).points(study.redundancies())
+
+
 def test_old_results_are_read_and_said_to_be_old() -> None:
     study = Study(presets.get("digits"), ROOT / "results" / "digits")
     runs = needs(study, "figure 5a")

@@ -165,6 +165,14 @@ def test_the_name_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_signals_are_noted_while_listening_only() -> None:
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in the background of a shell
+    try:
+        signals_are_noted()
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+def signals_are_noted() -> None:
     before, ctrl_c = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with listening() as signals:
         assert signals.wish == 0 and signal.getsignal(signal.SIGTERM) is before  # until training begins
@@ -189,7 +197,12 @@ def test_a_process_that_waits_for_the_others_ends_of_a_signal(tmp_path: Path, nu
     command = [sys.executable, "-W", "ignore", "-m", "experiments", "train", "--output", str(tmp_path)]
     command += ["--trainer=accelerator=cpu", "--trainer=devices=2", "--epochs=1", "--model-option=depth=1"]
     with subprocess.Popen(
-        command, env=os.environ | OTHER_NEVER_COMES, cwd=ROOT, text=True, stderr=subprocess.PIPE
+        command,
+        env=os.environ | OTHER_NEVER_COMES,
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in the background of a shell
     ) as process:
         try:
             assert any("MEMBER: 1/2" in line for line in process.stderr)
