@@ -17,10 +17,18 @@ if not torch.cuda.is_available():  # the kernels then run in Triton's interprete
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from tokenpool import kernels
+from tokenpool import files, kernels
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(files.CACHE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture
