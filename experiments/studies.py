@@ -401,7 +401,7 @@ class Study:
                 return None
             if run.level is None or run.keep is not None or run.stage == "search":
                 return run
-            return Study(self.preset, self.folder, self.full).with_schedule(run)  # which knows what has been learned
+            return replace(self).with_schedule(run)  # which knows what has been learned meanwhile
 
         with Runner(self.folder, jobs, self._estimate, self.seconds(todo)) as runner:
             runner.run_all([run for run in todo if run.stage not in TIMED], prepared)
