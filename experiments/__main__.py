@@ -169,8 +169,10 @@ def reproduce(
 
 @app.command()
 def table(
-    name: Annotated[str, typer.Argument(help="1 to 5, or all.")],
-    preset: Annotated[str, typer.Option(help=_PRESETS)] = "digits",
+    name: Annotated[str, typer.Argument(help="claims, 1 to 5, off_the_shelf, or all.")],
+    preset: Annotated[
+        str | None, typer.Option(help=_PRESETS + " Default: digits; for claims all that have results.")
+    ] = None,
     results: Results = None,
     quick: Quick = False,
     output: Output = Path("runs/paper"),
@@ -184,7 +186,10 @@ def table(
     """Print a table of the paper and write it as Markdown, LaTeX and CSV: as printed, and from the runs of a preset."""
     from experiments import tables
 
-    study = _study(preset, results, quick, data, weights)
+    if name == "claims" and preset is None and results is None and not (quick or missing or run):
+        _show_claims(output)
+        return
+    study = _study(preset or "digits", results, quick, data, weights)
     _show(study, "table", _chosen("table", name, tables.NAMES), output, missing, run, jobs)
 
 
@@ -414,6 +419,21 @@ def _show(study: Any, kind: str, names: list[str], output: Path, missing: bool, 
     if not written:
         again = "; add --run to make them" if present else ""
         raise ValueError(f"none of the runs of {kind} {', '.join(names)} is in {study.folder}{again}")
+
+
+def _show_claims(output: Path) -> None:
+    """The table of the paper's claims from all shipped results, those on natural images first."""
+    from experiments import tables
+    from experiments.run import NAMED
+    from experiments.studies import Study
+
+    chosen = [presets.get(name) for name in presets.NAMES if (Path("results") / name).is_dir()]
+    chosen.sort(key=lambda preset: (preset.data not in NAMED, not preset.trains))
+    parts = tables.claims_section([Study(each, Path("results") / each.name, named=False) for each in chosen])
+    if not parts:
+        raise ValueError("no results of a preset are in results/: choose one by --preset, and its runs by --results")
+    print("".join(f"{part.markdown()}\n\n" for part in parts), end="")
+    print(f"table claims: {', '.join(map(str, tables.write(parts, 'claims', output)))}")
 
 
 def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:

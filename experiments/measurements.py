@@ -1,4 +1,4 @@
-"""Runs that measure more than accuracy: agreement, throughput, redundancy of tokens, and which patches are pooled."""
+"""Runs that measure more than accuracy: agreement, throughput, redundancy, convergence, and what is pooled."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -16,10 +16,12 @@ from torchvision.transforms import functional as transforms
 import tokenpool
 from experiments import throughput
 from tokenpool import redundancy
+from tokenpool.downsampling import TokenPooling
 from tokenpool.labels import outputs_of
 
 PHOTOGRAPHS = ("china", "flower")  # scikit-learn's, which need no download
 TIMED_BATCH = 32  # images
+MOST_ITERATIONS = 50  # of a clustering whose convergence is measured
 CLUSTERED_DIGITS = 8  # images of the test set in Figure 1c
 
 
@@ -81,6 +83,58 @@ def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> d
     return means | {"gaussian_difference": difference, "images": images}
 
 
+def measure_convergence(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
+    """How many iterations clustering needs until the assignment of tokens to clusters changes no more.
+
+    `iterations`: for each image the mean over the blocks that cluster. `within`: the share of clusterings (one image in
+    one block) that need at most 1, 2, ... iterations. The last iteration, which changes nothing, is not counted. The
+    model itself goes on with the clusters of its own setting.
+
+    Raises:
+        RuntimeError: if a clustering does not converge in `MOST_ITERATIONS`.
+    """
+    needed: list[Tensor] = []  # one (B,) a block and batch
+    handles = [
+        block.downsampler.register_forward_pre_hook(
+            lambda layer, arguments: needed.append(_iterations_needed(layer, *arguments))
+        )
+        for block in model.blocks
+        if block.downsampler is not None and block.downsampler.keep  # of no tokens there are no clusters
+    ]
+    by_image = []
+    try:
+        with torch.inference_mode():
+            for batch in _batches(model, data):
+                needed.clear()
+                model(batch)
+                by_image.append(torch.stack(needed, dim=1))  # (B, blocks that cluster)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = torch.cat(by_image).double()
+    within = [(found <= most).double().mean().item() for most in range(1, int(found.max()) + 1)]
+    return {"iterations": found.mean(dim=1).tolist(), "within": within, "images": len(found)}
+
+
+def _iterations_needed(layer: TokenPooling, tokens: Tensor, scores: Tensor) -> Tensor:
+    """After how many iterations the assignment of each image is final: (B,)."""
+    needed = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+    before, chosen = None, layer.iterations
+    try:
+        for iterations in range(1, MOST_ITERATIONS + 2):
+            layer.iterations = iterations
+            assignment = layer.reduce(tokens, scores).assignment
+            if before is not None:
+                same = (assignment == before).all(dim=1)
+                needed = torch.where((needed == 0) & same, iterations - 1, needed)
+            if needed.all():
+                return needed
+            before = assignment
+    finally:
+        layer.iterations = chosen
+    raise RuntimeError(f"{int((needed == 0).sum())} clusterings do not converge in {MOST_ITERATIONS} iterations")
+
+
 def trace_clusters(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
     """In which token each patch of some images is after each block: `assignments` (images, blocks, patches)."""
     images, names = clustered_images(model, data)
@@ -109,6 +163,7 @@ MEASURES: dict[str, Callable[[VisionTransformer, LightningDataModule], dict[str,
     "agreement": measure_agreement,
     "throughput": measure_throughput,
     "redundancy": measure_redundancy,
+    "convergence": measure_convergence,
     "clusters": trace_clusters,
 }
 

@@ -18,6 +18,7 @@ from experiments.studies import Study, command, needs, status
 from tokenpool import files, results
 
 TABLE_TITLES = {
+    "claims": "The paper's claims, and what data say",
     "1": "Where the computation goes",
     "2": "Best trade-offs over widths and schedules",
     "3": "Methods and schedules on DeiT-S",
@@ -74,10 +75,14 @@ def _state(study: Study, name: str) -> dict[str, str]:
 
 def _table_parts(studies: Sequence[Study], name: str) -> list[dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
-    for study in studies:
-        for section in tables.sections(study, name):
-            html = Markup(section.shown.to_html(index=False, border=0, escape=True))
-            parts[section.name] = {"heading": section.title, "table": html, "notes": section.notes}
+    sections = (
+        tables.claims_section(studies)
+        if name == "claims"
+        else [section for study in studies for section in tables.sections(study, name)]
+    )
+    for section in sections:
+        html = Markup(section.shown.to_html(index=False, border=0, escape=True))
+        parts[section.name] = {"heading": section.title, "table": html, "notes": section.notes}
     return list(parts.values())
 
 

@@ -197,6 +197,39 @@ class Study:
         limit = {"limit": self.preset.redundancy_images}
         return [Run("redundancy", "", **self.on_base(seed) | limit) for seed in self.extra_seeds]
 
+    def convergences(self) -> list[Run]:
+        """Iterations that K-Medoids needs in the base model, with every schedule (section 4)."""
+        limit = {"limit": self.preset.redundancy_images}
+        carry = not self.preset.trains  # as in the accuracies
+        return [
+            Run(
+                "convergence",
+                f"{method}-level{level}",
+                **self.on_base(seed) | limit,
+                **self._at_level(self.preset.main, level),
+                downsampler=method,
+                carry=carry,
+            )
+            for seed in self.extra_seeds
+            for method in ("kmedoids", "wkmedoids")
+            for level in self.levels
+        ]
+
+    def carried(self) -> list[Run]:
+        """Stage 3 for WK-Medoids with sizes that are carried: does that matter with fine-tuning (appendix E)?"""
+        return [
+            Run(
+                "finetune",
+                f"wkmedoids-carry-level{level}",
+                **self._tuned(seed, self.preset.main),
+                **self._at_level(self.preset.main, level),
+                downsampler="wkmedoids",
+                carry=True,
+            )
+            for seed in self.extra_seeds
+            for level in self.levels
+        ]
+
     def clusters(self) -> list[Run]:
         """Which patches are pooled in some images, by WK-Medoids in the base model (Figure 1c)."""
         chosen = self._at_level(self.preset.main, self.preset.clustered_level)
@@ -621,6 +654,7 @@ _METRICS = {  # that a result has by its stage, and of which type; stages that a
         for measure in ("leading_energy", "neighbour_distance", "mean_energy")
         for signal in ("values", "filtered", "before", "after")
     },
+    "convergence": {"images": Real, "iterations": list, "within": list},
     "clusters": {"assignments": list, "names": list, "tokens": list},
 }
 
@@ -757,7 +791,18 @@ def _not_fine_tuned(study: Study) -> list[Run]:
     ]
 
 
+def _claims(study: Study) -> list[Run]:
+    """Runs of the claims of the paper: those of its figures, and two kinds that no figure shows."""
+    drawn = ("1b", "3a", "5a", "5b", "6", "7", "8", "9", "10a", "10b", "redundancy")
+    runs = [run for name in drawn for run in needs(study, f"figure {name}")]
+    runs += _bases(study) if study.preset.trains else []
+    if study.preset.data not in NAMED:
+        return runs  # embedded images are too easy to decide more
+    return [*runs, *(study.carried() if study.preset.trains else []), *study.convergences()]
+
+
 _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
+    "table claims": _claims,
     "table 2": _trained(lambda study: _whole_family(study, ("power_bert", "kmedoids", "wkmedoids"))),
     "table 3": _trained(lambda study: _main(study, (*SELECTIONS, *CLUSTERINGS))),
     "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),

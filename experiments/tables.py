@@ -1,17 +1,17 @@
-"""Tables 1 to 5 as queries over finished runs, beside what the paper prints, and what is best off the shelf."""
+"""Tables 1 to 5 and the paper's claims as queries over finished runs, and the best methods off the shelf."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 
-from experiments import off_the_shelf, published
+from experiments import claims, off_the_shelf, published
 from experiments.run import Run
 from experiments.studies import Study, needs
 from tokenpool import pareto, plotting, results
 
-NAMES = ("1", "2", "3", "4", "5", "off_the_shelf")
+NAMES = ("claims", "1", "2", "3", "4", "5", "off_the_shelf")
 _MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}
 _MISPRINTS = {"3": ", but for K-Means at level 0: printed 4.7, counted 4.62"}
 _PER_CENT = "top-1 (%)"
@@ -59,6 +59,18 @@ def sections(study: Study, name: str) -> list[Section]:
     if name not in NAMES:
         raise ValueError(f"unknown table {name!r}; known are {', '.join(NAMES)}, all")
     return _TABLES[name](study)
+
+
+def claims_section(studies: Sequence[Study]) -> list[Section]:
+    """The table of the paper's claims, from several studies at once; empty where none of them has runs."""
+    rows = claims.table(studies)
+    found = rows[rows["verdict"] != claims.NO_DATA]["data"].unique() if len(rows) else []
+    if not len(found):
+        return []
+    titles = {study.preset.name: study.preset.title for study in studies if study.preset.name in found}
+    rows = rows[rows["data"].isin(found)].reset_index(drop=True)
+    name = found[0] if len(found) == 1 else "all"
+    return [Section(name, "The paper's claims", claims.shown(rows, titles), rows, (claims.RULE,))]
 
 
 def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
@@ -333,6 +345,7 @@ def _with_error(rows: pd.DataFrame, name: str, digits: int) -> list[str]:
 
 
 _TABLES: dict[str, Callable[[Study], list[Section]]] = {
+    "claims": lambda study: claims_section([study]),
     "1": _table_1,
     "2": _table_2,
     **{name: _table_by_method(name) for name in _MODEL_OF},

@@ -74,6 +74,31 @@ def test_schedules_are_paired() -> None:
     assert tokenpool.compare(pd.concat([mild, strong]), *chosen).pairs == 2
 
 
+def test_at_equal_cost_the_curve_is_linear_between_neighbours() -> None:
+    """A quarter of the way between two runs, and on one of them; outside of the curve there is nothing to compare."""
+    drawn = draw(3, 2, 60, 0.1) | {"cheap": draw(4, 2, 60, 0.0)["b"]}
+    costs = {"a": 1.25, "cheap": 1.0, "b": 2.0}
+    frame = frame_of(drawn).assign(gmacs=lambda frame: frame["downsampler"].map(costs))
+    curve = frame.assign(downsampler=frame["downsampler"].replace("cheap", "b"))
+    a, b, cheap = (drawn[name].astype(float) for name in ("a", "b", "cheap"))
+    expected = 100 * (a - (0.75 * cheap + 0.25 * b))
+    found = tokenpool.compare(curve, "a", "b", at="cost")
+    assert found.difference == pytest.approx(expected.mean()) and found.pairs == 2 and found.seeds == 2
+    images = expected.mean(axis=0).std(ddof=1) ** 2 / 60
+    seeds = expected.mean(axis=1).std(ddof=1) ** 2 / 2
+    freedom = (images + seeds) ** 2 / (images**2 / 59 + seeds**2)
+    half = stats.t.ppf(0.975, freedom) * (images + seeds) ** 0.5
+    assert (found.low, found.high) == pytest.approx((found.difference - half, found.difference + half))
+    on_a_run = tokenpool.compare(curve.assign(gmacs=curve["gmacs"].replace(1.25, 2.0)), "a", "b", at="cost")
+    assert on_a_run.difference == pytest.approx(100 * (a - b).mean())
+    with pytest.raises(ValueError, match="no runs of 'a' and 'b' have a seed and cost in common"):
+        tokenpool.compare(curve.assign(gmacs=curve["gmacs"].replace(1.25, 2.5)), "a", "b", at="cost")
+    with pytest.raises(ValueError, match="cost the same, so no curve leads through both"):
+        tokenpool.compare(curve.assign(gmacs=1.0), "a", "b", at="cost")
+    with pytest.raises(ValueError, match="at = 'flops' must be"):
+        tokenpool.compare(curve, "a", "b", at="flops")
+
+
 def test_what_cannot_be_paired_is_refused() -> None:
     frame = frame_of(draw(2, 2, 50, 0.1))
     with pytest.raises(ValueError, match="no run has downsampler 'c'"):

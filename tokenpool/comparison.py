@@ -1,7 +1,7 @@
 """Paired comparison of finished runs: the difference in top-1 with an interval that covers images and seeds."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ from scipy import stats
 from tokenpool import bits, results
 
 Choice = str | Mapping[str, Any]
+Pair = tuple[int, dict[int, float]]  # row of a run, and the rows and weights of the runs that it is compared with
 
 
 class Comparison(NamedTuple):
@@ -35,8 +36,10 @@ class Comparison(NamedTuple):
     images: int
 
 
-def compare(frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95) -> Comparison:
-    """Compare two choices of runs, paired by seed, schedule and image.
+def compare(
+    frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95, at: Literal["schedule", "cost"] = "schedule"
+) -> Comparison:
+    """Compare two choices of runs, paired by seed, image, and schedule or cost.
 
     The variance of the mean difference is the sum of that over seeds and that over images, as if both were drawn anew.
     Each of the two also holds what seed and image have in common, so that the interval is rather too wide than too
@@ -48,6 +51,9 @@ def compare(frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95)
             {"downsampler": a, "stage": "finetune"}.
         b: the same for the runs to compare with.
         confidence: of the interval.
+        at: what the runs of a pair share. "schedule": the number of the schedule (`level`). "cost": each run of a is
+            compared with the curve of b at the same `gmacs`, clustering included. The curve is linear between
+            neighbouring runs of b with the same seed, image by image. Runs of a outside of the curve are left out.
 
     Returns:
         The comparison; positive where a is better.
@@ -58,24 +64,43 @@ def compare(frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95)
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence!r} must lie between 0 and 1")
-    ours, theirs = (_chosen(frame, choice) for choice in (a, b))
-    shared = sorted(set(ours.index) & set(theirs.index), key=str)
-    if not shared:
-        raise ValueError(f"no runs of {a!r} and {b!r} have a seed and schedule in common")
-    both = pd.concat([ours.loc[shared], theirs.loc[shared]])
+    found = pairs(frame, a, b, at)
+    if not found:
+        raise ValueError(f"no runs of {a!r} and {b!r} have a seed and {at} in common")
+    used = sorted({row for row, partners in found for row in (row, *partners)})
+    both = frame.iloc[used]
+    missing = both["correct"].isna() if "correct" in both else pd.Series(True, index=both.index)
+    if missing.any():
+        raise ValueError(f"run {both[missing]['run'].iloc[0]} does not store which images were right: make it anew")
     if "test_images" in both and both["test_images"].isna().any():
         raise ValueError(f"run {both[both['test_images'].isna()]['run'].iloc[0]} does not tell its test images")
     same = ["data", "test_images", "part", "limit", "images"]
     same += ["split"] if "data" in both and (both["data"] == "digits").any() else []  # only the digits are split
     results.check_alike(both, same, "a paired comparison")
-    rows = [100.0 * (_bits(ours.loc[key]).astype(float) - _bits(theirs.loc[key])) for key in shared]
-    differences = np.array(rows)  # (pairs, images)
-    by_seed = pd.DataFrame(differences).groupby(np.array([seed for seed, _ in shared])).mean().to_numpy()  # (S, I)
-    return Comparison(*map(float, _interval(by_seed, confidence)), _mcnemar(differences), len(shared), *by_seed.shape)
+    right = {row: _bits(frame.iloc[row]) for row in used}
+    rows = [right[row] - sum(weight * right[other] for other, weight in partners.items()) for row, partners in found]
+    differences = 100.0 * np.array(rows)  # (pairs, images)
+    seeds = frame["seed"].to_numpy()[[row for row, _ in found]]
+    by_seed = pd.DataFrame(differences).groupby(seeds).mean().to_numpy()  # (S, I)
+    difference, low, high = map(float, _interval(by_seed, confidence))
+    return Comparison(difference, low, high, _mcnemar(differences), len(found), *by_seed.shape)
 
 
-def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
-    """The runs of a choice by seed and level, each once."""
+def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:
+    """Which runs `compare` compares: positions of rows in the frame, see `Pair`; none where nothing fits.
+
+    Raises:
+        ValueError: if `at` is unknown, if a choice means no run, or if a run has several partners.
+    """
+    if at not in ("schedule", "cost"):
+        raise ValueError(f'at = {at!r} must be "schedule" or "cost"')
+    frame = frame.assign(row=range(len(frame)))
+    ours, theirs = (_chosen(frame, choice, unique=at == "schedule") for choice in (a, b))
+    return _same_schedule(ours, theirs) if at == "schedule" else _same_cost(ours, theirs)
+
+
+def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
+    """The runs of a choice by seed and level; with `unique` each seed and level once."""
     values = {"downsampler": choice, "stage": "finetune"} if isinstance(choice, str) else dict(choice)
     unknown = [name for name in values if name not in frame]
     if unknown:
@@ -85,20 +110,47 @@ def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
         chosen = chosen[[cell == value for cell in chosen[name]]]
     if chosen.empty:
         raise ValueError(f"no run has {', '.join(f'{name} {value!r}' for name, value in values.items())}")
-    missing = chosen["correct"].isna() if "correct" in chosen else pd.Series(True, index=chosen.index)
-    if missing.any():
-        raise ValueError(f"run {chosen[missing]['run'].iloc[0]} does not store which images were right: make it anew")
     level = chosen["level"].fillna(-1) if "level" in chosen else -1  # the plain model has none
     chosen = chosen.assign(level=level).set_index(["seed", "level"], drop=False)
     twice = chosen[chosen.index.duplicated(keep=False)]
-    if len(twice):
+    if unique and len(twice):
         first, second = twice["run"].iloc[:2]
         raise ValueError(f"{choice!r} means both {first} and {second}: choose by more columns")
     return chosen
 
 
+def _same_schedule(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Pair]:
+    shared = sorted(set(ours.index) & set(theirs.index), key=str)
+    return [(ours.at[key, "row"], {theirs.at[key, "row"]: 1.0}) for key in shared]
+
+
+def _same_cost(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Pair]:
+    pairs = []
+    for seed, curve in theirs.reset_index(drop=True).groupby("seed"):
+        curve = curve.sort_values("gmacs")
+        if curve["gmacs"].duplicated().any():
+            first, second = curve[curve["gmacs"].duplicated(keep=False)]["run"].iloc[:2]
+            raise ValueError(
+                f"{first} and {second} cost the same, so no curve leads through both: choose by more columns"
+            )
+        costs, rows = curve["gmacs"].to_numpy(), curve["row"].tolist()
+        for run in ours[ours["seed"] == seed].itertuples():
+            if costs[0] <= run.gmacs <= costs[-1]:
+                pairs.append((run.row, interpolation(run.gmacs, costs, rows)))
+    return pairs
+
+
+def interpolation(cost: float, costs: np.ndarray, rows: list[int]) -> dict[int, float]:
+    """Weights of the neighbours of a cost, for linear interpolation between ascending costs: {row: weight}."""
+    above = int(np.searchsorted(costs, cost))
+    if costs[above] == cost:
+        return {rows[above]: 1.0}
+    share = float((cost - costs[above - 1]) / (costs[above] - costs[above - 1]))
+    return {rows[above - 1]: 1 - share, rows[above]: share}
+
+
 def _bits(run: pd.Series) -> np.ndarray:
-    return bits.decode(run["correct"], int(run["images"]))
+    return bits.decode(run["correct"], int(run["images"])).astype(float)
 
 
 def _interval(by_seed: np.ndarray, confidence: float) -> tuple[float, float, float]:
@@ -117,6 +169,6 @@ def _interval(by_seed: np.ndarray, confidence: float) -> tuple[float, float, flo
 
 def _mcnemar(differences: np.ndarray) -> float:
     """Exact two-sided p of as many images better as worse; differences (pairs, I)."""
-    total = differences.sum(axis=0)
+    total = differences.sum(axis=0).round(6)  # interpolation leaves rounding errors where there is no difference
     better, worse = int((total > 0).sum()), int((total < 0).sum())
     return stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
