@@ -26,9 +26,10 @@ AS_GOOD = 0.5  # points
 RULE = (
     "A number reproduces the claim (yes) if its whole 95 % interval lies in the target, and contradicts it (no) if the "
     "interval lies outside. Otherwise the claim is open, as is a difference between trained models that rests on one "
-    "seed. Differences are in top-1, paired by image, seed, and schedule or cost; mean over schedules. Digits: by "
-    "seed, and intervals over seeds. Paper: ImageNet, DeiT-S, mean over its schedules, one seed, no intervals. Of so "
-    "many intervals one or two miss the true number by chance."
+    "seed. Differences are in top-1, paired by image, seed, and schedule or cost (clustering included); mean over "
+    "schedules. Digits: by seed, and intervals over seeds. High and low cost: above and below half of the plain "
+    "model's. Paper: ImageNet, DeiT-S, mean over its schedules, one seed, no intervals. Of so many intervals one or two "
+    "miss the true number by chance."
 )
 REPRODUCED, CONTRADICTED, OPEN, MIXED, NO_DATA = "reproduced", "contradicted", "open", "mixed", "no data"
 MARKS = {REPRODUCED: "yes", CONTRADICTED: "no", OPEN: "open"}
@@ -371,7 +372,7 @@ def claims() -> list[Claim]:
     """All claims, in the order of the paper."""
     return [
         Claim(
-            "Fully-connected layers take over 80 % of the multiply-adds (share)",
+            "Fully-connected layers take over 80 % of the multiply-adds",
             "3.2, Table 1",
             "%",
             Target(80, 100),
@@ -379,29 +380,29 @@ def claims() -> list[Claim]:
             _printed_shares(),
         ),
         Claim(
-            "Attention smooths: its output is smoother than its values (share of blocks)",
+            "Attention smooths: blocks whose output is smoother than the values",
             "3.3",
             "%",
             Target(50, math.inf),
             _smoothing,
         ),
-        Claim("K-Medoids converges in under 5 iterations (mean)", "4", "iterations", Target(0, 5), _iterations, "< 5"),
+        Claim("WK-Medoids converges in under 5 iterations", "4", "iterations", Target(0, 5), _iterations, "< 5"),
         Claim(
-            "Importance selection beats random selection (top-1 difference, same schedule)",
+            "Importance selection beats random selection",
             "5.1, Figure 5a",
             "points",
             ABOVE,
             _better("importance", "random"),
         ),
         Claim(
-            "PoWER-BERT beats importance selection (the same)",
+            "PoWER-BERT beats importance selection",
             "5.1, Figure 5a",
             "points",
             ABOVE,
             _better("power_bert", "importance"),
         ),
         Claim(
-            "Token Pooling, WK-Medoids, beats PoWER-BERT with the same schedule",
+            "WK-Medoids beats PoWER-BERT with the same schedule",
             "5.1, Table 3",
             "points",
             ABOVE,
@@ -410,7 +411,7 @@ def claims() -> list[Claim]:
         ),
         *(
             Claim(
-                f"{title} beats PoWER-BERT at equal cost, clustering included",
+                f"{title} beats PoWER-BERT at equal cost",
                 "5.2, Table 3",
                 "points",
                 ABOVE,
@@ -420,28 +421,28 @@ def claims() -> list[Claim]:
             for method, title in _TITLES.items()
         ),
         Claim(
-            "Random selection is as good as lowering the width (at equal cost)",
+            "Random selection is as good as lowering the width",
             "5.1, Figure 3a",
             "points",
             EQUAL,
             _against_widths("random"),
         ),
         Claim(
-            "Convolution beats lowering the width at low cost (below half of the plain model's)",
+            "Convolution beats lowering the width at low cost",
             "5.1, Figure 3a",
             "points",
             ABOVE,
             _against_widths("convolution"),
         ),
         Claim(
-            "Convolution fails at high cost (above half of the plain model's): WK-Medoids minus the best convolutions",
+            "Convolution fails at high cost: WK-Medoids minus convolution",
             "5.1, Figures 3a and 8",
             "points",
             ABOVE,
             _above_convolution,
         ),
         Claim(
-            "Weights help K-Medoids: WK-Medoids minus K-Medoids",
+            "Weights help K-Medoids",
             "5.2, Table 3",
             "points",
             ABOVE,
@@ -449,7 +450,7 @@ def claims() -> list[Claim]:
             _printed("wkmedoids", "kmedoids"),
         ),
         Claim(
-            "Weights help K-Means: WK-Means minus K-Means",
+            "Weights help K-Means",
             "5.2, Table 3",
             "points",
             ABOVE,
@@ -457,7 +458,7 @@ def claims() -> list[Claim]:
             _printed("wkmeans", "kmeans"),
         ),
         Claim(
-            "WK-Medoids is as accurate as WK-Means with the same schedule, or better",
+            "WK-Medoids is as accurate as WK-Means, or better",
             "5.2, Table 3",
             "points",
             Target(-AS_GOOD, math.inf),
@@ -465,7 +466,7 @@ def claims() -> list[Claim]:
             _printed("wkmedoids", "wkmeans"),
         ),
         Claim(
-            "K-Medoids' clustering costs less than K-Means' (its share)",
+            "Clustering by K-Medoids is cheaper than by K-Means: share of the cost",
             "4, 5.2, Table 3",
             "%",
             Target(0, 100),
@@ -473,7 +474,7 @@ def claims() -> list[Claim]:
             _printed_clustering(),
         ),
         Claim(
-            "Token Pooling with the best width is cheaper than the smallest DeiT at its accuracy (saving)",
+            "WK-Medoids with the best width saves multiply-adds at DeiT-Ti's accuracy",
             "5.1, Figure 1b",
             "%",
             ABOVE,
@@ -481,14 +482,14 @@ def claims() -> list[Claim]:
             "42",
         ),
         Claim(
-            "WK-Medoids is robust to initial centres: by score minus random",
+            "WK-Medoids is robust to initial centres",
             "B, Figure 6",
             "points",
             EQUAL,
             lambda study, runs: difference(_tuned(runs, "wkmedoids"), _tuned(runs, "wkmedoids", init="random")),
         ),
         Claim(
-            "K-Medoids is robust to initial centres: by score minus random",
+            "K-Medoids is robust to initial centres",
             "B, Figure 6",
             "points",
             EQUAL,
@@ -518,21 +519,21 @@ def claims() -> list[Claim]:
             _untuned_against_selection,
         ),
         Claim(
-            "With fine-tuning, carried sizes do not matter: WK-Medoids with minus without",
+            "With fine-tuning, carried sizes do not matter",
             "E",
             "points",
             EQUAL,
             lambda study, runs: difference(_tuned(runs, "wkmedoids", carry=True), _tuned(runs, "wkmedoids")),
         ),
         Claim(
-            "Normalised queries and keys, alpha = 1, cost accuracy (WK-Medoids)",
+            "Normalised queries and keys cost accuracy with alpha = 1",
             "F, Figure 10a",
             "points",
             BELOW,
             _normalised("10a", "wkmedoids"),
         ),
         Claim(
-            "Normalised queries and keys, alpha learned, are as good (WK-Medoids)",
+            "Normalised queries and keys are as good with learned alpha",
             "F, Figure 10b",
             "points",
             EQUAL,
