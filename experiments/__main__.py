@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments import presets
 from tokenpool import files
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import REGISTRY
 from tokenpool.images import HUB, is_downloaded
 from tokenpool.interruption import Interrupted
 
@@ -48,7 +48,8 @@ def _log_to(name: str | None) -> str | None:
 
 # Options that several verbs have.
 Model = Annotated[str, typer.Option(help=_MODELS)]
-Method = Annotated[str, typer.Option(help=f"Downsampling method: {', '.join(METHODS)}.")]
+_METHOD = typer.Option()  # its help is written by `_describe_methods`
+Method = Annotated[str, _METHOD]
 Keep = Annotated[
     str | None,
     typer.Option(
@@ -853,12 +854,19 @@ def _show_warning(
         otherwise(message, category, filename, *rest)
 
 
+def _describe_methods() -> None:
+    """Write the help of `--downsampler` and `--method`: all methods that are registered now."""
+    methods = [f"{method.name} - {method.description}" for method in REGISTRY.values()]
+    _METHOD.help = "\n\n".join(["What remains after the attention of each block, where K is from --keep.", *methods])
+
+
 def main() -> None:
     """Run the command line; a mistake in the input ends in one line, not in a traceback."""
     import matplotlib
 
     os.environ["MPLBACKEND"] = "Agg"  # for the processes that it starts
     matplotlib.use("Agg")
+    _describe_methods()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_show_warning, warnings.showwarning)

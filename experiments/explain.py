@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tokenpool
 from tokenpool import files, plotting
-from tokenpool.downsampling import METHODS, Convolution, Downsampler
+from tokenpool.downsampling import REGISTRY, with_schedule
 from tokenpool.images import load_image
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
@@ -45,8 +45,8 @@ def explain(
     Raises:
         ValueError: if the image cannot be read, or for an unusable setting; the message names it.
     """
-    if METHODS.get(method, Downsampler) in (None, Convolution):
-        raise ValueError(f"method {method!r} has no schedule; choose one of those that have")
+    if method in REGISTRY and not REGISTRY[method].has_schedule:
+        raise ValueError(f"method {method!r} has no schedule; choose one of {', '.join(with_schedule())}")
     files.check_local(image)
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
     if tokenpool.create_model(name, method, carry=carry, **schedule).in_chans != 3:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import illustrations, published
-from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
+from experiments.studies import Study, dropping, merging, needs
 from experiments.tables import cost_accuracy, how_many, with_models
 from tokenpool import pareto, plotting
 from tokenpool.plotting import STYLES, Series, faded
@@ -190,7 +190,7 @@ def _own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
 
 
 def _own_3a(study: Study, table: pd.DataFrame) -> list[Panel]:
-    methods = _methods(table, (*SELECTIONS, "wkmedoids"))
+    methods = _methods(table, (*dropping(), "wkmedoids"))
     return [_panel(study, table, [_family(study, table), _convolutions(table), *methods])]
 
 
@@ -209,8 +209,12 @@ def _own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
     return [_panel(study, table, series)]
 
 
-def _own_main(*methods: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
-    return lambda study, table: [_panel(study, table, _methods(table, ("none", *methods)))]
+def _own_5a(study: Study, table: pd.DataFrame) -> list[Panel]:
+    return [_panel(study, table, _methods(table, ("none", *dropping(), "wkmedoids")))]
+
+
+def _own_5b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    return [_panel(study, table, _methods(table, ("none", "power_bert", *merging())))]
 
 
 def _own_6(study: Study, table: pd.DataFrame) -> list[Panel]:
@@ -246,12 +250,12 @@ def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
         rows = table[(table["downsampler"] == method) & (table["carry"].astype(bool) == carry)]
         return Series(rows, STYLES[method] | ({"linestyle": "-"} if method == "convolution" else {}))
 
-    plain, dropping = series("none", False), [series(method, False) for method in SELECTIONS]
-    merging = ("convolution", *CLUSTERINGS)
+    plain, dropped = series("none", False), [series(method, False) for method in dropping()]
+    merged = ("convolution", *merging())
     data = f"{study.preset.title}\n{_counted(table)}"
     return [
-        Panel(f"sizes not carried; {data}", [plain, *dropping, *(series(method, False) for method in merging)]),
-        Panel(f"sizes carried; {data}", [plain, *dropping, *(series(method, True) for method in merging)]),
+        Panel(f"sizes not carried; {data}", [plain, *dropped, *(series(method, False) for method in merged)]),
+        Panel(f"sizes carried; {data}", [plain, *dropped, *(series(method, True) for method in merged)]),
     ]
 
 
@@ -304,8 +308,8 @@ _OWN: dict[str, Callable[[Study, pd.DataFrame], list[Panel]]] = {
     "3a": _own_3a,
     "3b": _own_3b,
     "4": _own_4,
-    "5a": _own_main(*SELECTIONS, "wkmedoids"),
-    "5b": _own_main("power_bert", *CLUSTERINGS),
+    "5a": _own_5a,
+    "5b": _own_5b,
     "6": _own_6,
     "7": _own_7,
     "8": _own_8,
@@ -345,10 +349,8 @@ def _by_others(prefix: str, **style: object) -> Series:
     return Series(rows[rows["model"].str.startswith(prefix)], {"label": prefix} | style)
 
 
-def _printed_main(*methods: str, model: str = "deit_small") -> Callable[[], list[Panel]]:
-    return lambda: _printed_panel(
-        [_printed_plain(model, label="DeiT"), *(_printed(method, model) for method in methods)]
-    )
+def _printed_main(*methods: str, model: str = "deit_small") -> list[Panel]:
+    return _printed_panel([_printed_plain(model, label="DeiT"), *(_printed(method, model) for method in methods)])
 
 
 def _paper_3b() -> list[Panel]:
@@ -377,10 +379,10 @@ _PAPER: dict[str, Callable[[], list[Panel]]] = {
     "3a": lambda: _printed_panel([_printed_plain(), _printed("power_bert"), _printed("wkmedoids")]),
     "3b": _paper_3b,
     "4": _paper_4,
-    "5a": _printed_main("power_bert", "wkmedoids"),
-    "5b": _printed_main("power_bert", *CLUSTERINGS),
-    "6": _printed_main("kmedoids", "wkmedoids"),
+    "5a": lambda: _printed_main("power_bert", "wkmedoids"),
+    "5b": lambda: _printed_main("power_bert", *merging()),
+    "6": lambda: _printed_main("kmedoids", "wkmedoids"),
     "7": _paper_7,
-    "11a": _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e252"),
-    "11b": _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e318"),
+    "11a": lambda: _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e252"),
+    "11b": lambda: _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e318"),
 }

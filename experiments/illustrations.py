@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments import measurements, protocol
-from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
+from experiments.studies import Study, dropping, needs
 from tokenpool import plotting, results, tracing
-from tokenpool.downsampling import Downsampled, KMeans, PowerBert
+from tokenpool.downsampling import Downsampled, KMeans, PowerBert, studied
 from tokenpool.plotting import STYLES
 
 _SIGNALS = {
@@ -140,7 +140,7 @@ def figure_reconstruction(study: Study, stacked: bool = False) -> Figure | None:
     if runs.empty:
         return None
     runs = runs.assign(error=[_mean_error(errors) for errors in runs["relative_error"]])
-    dropping, carried = runs["downsampler"].isin(SELECTIONS), runs["carry"].astype(bool)
+    drops, carried = runs["downsampler"].isin(dropping()), runs["carry"].astype(bool)
     levels = sorted(runs["level"].unique())
     level = int(levels[(len(levels) - 1) // 2])
 
@@ -149,9 +149,9 @@ def figure_reconstruction(study: Study, stacked: bool = False) -> Figure | None:
     blocks.set_title(f"block by block, schedule {level},\nsizes not carried", fontsize=9)
     for ax, rows, title in (
         (scatters[0], runs[~carried], "sizes not carried"),
-        (scatters[1], runs[carried | dropping], "sizes carried (what is dropped has none)"),
+        (scatters[1], runs[carried | drops], "sizes carried (what is dropped has none)"),
     ):
-        for method in (*SELECTIONS, *CLUSTERINGS):
+        for method in studied():
             means = rows[rows["downsampler"] == method].groupby("level")[["error", "top1"]].mean()
             ax.plot(means["error"], means["top1"], **_style(method) | {"linestyle": ":", "linewidth": 0.8})
         ax.set_title(f"{title}\n{rank_correlation_text(rows)}", fontsize=9)
@@ -168,7 +168,7 @@ def figure_reconstruction(study: Study, stacked: bool = False) -> Figure | None:
 
 
 def _draw_errors(ax: Axes, runs: pd.DataFrame) -> None:
-    for method in (*SELECTIONS, *CLUSTERINGS):
+    for method in studied():
         errors = runs.loc[runs["downsampler"] == method, "relative_error"]
         by_block = np.array([[np.nan if value in (None, 0) else value for value in each] for each in errors], float)
         if len(by_block):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from experiments import protocol
 from experiments.protocol import Run
+from tokenpool.downsampling import METHODS
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
 _finished_epochs = None  # in a worker: the queue that tells the main process of each finished epoch
@@ -92,7 +94,8 @@ class Runner:
         self.queue = context.SimpleQueue()
         self._shown: dict[str, float] = {}  # how far the bar has moved for a run that is not finished
         parent = os.getpid()
-        self.pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(self.queue, parent))
+        start = {"initializer": _start_worker, "initargs": (self.queue, parent, _modules_of_methods())}
+        self.pool = ProcessPoolExecutor(jobs, context, **start)
         interval = 0.5 if sys.stderr.isatty() else 15
         form = "{l_bar}{bar}| {elapsed} so far, {remaining} left"
         options = {"mininterval": interval, "maxinterval": interval, "dynamic_ncols": True, "bar_format": form}
@@ -180,9 +183,29 @@ def _execute(run: Run, folder: Path) -> dict:
         return protocol.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
 
 
-def _start_worker(queue: object, parent: int) -> None:
+def _modules_of_methods() -> list[str]:
+    """Modules that a new process imports, so that the methods of a user's own are registered there, too.
+
+    Raises:
+        ValueError: for a method whose class is in no such module but, for instance, in the file of a preset.
+    """
+    modules = {}
+    for name, method in METHODS.items():
+        module = method.__module__ if method is not None else __name__
+        if module not in sys.modules or module == "__main__":
+            raise ValueError(
+                f"method {name!r}: other processes cannot import its class from {module}; move the class and its "
+                "register(...) into a module of its own, and import this module in the file of the preset"
+            )
+        modules[module] = None
+    return list(modules)
+
+
+def _start_worker(queue: object, parent: int, modules: Sequence[str]) -> None:
     global _finished_epochs
     _finished_epochs = queue
+    for module in modules:
+        import_module(module)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

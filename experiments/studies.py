@@ -18,9 +18,8 @@ from experiments.run import NAMED, Identities, Run, check_identity, check_same, 
 from experiments.runner import Runner
 from experiments.slurm import checks
 from tokenpool import results, schedules
+from tokenpool.downsampling import studied
 
-CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
-SELECTIONS = ("random", "importance", "power_bert")
 # What a run takes from its preset as it stands.
 _RECIPE = (
     "batch_size",
@@ -188,7 +187,7 @@ class Study:
             for level in self.levels if method != "none" else [None]:
                 label = method if level is None else f"{method}-level{level}"
                 chosen = {} if level is None else self._at_level(main, level)
-                carry = not self.preset.trains and method in CLUSTERINGS  # as in the accuracies
+                carry = not self.preset.trains and method in merging()  # as in the accuracies
                 runs.append(Run("throughput", label, **common, **chosen, downsampler=method, carry=carry))
         return runs
 
@@ -470,7 +469,7 @@ class Study:
     def _used_with(self, variant: Variant, level: int) -> tuple[int, ...] | None:
         """The schedule of a finished fine-tuning, where the search that it came from is gone."""
         for seed in self.seeds:
-            for method in (*SELECTIONS, *CLUSTERINGS):
+            for method in studied():
                 label = _label(variant, f"{method}-level{level}")
                 path = self.folder / f"finetune-{label}-seed{seed}.json"
                 setting = (results.read_if_whole(path) or {"setting": {}})["setting"]  # of a broken file others tell
@@ -567,6 +566,16 @@ WITHOUT_RUNS = ("table 1", "figure 2")
 TIMED = ("throughput",)  # stages whose runs must not share the machine with others
 
 
+def dropping() -> tuple[str, ...]:
+    """Names of the studied methods that drop tokens, as they are registered now."""
+    return studied("selection")
+
+
+def merging() -> tuple[str, ...]:
+    """Names of the studied methods that merge tokens, as they are registered now."""
+    return studied("clustering", "matching")
+
+
 def placements(depth: int, grid: int) -> list[tuple[int, ...]]:
     """All placements of convolutions that appendix D allows: one to three blocks, three of them evenly spaced.
 
@@ -629,7 +638,7 @@ def protocol_runs(study: Study) -> list[Run]:
         return [*_bases(study), *_main(study, study.preset.methods)]
     seeds = study.seeds if study.preset.placements is None else study.extra_seeds
     single = [at for at in study.placements if len(at) == 1]
-    return [*_bases(study), *_main(study, (*SELECTIONS, *CLUSTERINGS)), *study.convolutions(seeds, single)]
+    return [*_bases(study), *_main(study, studied()), *study.convolutions(seeds, single)]
 
 
 def everything(study: Study) -> list[Run]:
@@ -786,8 +795,8 @@ def _timed(study: Study) -> list[Run]:
 
 def _not_fine_tuned(study: Study) -> list[Run]:
     return [
-        *study.evaluations(("none", "convolution", *SELECTIONS, *CLUSTERINGS), carry=False),
-        *study.evaluations(("convolution", *CLUSTERINGS), carry=True),
+        *study.evaluations(("none", "convolution", *studied()), carry=False),
+        *study.evaluations(("convolution", *merging()), carry=True),
     ]
 
 
@@ -804,7 +813,7 @@ def _claims(study: Study) -> list[Run]:
 _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     "table claims": _claims,
     "table 2": _trained(lambda study: _whole_family(study, ("power_bert", "kmedoids", "wkmedoids"))),
-    "table 3": _trained(lambda study: _main(study, (*SELECTIONS, *CLUSTERINGS))),
+    "table 3": _trained(lambda study: _main(study, studied())),
     "table 4": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e318"])),
     "table 5": _trained(lambda study: _family(study, ("power_bert", "kmedoids", "wkmedoids"), ["deit_e252"])),
     "table off_the_shelf": off_the_shelf.runs,
@@ -812,15 +821,15 @@ _NEEDS: dict[str, Callable[[Study], list[Run]]] = {
     "figure 1c": lambda study: study.clusters(),
     "figure 3a": _trained(
         lambda study: [
-            *_beside_others(study, (*SELECTIONS, "wkmedoids")),
+            *_beside_others(study, (*dropping(), "wkmedoids")),
             *_family(study, ()),
             *_convolutions(study),
         ]
     ),
     "figure 3b": _trained(lambda study: _whole_family(study, ("power_bert", "wkmedoids"))),
     "figure 4": _trained(lambda study: _whole_family(study, ["wkmedoids"])),
-    "figure 5a": _trained(lambda study: _main(study, (*SELECTIONS, "wkmedoids"))),
-    "figure 5b": _trained(lambda study: _main(study, ("power_bert", *CLUSTERINGS))),
+    "figure 5a": _trained(lambda study: _main(study, (*dropping(), "wkmedoids"))),
+    "figure 5b": _trained(lambda study: _main(study, ("power_bert", *merging()))),
     "figure 6": _trained(
         lambda study: [
             *_beside_others(study, ("kmedoids", "wkmedoids")),

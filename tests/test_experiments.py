@@ -1,10 +1,11 @@
 import dataclasses
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from experiments import figures, presets, protocol, runner, studies, tables
 from experiments.presets import Preset
 from experiments.protocol import Run
 from tokenpool import bits, results
+from tokenpool.downsampling import REGISTRY, Downsampler
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -190,6 +192,34 @@ def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
         reproduce(broken, tmp_path, full=False, jobs=1)
 
 
+@pytest.fixture
+def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Downsampler]]:
+    """A user's own method in a module of its own, registered as "own"."""
+    code = (
+        "from tokenpool.downsampling import Method, PowerBert, register\n"
+        "class Own(PowerBert):\n"
+        "    pass\n"
+        "register(Method('own', Own, kind='selection', label='Own', description='the same'))\n"
+    )
+    (tmp_path / "own_method.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_method").Own
+    del REGISTRY["own"], sys.modules["own_method"]
+
+
+def test_processes_of_a_study_know_a_method_of_a_users_own(own_method: type[Downsampler], tmp_path: Path) -> None:
+    run = training_run(downsampler="own", epochs=1)
+    with runner.Runner(tmp_path, 1, lambda run: 1.0, 1.0) as pool:
+        pool.run_all([run], lambda run, unfinished: run)
+    assert protocol.is_finished(run, tmp_path)
+
+
+def test_a_method_that_other_processes_cannot_import_is_named(own_method: type[Downsampler], tmp_path: Path) -> None:
+    own_method.__module__ = "<run_path>"  # that of a class in the file of a preset
+    with pytest.raises(ValueError, match="method 'own': other processes cannot import its class from <run_path>; move"):
+        runner.Runner(tmp_path, 1, lambda run: 1.0, 1.0)
+
+
 def test_other_settings_and_broken_files_are_named(tmp_path: Path) -> None:
     run = training_run(epochs=1)
     protocol.execute(run, tmp_path)
@@ -303,8 +333,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_help_lists_methods_models_and_presets() -> None:
-    shown = " ".join(command("train", "--help").stdout.split())
+def test_help_lists_methods_models_and_presets(in_process, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = " ".join(in_process("train", "--help").stdout.split())
     for word in ("wkmedoids", "power_bert", "deit_e252_patch16_224", "Preset: digits", "Trainer"):
         assert word in shown
 

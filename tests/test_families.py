@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import with_schedule
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 # One of each kind of head, prefix, normalisation and patch size.
@@ -99,7 +99,7 @@ def test_duplicated_tokens_merge_without_a_trace(family: str, method: str, keep:
         assert not torch.allclose(model(images), plain, atol=2e-4) or method != "kmedoids" or "max" in family
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("none", "convolution")])
+@pytest.mark.parametrize("method", with_schedule())
 @pytest.mark.parametrize("family", SUPPORTED)
 @torch.no_grad()
 def test_logits_are_finite(family: str, method: str) -> None:

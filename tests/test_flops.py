@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool
 from tokenpool import clustering, flops, schedules
+from tokenpool.downsampling import REGISTRY, with_schedule
 
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
 WIDTHS = {"deit_tiny": 192, "deit_e252": 252, "deit_e318": 318, "deit_small": 384}
@@ -53,7 +54,7 @@ def test_base_models(name: str, printed: float) -> None:
 
 
 @pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("method", ["power_bert", "random", "importance", "kmeans", "wkmeans", "kmedoids", "wkmedoids"])
+@pytest.mark.parametrize("method", [name for name in with_schedule() if REGISTRY[name].in_paper])
 def test_schedules_that_are_not_in_the_paper(method: str, carry: bool) -> None:
     count = flops.count(create("deit_tiny", method, ODD, carry=carry, num_classes=10))
     assert count.backbone_gmacs == pytest.approx(closed_form(192, ODD, classes=10), rel=1e-9)

@@ -13,7 +13,7 @@ import typer
 
 import tokenpool
 from experiments.__main__ import app
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import METHODS, REGISTRY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -127,9 +127,10 @@ def test_arguments_in_inline_code_exist() -> None:
         assert not match or match[1] in known, code
 
 
-def test_methods_are_all_named() -> None:
-    for name in METHODS:
-        assert f"`{name}`" in README
+def test_the_table_of_methods_is_the_registry() -> None:
+    section = README.partition("## Methods\n")[2].partition("\n## ")[0]
+    rows = [f"| `{method.name}` | {method.description} |" for method in REGISTRY.values()]
+    assert [line for line in section.splitlines() if line.startswith("| `")][1:] == rows  # the first is the header
 
 
 def test_the_table_of_cifar10_is_the_runs() -> None:

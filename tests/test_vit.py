@@ -10,9 +10,9 @@ import torch
 import tokenpool
 from experiments.throughput import peak_memory
 from tokenpool import kernels
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import METHODS, with_schedule
 
-TOKEN_METHODS = [name for name in METHODS if name not in ("none", "convolution")]
+TOKEN_METHODS = with_schedule()
 KEEP = [30, 17, 5, 2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -350,7 +350,7 @@ def test_keep_may_hold_numpy_integers(small) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"downsampler": "kmediods"}, "unknown downsampler 'kmediods'; known are none, convolution, power_bert"),
+        ({"downsampler": "kmediods"}, "unknown downsampler 'kmediods'; known are none, convolution, random"),
         ({"downsampler": "none", "keep": KEEP}, "takes no keep"),
         ({"downsampler": "wkmedoids", "keep": KEEP, "start": 3}, "start"),
         ({"downsampler": "wkmedoids", "keep": KEEP, "init": "first"}, "init = 'first'"),

@@ -199,7 +199,8 @@ def _setting(model: VisionTransformer) -> dict[str, Any] | None:
     setting = model.blocks.setting
     if setting.downsampler not in METHODS:
         raise ValueError(
-            f"downsampler {setting.downsampler} is none of {', '.join(METHODS)}: it cannot be saved by name"
+            f"downsampler {setting.downsampler} is none of {', '.join(METHODS)}: it cannot be saved by name before "
+            "tokenpool.downsampling.register gives it one"
         )
     keep = None if setting.keep is None else list(setting.keep)
     return vars(setting) | {"keep": keep}

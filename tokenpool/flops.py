@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tokenpool import budget, schedules
-from tokenpool.downsampling import Convolution, Downsampler, Host, find
+from tokenpool.downsampling import REGISTRY, Convolution, Downsampler, Host, find
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a loss on import, which newer PyTorch warns of
@@ -36,7 +36,6 @@ with warnings.catch_warnings():
         matmul_flop_jit,
     )
 
-PAPERS_CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
 PARTS = ("softmax_attention", "qkv_projections", "o_projection", "mlp", "patch_embedding", "head", "clustering")
 
 
@@ -130,7 +129,7 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     height, width = image_size or copied.patch_embed.img_size
     macs = _macs_by_part(copied, torch.zeros(1, copied.in_chans, height, width))
     setting = getattr(copied.blocks, "setting", None)
-    if idle_clustering and setting is not None and setting.downsampler in PAPERS_CLUSTERINGS:
+    if idle_clustering and setting is not None and _is_papers_clustering(setting.downsampler):
         tokens = (height // copied.patch_embed.patch_size[0]) * (width // copied.patch_embed.patch_size[1])
         macs["clustering"] = paper_clustering_macs(setting.downsampler, setting.keep, tokens, copied.embed_dim)
     return Count({part: total / 1e9 for part, total in macs.items()})
@@ -155,6 +154,11 @@ def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, wi
     if downsampler in ("kmeans", "wkmeans"):
         return sum(5 * k * n * width for n, k in zip(entering, kept, strict=True) if k < n)
     return 0
+
+
+def _is_papers_clustering(downsampler: str) -> bool:
+    method = REGISTRY.get(downsampler)
+    return method is not None and method.in_paper and method.kind == "clustering"
 
 
 def schedule_for(

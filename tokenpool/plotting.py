@@ -1,6 +1,6 @@
 """Pictures of results, in one style: legible in print, and to colour-blind readers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from tokenpool import results
+from tokenpool.downsampling import Column
 from tokenpool.tracing import Trace
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too, for print.
-STYLES: dict[str, dict] = {
-    "none": {"label": "DeiT", "color": "#000000", "marker": "*", "markersize": 11},
-    "convolution": {"label": "Convolution", "color": "#999999", "marker": "P"},
-    "random": {"label": "Random selection", "color": "#E69F00", "marker": "v"},
-    "importance": {"label": "Importance selection", "color": "#56B4E9", "marker": "^"},
-    "power_bert": {"label": "PoWER-BERT", "color": "#D55E00", "marker": "s"},
-    "kmeans": {"label": "Token Pooling, K-Means", "color": "#CC79A7", "marker": "d", "linestyle": "--"},
-    "kmedoids": {"label": "Token Pooling, K-Medoids", "color": "#009E73", "marker": "D", "linestyle": "--"},
-    "wkmeans": {"label": "Token Pooling, WK-Means", "color": "#CC79A7", "marker": "h"},
-    "wkmedoids": {"label": "Token Pooling, WK-Medoids", "color": "#0072B2", "marker": "o"},
-    "key_medoids": {"label": "KeyMedoids (extension)", "color": "#4B3B8F", "marker": "X"},
-    "tome": {"label": "ToMe's matching (extension)", "color": "#8C6D1F", "marker": "<", "linestyle": "-."},
-}
+# How each registered method is drawn: keywords of Matplotlib's `errorbar` and `plot`, `label` among them.
+STYLES: Mapping[str, dict[str, Any]] = Column(lambda method: {"label": method.label, **method.style})
 COST_LABEL = "FLOPs an image"
 TOP1_LABEL = "top-1 accuracy (%)"
 
@@ -52,7 +42,11 @@ def unit(largest: float) -> tuple[float, str]:
 
 
 def cost_accuracy(
-    frame: pd.DataFrame, cost: str = "gmacs", quality: str = "top1", error: str | None = "top1_error", ax: Axes = None
+    frame: pd.DataFrame,
+    cost: str = "gmacs",
+    quality: str = "top1",
+    error: str | None = "top1_error",
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw quality against cost, one curve a downsampler, in the order of cost.
 
@@ -93,7 +87,7 @@ def curves(
     cost: str = "gmacs",
     quality: str = "top1",
     error: str | None = "top1_error",
-    ax: Axes = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw quality against cost for any series; the arguments are those of `cost_accuracy`. Draws no legend."""
     if ax is None:
@@ -103,7 +97,7 @@ def curves(
         scale, prefix = unit(max(each.rows[cost].max() for each in series))
     for each in series:
         points = each.rows.sort_values(cost)
-        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | each.style
+        style: dict[str, Any] = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | each.style
         bars = points[error] if error and error in points else None
         ax.errorbar(scale * points[cost], points[quality], yerr=bars, **{"zorder": 3} | style)
     ax.set_xlabel(f"{prefix}{COST_LABEL}" if prefix else cost)
@@ -113,7 +107,7 @@ def curves(
     return ax
 
 
-def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes = None) -> Axes:
+def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes | None = None) -> Axes:
     """Draw which patches of an image are one token after a block (Figure 1c), as `patches` does.
 
     Args:
@@ -155,7 +149,7 @@ def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 7) -> 
     return figure
 
 
-def patches(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int], ax: Axes = None) -> Axes:
+def patches(image: np.ndarray, assignment: ArrayLike, grid: tuple[int, int], ax: Axes | None = None) -> Axes:
     """Draw which patches of an image are one token: each in its mean colour, with a white border.
 
     Patches that were dropped are hatched black.

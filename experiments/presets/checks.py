@@ -11,13 +11,12 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import with_schedule
 from tokenpool.schedules import LEVELS, MODELS, paper
 
 if TYPE_CHECKING:
     from experiments.presets import Preset, Variant
 
-_WITHOUT_SCHEDULE = ("none", "convolution")
 _NOT_NEGATIVE = (
     *("learning_rate", "final_learning_rate", "search_learning_rate", "retention_learning_rate", "warmup_epochs"),
     *("weight_decay", "mixup", "cutmix", "epoch_seconds", "evaluation_seconds"),
@@ -78,10 +77,9 @@ def _wrong_lists(preset: "Preset") -> Iterator[str]:
         if not values or any(not isinstance(seed, int) or seed < 0 for seed in values):
             yield f"{name} = {values} must be whole numbers, 0 or more, at least one of them"
     yield from _repeated("methods", preset.methods)
-    known = [name for name in METHODS if name not in _WITHOUT_SCHEDULE]
     for name in preset.methods:
-        if name not in known:
-            yield f"methods has {name!r}; those with a schedule are {', '.join(known)}"
+        if name not in with_schedule():
+            yield f"methods has {name!r}; those with a schedule are {', '.join(with_schedule())}"
 
 
 def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:

@@ -1,0 +1,54 @@
+"""Methods that merge matched pairs of tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenpool import clustering
+from tokenpool.downsampling.contract import Downsampled, Downsampler
+
+
+class BipartiteMatching(Downsampler):
+    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3). It is a baseline that is not in the paper.
+
+    Every other token is matched to the token among the rest whose key is most similar (cosine). The pairs of highest
+    similarity are merged, into their mean weighted by size. One round merges at most half of the tokens. If more tokens
+    have to go, further rounds follow, which the authors do not provide for.
+    """
+
+    uses_scores = False
+    uses_sizes = True
+    uses_keys = True
+    merges = True
+
+    def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:
+        batch, n, _ = tokens.shape
+        assignment = torch.arange(n, device=tokens.device).expand(batch, n)
+        while n > self.keep:
+            step = _matched(keys, min(n - self.keep, n // 2))  # (B, N)
+            n -= min(n - self.keep, n // 2)
+            keys = clustering.means(keys, sizes, step, n)
+            tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
+            assignment = step.gather(1, assignment)
+        return Downsampled(tokens, assignment)
+
+    def macs(self, n: int, width: int, key_width: int) -> int:
+        macs = 0
+        while n > self.keep:
+            macs += (n + 1) // 2 * (n // 2) * key_width  # similarity of each pair, in each round
+            n -= min(n - self.keep, n // 2)
+        return macs
+
+
+def _matched(keys: Tensor, pairs: int) -> Tensor:
+    """The output token of each token (B, N) when `pairs` pairs merge. The tokens that remain keep their order."""
+    batch, n, _ = keys.shape
+    with torch.autocast(keys.device.type, enabled=False):
+        units = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+        similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
+        similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd tokens
+    merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
+    remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
+    target = torch.arange(n, device=keys.device).expand(batch, n)
+    target = target.scatter(1, merged, 1 + 2 * partner.gather(1, merged // 2))
+    return (remains.cumsum(dim=1) - 1).gather(1, target)
