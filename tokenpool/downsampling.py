@@ -150,7 +150,7 @@ class Selection(Downsampler):
 
     def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
         batch, n, width = tokens.shape
-        chosen = clustering.highest(self.priority(tokens, scores), self.keep).sort(dim=-1).values  # (B, K)
+        chosen = clustering.stable_topk(self.priority(tokens, scores), self.keep).sort(dim=-1).values  # (B, K)
         kept = tokens.gather(1, chosen[:, :, None].expand(-1, -1, width))  # (B, K, D)
         order = torch.arange(self.keep, device=tokens.device).expand(batch, -1)
         assignment = torch.full((batch, n), -1, device=tokens.device).scatter(1, chosen, order)
@@ -243,7 +243,7 @@ class TokenPooling(Downsampler):
             tokens,
             self.keep,
             weights=_positive(scores) if self.weighted else None,
-            init=clustering.highest(priority, self.keep),
+            init=clustering.stable_topk(priority, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # no synchronisation in every block
         )
@@ -286,7 +286,7 @@ class KeyMedoids(Downsampler):
     Objective (13) and the means of Algorithm 1, weighted by the significance scores, with two changes. Distances are
     between the attention's keys at unit length, mean over heads (as in Bolya et al. 2023), which are shorter than the
     tokens: 64 numbers in place of DeiT-S's 384. And the initial centres are those tokens that cost most to merge
-    (`clustering.dearest_to_merge`), not those of highest score, which crowd. The options other than `iterations` are
+    (`clustering.ward_init`), not those of highest score, which crowd. The options other than `iterations` are
     what it was chosen from (table `off_the_shelf`).
 
     Args:
@@ -322,7 +322,7 @@ class KeyMedoids(Downsampler):
             tokens,
             self.keep,
             weights=_positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
-            init="ward" if self.init == "ward" else clustering.highest(scores, self.keep),
+            init="ward" if self.init == "ward" else clustering.stable_topk(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,
             by=_unit(keys if self.by == "keys" else tokens),
@@ -372,7 +372,7 @@ def _matched(keys: Tensor, pairs: int) -> Tensor:
         units = _unit(keys)
         similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
         similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd ones
-    merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
+    merged = 2 * clustering.stable_topk(similarity, pairs)  # (B, pairs), even tokens
     remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
     target = torch.arange(n, device=keys.device).expand(batch, n)
     target = target.scatter(1, merged, 1 + 2 * partner.gather(1, merged // 2))
