@@ -17,7 +17,7 @@ if not torch.cuda.is_available():  # the kernels then run in Triton's interprete
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from tokenpool import files, kernels
+from tokenpool import files, gpu
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -42,11 +42,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def triton_runs() -> None:
     """Triton, on a GPU or in its interpreter."""
-    if not kernels.available:
+    if not gpu.available:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
         return
-    if not kernels.INTERPRETED.value:
+    if not gpu.INTERPRETED.value:
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
     import triton
 

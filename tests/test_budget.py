@@ -37,7 +37,7 @@ class Nearest(Downsampler):
         self.score = torch.nn.Linear(24, 1)
 
     def reduce(self, tokens: torch.Tensor, scores: torch.Tensor) -> Downsampled:
-        chosen = clustering.highest(self.score(tokens).squeeze(2), self.keep)
+        chosen = clustering.stable_topk(self.score(tokens).squeeze(2), self.keep)
         kept = tokens.gather(1, chosen[:, :, None].expand(-1, -1, tokens.shape[2]))
         return Downsampled(kept, (tokens @ kept.mT).argmax(dim=2))
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpool
 from tokenpool import clustering, flops, schedules
+from tokenpool.clustering.distances import Engine
 from tokenpool.downsampling import REGISTRY, with_schedule
 
 PAPER = Path(__file__).parents[1] / "experiments" / "paper"
@@ -66,7 +67,7 @@ def test_schedules_that_are_not_in_the_paper(method: str, carry: bool) -> None:
 
 @pytest.mark.parametrize("downsampler, options", [("none", {}), ("wkmedoids", {}), ("convolution", {"at": [2, 6]})])
 def test_against_pytorchs_counter(downsampler: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "_are_few_others", lambda *given: False)  # all distances are counted
+    monkeypatch.setattr(clustering.algorithm, "choose_engine", lambda *given: Engine.ALL)  # all distances are counted
     keep = ODD if downsampler == "wkmedoids" else None
     model = create("deit_tiny", downsampler, keep, **options).eval()
     # The fused kernels of the CPU are invisible to PyTorch's counter; the plain one is made of matrix products.

@@ -9,7 +9,7 @@ import torch
 
 import tokenpool
 from experiments.throughput import peak_memory
-from tokenpool import kernels
+from tokenpool import gpu
 from tokenpool.downsampling import METHODS, with_schedule
 
 TOKEN_METHODS = with_schedule()
@@ -500,7 +500,7 @@ def test_a_few_images_at_a_time_give_the_same(small, photos, monkeypatch, method
     tokenpool.patch(small, method, KEEP, carry=carry, dense=METHODS[method].merges)
     with torch.no_grad():
         expected = small(photos)
-        monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", at_once)
+        monkeypatch.setattr(tokenpool.micro_batch, "BLOCK_FLOATS", at_once)
         torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-5)
         assert small(photos[:0]).shape == (0, 7)
 
@@ -512,7 +512,7 @@ def test_a_few_images_at_a_time_travel_together_when_they_are_few_tokens(small, 
         block.forward = lambda stream, block=block: (
             calls.append(len(stream.tokens)) or type(block).forward(block, stream)
         )
-    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 2 * 48 * 37)
+    monkeypatch.setattr(tokenpool.micro_batch, "BLOCK_FLOATS", 2 * 48 * 37)
     images = torch.cat([photos, photos])[:5]
     with torch.no_grad():
         small(images)
@@ -530,7 +530,7 @@ def test_a_model_traced_with_one_image_takes_more(small, photos) -> None:
 
 
 def test_hooks_see_whole_batches(small, photos, monkeypatch) -> None:
-    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 1)
+    monkeypatch.setattr(tokenpool.micro_batch, "BLOCK_FLOATS", 1)
     tokenpool.patch(small, "wkmedoids", KEEP)
     seen = []
     handle = small.blocks[2].attn.register_forward_hook(lambda module, given, out: seen.append(len(out.output)))
@@ -557,7 +557,7 @@ def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) 
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2], carry=carry, qk_norm=qk_norm)
     with torch.no_grad():
         expected = small(photos)
-        with kernels.using("triton"):
+        with gpu.using("triton"):
             torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-4)
 
 
@@ -568,7 +568,7 @@ def test_kernels_give_the_same_gradients(small, photos) -> None:
     found = []
     for choice in ("plain", "triton"):
         small.zero_grad()
-        with kernels.using(choice):
+        with gpu.using(choice):
             small(photos[:2]).square().sum().backward()
         found.append({name: parameter.grad.clone() for name, parameter in small.named_parameters()})
     for name, gradient in found[0].items():
@@ -580,7 +580,7 @@ def test_kernels_give_the_same_gradients(small, photos) -> None:
 def test_attention_in_pieces_gives_the_same(small, photos, monkeypatch, most: tuple[int, int], carry: bool) -> None:
     tokenpool.patch(small, "wkmedoids", KEEP, carry=carry)
     expected = small(photos)  # with gradients, in one piece
-    monkeypatch.setattr(tokenpool.attention.ScoredAttention, "_at_once", lambda self, x: most)
+    monkeypatch.setattr(tokenpool.attention.ScoredAttention, "_micro_batch", lambda self, x: most)
     torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-5)
 
 

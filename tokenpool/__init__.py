@@ -1,9 +1,10 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
-from tokenpool import clustering, deit, flops, pareto, results, schedules, soft_selection
+from tokenpool import clustering, deit, flops, gpu, pareto, results, schedules, soft_selection
 from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
 from tokenpool.tracing import trace
@@ -19,6 +20,7 @@ __all__ = [
     "create_model",
     "deit",
     "flops",
+    "gpu",
     "is_patched",
     "load",
     "load_weights",
@@ -52,6 +54,9 @@ _ON_DEMAND = (
 def __getattr__(name: str) -> Any:
     if name == "compare":
         return import_module("tokenpool.comparison").compare
+    if name == "kernels":
+        warnings.warn("tokenpool.kernels is deprecated: use tokenpool.gpu", DeprecationWarning, stacklevel=2)
+        return gpu
     if name in _ON_DEMAND:
         return import_module(f"tokenpool.{name}")
     raise AttributeError(f"module 'tokenpool' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
-from tokenpool import kernels
+from tokenpool import gpu, micro_batch
 from tokenpool.adoption import adopt, give_back, reference
 from tokenpool.clustering import is_in_graph
 
@@ -84,18 +84,18 @@ class ScoredAttention(nn.Module):
         bias = None if sizes is None else sizes.log().to(q.dtype)  # (B, N)
         dropout = self.attn_drop.p if self.training else 0.0
 
-        fits = with_scores and kernels.attention_fits(q, k, v)
+        fits = with_scores and gpu.attention_fits(q, k, v)
         if fits and dropout == 0.0 and not torch.is_grad_enabled():
-            out, scores = kernels.attention(q, k, v, bias, scale)
+            out, scores = gpu.attention(q, k, v, bias, scale)
             out = out.transpose(1, 2).flatten(2)
         elif with_scores and not fits:
-            heads, rows = self._at_once(x)
+            heads, rows = self._micro_batch(x)
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
             outs, received = zip(*(self._attend(*part, bias, scale, rows) for part in parts), strict=True)
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
             scores = torch.stack(received).sum(dim=0)
         else:
-            scores = kernels.received(q, k, bias, scale) if with_scores else None
+            scores = gpu.received(q, k, bias, scale) if with_scores else None
             mask = None if bias is None else bias[:, None, None, :]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
@@ -105,18 +105,20 @@ class ScoredAttention(nn.Module):
         keys = k.detach().mean(dim=1) if with_keys else None
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
-    def _at_once(self, x: Tensor) -> tuple[int, int]:
-        """For how many heads and queries the attention is held at once: on a CPU what fits into its cache, else 1 GiB.
+    def _micro_batch(self, x: Tensor) -> tuple[int, int]:
+        """How many heads, and how many queries of them, the attention is computed for at a time.
 
-        All of it where autograd would keep it anyway, and in a graph, which must not depend on the batch.
+        All of them where autograd keeps the attention anyway, and in a graph, which must not depend on the batch.
         """
         batch, n, _ = x.shape
         if torch.is_grad_enabled() or is_in_graph():
             return self.num_heads, n
-        most = (2**19 if x.device.type == "cpu" else 2**28) // max(batch * n, 1)  # heads times queries
-        one_by_one = x.device.type == "cpu" and batch > 1  # the heads of several images do not lie side by side
-        heads = 1 if one_by_one else max(min(most // n, self.num_heads), 1)
-        return heads, max(min(most, n), 1) if heads == 1 else n
+        budget = micro_batch.ATTENTION.on(x.device)
+        if x.device.type == "cpu" and batch > 1:  # the heads of several images do not lie side by side
+            heads = 1
+        else:
+            heads = min(micro_batch.fitting(batch * n * n, budget), self.num_heads)
+        return heads, min(micro_batch.fitting(batch * n, budget), n) if heads == 1 else n
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rows: int

@@ -16,7 +16,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from tokenpool import schedules
+from tokenpool import micro_batch, schedules
 from tokenpool.adoption import adopt, check_exchangeable, give_back, reference
 from tokenpool.attention import ScoredAttention
 from tokenpool.clustering import is_in_graph
@@ -63,10 +63,6 @@ class Setting:
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
-
-# On a CPU, images go through the blocks a few at a time: their tokens, and what is computed from them, then stay in the
-# cache, and in memory that the process has already. Measured in docs/performance.md.
-_FLOATS_AT_ONCE = 3 * 2**19
 
 _NEEDS_PLAIN = (
     "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
@@ -181,18 +177,18 @@ class PooledBlocks(nn.Sequential):
         """
         whole = is_in_graph() or torch.is_grad_enabled() or self.training
         tokens = stream.tokens
-        if whole or tokens.device.type != "cpu" or tokens.numel() <= _FLOATS_AT_ONCE:
+        if whole or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
             return [stream]
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
             return [stream]
-        return stream.split(math.ceil(len(tokens) / math.ceil(tokens.numel() / _FLOATS_AT_ONCE)))
+        return stream.split(micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS))
 
 
 def _joined(streams: list[Stream]) -> list[Stream]:
-    """Neighbours put together as long as no more than `_FLOATS_AT_ONCE` travel at once."""
+    """Neighbours put together as long as no more than `micro_batch.BLOCK_FLOATS` travel at once."""
     joined: list[list[Stream]] = []
     for stream in streams:
-        if joined and sum(part.tokens.numel() for part in [*joined[-1], stream]) <= _FLOATS_AT_ONCE:
+        if joined and sum(part.tokens.numel() for part in [*joined[-1], stream]) <= micro_batch.BLOCK_FLOATS:
             joined[-1].append(stream)
         else:
             joined.append([stream])

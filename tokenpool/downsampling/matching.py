@@ -47,7 +47,7 @@ def _matched(keys: Tensor, pairs: int) -> Tensor:
         units = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
         similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
         similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd tokens
-    merged = 2 * clustering.highest(similarity, pairs)  # (B, pairs), even tokens
+    merged = 2 * clustering.stable_topk(similarity, pairs)  # (B, pairs), even tokens
     remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
     target = torch.arange(n, device=keys.device).expand(batch, n)
     target = target.scatter(1, merged, 1 + 2 * partner.gather(1, merged // 2))

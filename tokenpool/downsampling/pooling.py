@@ -51,7 +51,7 @@ class TokenPooling(Downsampler):
             tokens,
             self.keep,
             weights=_positive(scores) if self.weighted else None,
-            init=clustering.highest(priority, self.keep),
+            init=clustering.stable_topk(priority, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # no synchronisation in every block
         )
@@ -94,7 +94,7 @@ class KeyMedoids(Downsampler):
     Objective (13) and the means of Algorithm 1, weighted by the significance scores, with two changes. First, distances
     are between the attention's keys at unit length, mean over heads (as in Bolya et al. 2023). Keys are shorter than
     tokens: 64 numbers instead of the 384 of DeiT-S. Second, the initial centres are the tokens that cost most to merge
-    (`clustering.dearest_to_merge`), which lie apart. The tokens of highest score lie close together. The other
+    (`clustering.ward_init`), which lie apart. The tokens of highest score lie close together. The other
     values of the options are the alternatives that were compared (table `off_the_shelf`).
 
     Args:
@@ -134,7 +134,7 @@ class KeyMedoids(Downsampler):
             tokens,
             self.keep,
             weights=_positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
-            init="ward" if self.init == "ward" else clustering.highest(scores, self.keep),
+            init="ward" if self.init == "ward" else clustering.stable_topk(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # no synchronisation in every block
             by=F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1),

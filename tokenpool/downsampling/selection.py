@@ -53,7 +53,7 @@ class Selection(Downsampler):
 
     def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
         batch, n, width = tokens.shape
-        chosen = clustering.highest(self.priority(tokens, scores), self.keep).sort(dim=-1).values  # (B, K)
+        chosen = clustering.stable_topk(self.priority(tokens, scores), self.keep).sort(dim=-1).values  # (B, K)
         kept = tokens.gather(1, chosen[:, :, None].expand(-1, -1, width))  # (B, K, D)
         order = torch.arange(self.keep, device=tokens.device).expand(batch, -1)
         assignment = torch.full((batch, n), -1, device=tokens.device).scatter(1, chosen, order)

@@ -1,6 +1,7 @@
-"""What the GPU runs: the Triton kernels that `kernels` launches, with pointers and sizes as arguments."""
+"""The Triton kernels that `launch` calls. Their arguments are pointers and sizes."""
 
-# ruff: noqa: ANN001, ANN201, ANN202 (what a kernel takes are pointers and numbers)
+# ruff: noqa: ANN001, ANN201, ANN202 (arguments of kernels are pointers and numbers)
+# mypy: disable-error-code="no-untyped-def"
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,13 +11,13 @@ try:
     import triton.language as tl
 except ImportError:  # not on every system
     triton = None
-    tl = SimpleNamespace(constexpr=bool)  # what is mentioned outside of the kernels
+    tl = SimpleNamespace(constexpr=bool)  # the only name that is used outside of the kernels
 
 available = triton is not None
 
 
 def _jit(*sizes: str) -> Callable:
-    """`triton.jit`; not compiled anew for special values of these sizes, which differ from layer to layer."""
+    """`triton.jit` that does not compile anew for special values of these sizes, which differ from layer to layer."""
     return triton.jit(do_not_specialize=sizes) if available else lambda function: function
 
 
@@ -30,7 +31,7 @@ INTERPRETED = tl.constexpr(available and not isinstance(_rounded_to_tf32, triton
 
 @_jit()
 def _operand(value):
-    """Triton's interpreter cannot multiply matrices of bfloat16. In float32 the products are the same."""
+    """The value in float32 in Triton's interpreter, which cannot multiply bfloat16. The products are the same."""
     if INTERPRETED:
         value = value.to(tl.float32)
     return value
@@ -42,7 +43,7 @@ def kmedoids_kernel(
     n, k, width, iterations, image_stride, row_stride, row_length,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One image a program. What its threads tell each other goes through memory, with a barrier between."""
+    """One image a program. Its threads exchange values through memory, with a barrier between write and read."""
     image = tl.program_id(0).to(tl.int64)
     points += image * image_stride
     weights += image * n
@@ -61,7 +62,7 @@ def kmedoids_kernel(
     tl.debug_barrier()
     moved = 1
     for _ in range(1, iterations):
-        if moved > 0:  # else nothing would change any more
+        if moved > 0:  # otherwise nothing changes any more
             _costs(distance, weights, assignment, cost, n, row_length, TOKENS, ROWS)
             tl.debug_barrier()
             moved = _update(weights, assignment, cost, medoids, n, k, TOKENS, ROWS)
@@ -77,8 +78,8 @@ def _distances(
 ):
     """Squared distances (n, n), as rows of `row_length`: symmetric and zero on the diagonal to the last bit.
 
-    Each product of two points is computed once, and in the same order of additions wherever it stands, so that two
-    equal points are at no distance and equally far from any other.
+    Each product of two points is computed once, with the same order of additions in every tile. So two equal points
+    have distance zero, and are equally far from any other point.
     """
     inverse = _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE, WIDTH)
     tl.debug_barrier()
@@ -104,10 +105,10 @@ def _distances(
 
 @_jit()
 def _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Inverse of the power of two that brings the largest value below 2; the mean point goes to `offset`.
+    """Inverse of the power of two that brings the largest value below 2. Writes the mean point to `offset`.
 
-    Squares of float16 fit into float32 anyway: no scale. Products of 16-bit numbers are exact in float32: taking out
-    the mean would gain no more digits than rounding to 16 bits has lost. So only float32 needs it.
+    float16 needs no scale, because its squares fit into float32. Only float32 needs centring: products of 16-bit
+    numbers are exact in float32, and centring would gain no more digits than rounding to 16 bits has lost.
     """
     inverse = 1.0
     if points.dtype.element_ty != tl.float16:
@@ -133,9 +134,9 @@ def _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE: tl.con
 def _products(points, offset, inverse, row, column, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """Products (TILE, TILE) of the points `row` with the points `column`.
 
-    Tensor cores multiply float32 as TF32, of eleven binary digits. A number is the sum of two of these; of the four
-    products the one of the two remainders is dropped (CUTLASS's 3xTF32). Each has a sum of its own, so that swapping
-    the two points gives the same to the last bit, which `input_precision="tf32x3"` does not.
+    Tensor cores multiply float32 as TF32, with eleven binary digits. Each number is split into two TF32 numbers. Of the
+    four products the product of the two remainders is dropped (CUTLASS's 3xTF32). Each product has a sum of its own.
+    So swapping the two points gives the same to the last bit, and `input_precision="tf32x3"` does not.
     """
     product = tl.zeros((TILE, TILE), tl.float32)
     if points.dtype.element_ty == tl.float32:
@@ -172,7 +173,7 @@ def _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDT
 
 @_jit()
 def _assign(distance, medoids, assignment, n, k, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Each token to the nearest medoid, in a tie to the first."""
+    """Assign each token to the nearest medoid, in a tie to the first."""
     token = tl.arange(0, TOKENS)
     nearest = tl.full((ROWS, TOKENS), float("inf"), tl.float32)
     index = tl.zeros((ROWS, TOKENS), tl.int32)
@@ -190,7 +191,7 @@ def _assign(distance, medoids, assignment, n, k, row_length, TOKENS: tl.constexp
 
 @_jit()
 def _costs(distance, weights, assignment, cost, n, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """What each token would cost as the medoid of its cluster."""
+    """Cost of each token as the medoid of its cluster."""
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -206,7 +207,7 @@ def _costs(distance, weights, assignment, cost, n, row_length, TOKENS: tl.conste
 
 @_jit()
 def _update(weights, assignment, cost, medoids, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Each cluster's medoid to its cheapest member, in a tie to the first; how many medoids moved."""
+    """Make the cheapest member of each cluster its medoid, in a tie the first. Return how many medoids moved."""
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
     weight = tl.load(weights + token, mask=token < n, other=0.0)
@@ -221,14 +222,14 @@ def _update(weights, assignment, cost, medoids, n, k, TOKENS: tl.constexpr, ROWS
         old = tl.load(medoids + cluster, mask=cluster < k, other=0).to(tl.int32)
         new = tl.where(weighs, tl.min(candidate, 1), old)
         moved += tl.sum((new != old).to(tl.int32), 0)
-        tl.debug_barrier()  # several threads may hold the same medoid: all must have read the old one
+        tl.debug_barrier()  # several threads may hold the same medoid, and all must read it before one writes
         tl.store(medoids + cluster, new.to(tl.int64), mask=cluster < k)
     return moved
 
 
 @_jit()
 def _sort(assignment, order, start, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens sorted by cluster: a token's place is the number of tokens that come before it."""
+    """Sort the tokens by cluster. The place of a token is the number of tokens that come before it."""
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=k).to(tl.int32)
     rank = own * TOKENS + token
@@ -270,7 +271,7 @@ def attention_kernel(
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one image a program: blocks of queries, one after the other, against all keys at once."""
+    """One head of one image a program. Blocks of queries are taken one after the other, against all keys."""
     program = tl.program_id(0).to(tl.int64)
     image, head = program // heads, program % heads
     key, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)
@@ -280,7 +281,7 @@ def attention_kernel(
     if WITH_OUTPUT:
         address = v + image * v_image + head * v_head + key[:, None] * v_row + column[None, :]
         values = _operand(tl.load(address, mask=real, other=0.0))
-    log2_e: tl.constexpr = 1.4426950408889634  # exp(x) = exp2(x log2(e)), and exp2 is what the GPU has
+    log2_e: tl.constexpr = 1.4426950408889634  # exp(x) = exp2(x log2(e)), and GPUs compute exp2
     added = tl.where(key < n, 0.0, float("-inf"))
     if WITH_BIAS:
         added += tl.load(bias + image * n + key, mask=key < n, other=0.0) * log2_e

@@ -1,0 +1,38 @@
+"""Batched, weighted K-Means and K-Medoids of tokens, and the reductions over clusters.
+
+`algorithm` is Algorithm 1 of Marin et al. 2021. Behind it stand `distances` (the engines), `ward` (initial centres),
+`reductions` (sums, means, highest weights) and `checks` (of arguments).
+"""
+
+import warnings
+from typing import Any
+
+from tokenpool.clustering.algorithm import Clusters, kmeans, kmedoids
+from tokenpool.clustering.distances import squared_distances
+from tokenpool.clustering.reductions import means, stable_topk, sums
+from tokenpool.clustering.ward import ward_init
+from tokenpool.eager import is_in_graph
+
+__all__ = [
+    "Clusters",
+    "is_in_graph",
+    "kmeans",
+    "kmedoids",
+    "means",
+    "squared_distances",
+    "stable_topk",
+    "sums",
+    "ward_init",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Old names: `highest` is `stable_topk`, and `dearest_to_merge` is `ward_init`."""
+    if name == "highest":
+        warnings.warn("clustering.highest is deprecated: use stable_topk", DeprecationWarning, stacklevel=2)
+        return stable_topk
+    if name == "dearest_to_merge":
+        message = "clustering.dearest_to_merge is deprecated: use ward_init(points, weights, k)"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return lambda distance, weights, k: ward_init(distance, weights, k, distance)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

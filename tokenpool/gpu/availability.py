@@ -1,0 +1,145 @@
+"""Whether the Triton kernels are used: the user's choice, the device, the tensors, and a self-test on each GPU."""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tokenpool.gpu import launch
+from tokenpool.gpu.kernels import INTERPRETED, available
+
+CHOICES = ("auto", "triton", "plain")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_POINTS = 1024  # points of an image in K-Medoids: a tile of the kernel holds a whole row of the distance matrix
+MOST_KEYS = 512  # keys in attention: a tile of the kernel holds a whole row of logits
+MOST_WIDTH = 128  # width of a head in attention
+
+
+def _checked(choice: str, name: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{name} = {choice!r} must be one of {', '.join(CHOICES)}")
+    return choice
+
+
+# A plain global and no context variable: torch.compile sees that it changes, and compiles anew.
+_choice = _checked(os.environ.get("TOKENPOOL_KERNELS", "auto"), "TOKENPOOL_KERNELS")
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """Choose the kernels within this context, for all threads.
+
+    Args:
+        choice: "auto" uses them on suitable GPUs, "triton" wherever they run at all, "plain" never.
+    """
+    global _choice
+    before, _choice = _choice, _checked(choice, "choice")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def kmedoids_fits(points: Tensor) -> bool:
+    """Whether `kmedoids` is to be used for these points (B, N, E)."""
+    return points.shape[1] <= MOST_POINTS and _fits(points)
+
+
+def means_fits(tokens: Tensor) -> bool:
+    """Whether `means` is to be used for these tokens (B, N, D)."""
+    return _fits(tokens)
+
+
+def attention_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` and `received` are to be used for these queries, keys and values (B, H, N, d)."""
+    if not (q.dtype == k.dtype == v.dtype and q.shape == k.shape == v.shape):
+        return False
+    n, width = q.shape[2:]
+    if not (1 <= n <= MOST_KEYS and 1 <= width <= MOST_WIDTH and _fits(q)):
+        return False
+    return launch.attention_memory(n, width, q.element_size()) <= _shared_memory(q.device.type, q.device.index)
+
+
+def _fits(values: Tensor) -> bool:
+    if _choice == "plain" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    return values.dtype in DTYPES and _runs_on(values.device.type, values.device.index, _choice)
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(kind: str, index: int | None, choice: str) -> bool:
+    """Whether the kernels run on a device: on a suitable GPU, or, if demanded, in Triton's interpreter."""
+    if not available:
+        return False
+    if INTERPRETED.value:
+        return choice == "triton" and kind in ("cpu", "cuda")
+    if kind != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    return choice == "triton" or passes_self_test(kind, index)
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(kind: str, index: int | None) -> int:
+    """Bytes of shared memory that a program may have."""
+    if kind != "cuda":
+        return 232448  # an H100's
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]  # no stub
+
+
+@functools.cache
+def passes_self_test(kind: str, index: int | None, images: int = 64) -> bool:
+    """Whether the kernels run on a device and give the results of the plain functions. Warns if they do not.
+
+    The test runs once for each device. Compiling needs a C compiler, and new GPUs may need a new Triton. A user must
+    be able to go on without.
+
+    Args:
+        kind: "cuda", or "cpu" for Triton's interpreter.
+        index: which device of that kind.
+        images: how many images are tried, so that many programs run at the same time.
+    """
+    device = torch.device(kind) if index is None else torch.device(kind, index)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            agree = all(_agrees(device, dtype, images) for dtype in DTYPES)
+        problem = None if agree else "their results are wrong"
+    except Exception as error:  # whatever a compiler, an assembler or a driver may raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        warnings.warn(
+            f"The Triton kernels are not used on {device}: {problem}. The plain functions are used, which are slower.",
+            stacklevel=2,
+        )
+    return problem is None
+
+
+def _agrees(device: torch.device, dtype: torch.dtype, images: int) -> bool:
+    """The kernels against plain sums of whole numbers, where each sum is exact, and against a little attention."""
+    batch, n, k, width = images, 197, 50, 64
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randint(-3, 4, (batch, n // 2, width), generator=generator)
+    points = torch.cat([half, -half, half.new_zeros(batch, 1, width)], dim=1).to(device, dtype)  # their mean is zero
+    weights = torch.randint(1, 4, (batch, n), generator=generator).to(device, torch.float32)
+    medoids = torch.arange(k, device=device).expand(batch, k)
+    found = launch.kmedoids(points, weights, medoids, 3)
+    distance = torch.cdist(points.double(), points.double()).square().round()  # (B, N, N)
+    rows = distance.gather(1, found.previous[:, :, None].expand(-1, -1, n))
+    shared = launch.means(points, weights, found.assignment, found.order, found.start).float()
+    sums = shared.new_zeros(batch, k, width).index_put(
+        (torch.arange(batch, device=device)[:, None].expand(-1, n), found.assignment),
+        points.float() * weights[:, :, None],
+        accumulate=True,
+    )
+    q, key, v = (points[:, None] / 4, points[:, None].flip(2) / 4, points[:, None])
+    attended, scores = launch.attention(q, key, v, weights, 0.5)
+    matrix = (q.double() @ key.double().mT * 0.5 + weights.double()[:, None, None]).softmax(-1)
+    return (
+        torch.equal(rows.min(dim=1).indices, found.assignment)
+        and torch.allclose(shared, sums, rtol=0.01, atol=0.01)
+        and torch.allclose(attended.double(), matrix @ v.double(), rtol=0.02, atol=0.02)
+        and torch.allclose(scores.double(), matrix.sum(dim=(1, 2)), rtol=0.02, atol=0.02)
+    )
