@@ -1,213 +1,259 @@
+"""K-Means and K-Medoids against scikit-learn, loops and invariants."""
+
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.cluster import KMeans
+from torch import Tensor
 
-import tokenpool
 from experiments.throughput import peak_memory
-from tokenpool.clustering import (
-    Clusters,
-    _first_medoids,
-    _OthersDistances,
-    dearest_to_merge,
-    highest,
-    kmeans,
-    kmedoids,
-    means,
-    squared_distances,
-)
+from tokenpool import clustering, micro_batch
+from tokenpool.clustering import kmeans, kmedoids, means, squared_distances, stable_topk, ward_init
+from tokenpool.clustering.algorithm import alternate
+from tokenpool.clustering.distances import AllDistances, FewDistances, few_distances
 
+ward = partial(kmedoids, init="ward")
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])
+ALL = pytest.mark.parametrize("cluster", [kmeans, kmedoids, ward], ids=["kmeans", "kmedoids", "ward"])
+SEEDS = st.integers(0, 2**32 - 1)
+few_examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-def images(batch: int = 4, n: int = 40, width: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(batch: int = 4, n: int = 40, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens in loose groups, and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = torch.randn(batch, 6, width, generator=generator) * 3
-    member = torch.randint(6, (batch, n, 1), generator=generator).expand(-1, -1, width)
-    tokens = groups.gather(1, member) + torch.randn(batch, n, width, generator=generator)
-    return tokens, torch.rand(batch, n, generator=generator) + 0.05
+    source = generator(seed)
+    groups = torch.randn(batch, 6, width, generator=source) * 3
+    member = torch.randint(6, (batch, n, 1), generator=source).expand(-1, -1, width)
+    tokens = groups.gather(1, member) + torch.randn(batch, n, width, generator=source)
+    return tokens, torch.rand(batch, n, generator=source) + 0.05
 
 
-def looped_kmedoids(tokens: torch.Tensor, weights: torch.Tensor, medoids: list[int], iterations: int) -> list[int]:
-    """Objective (13) under the medoid constraint, one image, by loops: assignment of each token."""
-    for _ in range(iterations):
-        assignment = [min(range(len(medoids)), key=lambda j: (x - tokens[medoids[j]]).square().sum()) for x in tokens]
-        updated = []
-        for j, old in enumerate(medoids):
+@st.composite
+def problems(draw: st.DrawFn, most: int = 30) -> tuple[Tensor, Tensor, int]:
+    """Tokens, weights, and a number of clusters, in float64."""
+    n = draw(st.integers(1, most))
+    tokens, weights = images(draw(st.integers(1, 4)), n, draw(st.integers(1, 6)), draw(SEEDS))
+    return tokens.double(), weights.double(), draw(st.integers(1, n))
+
+
+def whole_numbers(batch: int, n: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens of mean zero and weights whose distances and costs are exact: many are equal, or equally far."""
+    source = generator(seed)
+    half = torch.randint(-4, 5, (batch, n // 2, width), generator=source).float()
+    tokens = torch.cat([half, -half, half.new_zeros(batch, n % 2, width)], 1)
+    weights = torch.randint(0, 5, (batch, n), generator=source).float() / 4
+    weights[:, 0] = 1
+    return tokens[:, torch.randperm(n, generator=source)], weights
+
+
+def looped_kmedoids(x: np.ndarray, weights: np.ndarray, medoids: list[int], iterations: int) -> list[int]:
+    """Equations (16)-(18) with weights, one image, by loops: the assignment of each token."""
+    distance = ((x[:, None] - x[None]) ** 2).sum(-1)
+
+    def assign() -> list[int]:
+        return [min(range(len(medoids)), key=lambda j: distance[i, medoids[j]]) for i in range(len(x))]
+
+    assignment = assign()
+    for _ in range(iterations - 1):
+        for j in range(len(medoids)):
             members = [i for i, a in enumerate(assignment) if a == j]
-            cost = {i: sum(weights[o] * (tokens[i] - tokens[o]).square().sum() for o in members) for i in members}
-            updated.append(min(cost, key=cost.get) if cost else old)
-        if updated == medoids:
-            break
-        medoids = updated
+            if weights[members].sum() > 0:
+                medoids[j] = min(members, key=lambda i: (weights[members] * distance[i, members]).sum())
+        assignment = assign()
     return assignment
+
+
+def looped_ward(x: np.ndarray, w: np.ndarray, k: int) -> list[int]:
+    """Ward's criterion, one image: the indices of the K tokens that cost most to merge into one of higher weight."""
+    cheapest = []
+    for i in range(len(x)):
+        higher = [j for j in range(len(x)) if w[j] > w[i] or (w[j] == w[i] and j < i)]
+        costs = [w[i] * w[j] / (w[i] + w[j]) * ((x[i] - x[j]) ** 2).sum() for j in higher]
+        cheapest.append(min(costs, default=np.inf))
+    return sorted(range(len(x)), key=lambda i: -cheapest[i])[:k]
+
+
+# Oracles
 
 
 @pytest.mark.parametrize("k", [1, 3, 17, 39])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_kmeans_equals_scikit_learn(k: int, weighted: bool) -> None:
-    tokens, weights = images()
-    tokens = tokens.double()
-    init = highest(weights, k)
-    # Sixty iterations converge, so that scikit-learn's last extra assignment changes nothing.
-    found = kmeans(tokens, k, weights if weighted else None, init, iterations=60)
-    for image in range(len(tokens)):
-        oracle = KMeans(k, init=tokens[image, init[image]].numpy(), n_init=1, max_iter=60, tol=0, algorithm="lloyd")
-        oracle.fit(tokens[image].numpy(), sample_weight=weights[image].numpy() if weighted else None)
-        assert found.assignment[image].tolist() == oracle.labels_.tolist()
-        torch.testing.assert_close(found.centers[image], torch.tensor(oracle.cluster_centers_))
+    tokens, weights = (values.double() for values in images(batch=2))
+    init = stable_topk(weights, k)
+    for iterations in (1, 2, 60):  # sixty converge, so that scikit-learn's last extra assignment changes nothing
+        found = kmeans(tokens, k, weights if weighted else None, init, iterations)
+        for image in range(len(tokens)):
+            oracle = KMeans(k, init=tokens[image, init[image]].numpy(), n_init=1, max_iter=iterations, tol=0)
+            oracle.fit(tokens[image].numpy(), sample_weight=weights[image].numpy() if weighted else None)
+            torch.testing.assert_close(found.centers[image], torch.tensor(oracle.cluster_centers_))
+            if iterations == 60:
+                assert found.assignment[image].tolist() == oracle.labels_.tolist()
 
 
-def test_kmeans_stops_where_scikit_learn_does() -> None:
-    tokens, weights = images(batch=1, n=120)
-    tokens = tokens.double()
-    init = tokens[:, :9]
-    for iterations in (1, 2, 5):
-        oracle = KMeans(9, init=init[0].numpy(), n_init=1, max_iter=iterations, tol=0).fit(
-            tokens[0].numpy(), sample_weight=weights[0].numpy()
-        )
-        found = kmeans(tokens, 9, weights, init, iterations)
-        torch.testing.assert_close(found.centers[0], torch.tensor(oracle.cluster_centers_))
-
-
-@pytest.mark.parametrize("k", [1, 4, 15, 30])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_kmedoids_equals_loops(k: int, weighted: bool) -> None:
-    tokens, weights = images(batch=3, n=30)
-    tokens, weights = tokens.double(), weights.double()
-    ones = torch.ones_like(weights)
-    init = highest(weights, k)
-    found = kmedoids(tokens, k, weights if weighted else None, init)
-    for image in range(len(tokens)):
-        used = weights[image] if weighted else ones[image]
-        expected = looped_kmedoids(tokens[image], used, init[image].tolist(), iterations=5)
-        assert found.assignment[image].tolist() == expected
+@few_examples
+@given(
+    problems(), st.sampled_from(["indices", "points", "ward", None]), st.integers(1, 5), st.booleans(), st.booleans()
+)
+def test_kmedoids_equals_loops(
+    problem, init: str | None, iterations: int, weighted: bool, some_weightless: bool
+) -> None:
+    tokens, weights, k = problem
+    batch, n, _ = tokens.shape
+    if some_weightless:
+        weights[:, 1::3] = 0
+    used = weights if weighted else torch.ones_like(weights)
+    first = stable_topk(torch.rand(batch, n, generator=generator(0)), k)
+    start = {"points": tokens.gather(1, first[:, :, None].expand(-1, -1, tokens.shape[2])), "indices": first}
+    found = kmedoids(tokens, k, weights if weighted else None, start.get(init, init), iterations)
+    for image, (x, w) in enumerate(zip(tokens.numpy(), used.numpy(), strict=True)):
+        medoids = {
+            "ward": lambda x=x, w=w: looped_ward(x, np.maximum(w, 1e-300), k),
+            None: lambda w=w: sorted(range(n), key=lambda i: -w[i])[:k] if weighted else [i * n // k for i in range(k)],
+        }.get(init, lambda image=image: first[image].tolist())()
+        assert found.assignment[image].tolist() == looped_kmedoids(x, w, medoids, iterations)
         for j in range(k):
             members = found.assignment[image] == j
-            mean = (used[members, None] * tokens[image, members]).sum(0) / used[members].sum()
-            torch.testing.assert_close(found.centers[image, j], mean)
+            if (total := used[image, members].sum()) > 0:
+                mean = (used[image, members, None] * tokens[image, members]).sum(0) / total
+                torch.testing.assert_close(found.centers[image, j], mean)
 
 
-def test_kmedoids_finds_the_best_medoid_of_one_cluster() -> None:
-    """With K = 1 one update must find the global optimum over all medoids."""
-    tokens, weights = images(batch=2, n=12)
-    cost = (squared_distances(tokens) * weights[:, None, :]).sum(-1)  # (B, N)
-    other = torch.full((2, 1), 3)
-    medoid = cost.argmin(-1)
-    # The medoid is not returned, but decides what a second cluster may take: compare with starting from it.
-    from_best = kmedoids(tokens, 2, weights, torch.cat([medoid[:, None], other], 1), iterations=1)
-    nearest = squared_distances(tokens).gather(1, torch.stack([medoid, other[:, 0]], 1)[:, :, None].expand(-1, -1, 12))
-    assert torch.equal(from_best.assignment, nearest.argmin(1))
+@few_examples
+@given(SEEDS, st.booleans(), st.sampled_from([1, 20, 7 * 20, 19 * 20, 2**18]), st.integers(1, 20))
+def test_ward_equals_loops(seed: int, equal: bool, budget: int, k: int) -> None:
+    """From a matrix of distances, and from the points for a few images or rows at a time."""
+    points, weights = images(3, 20, 4, seed)
+    weights = torch.ones_like(weights) if equal else weights
+    expected = [looped_ward(x, w, k) for x, w in zip(points.numpy(), weights.numpy(), strict=True)]
+    assert ward_init(points, weights, k, squared_distances(points)).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro_batch, "DISTANCES", micro_batch.Budget(budget, budget))
+        assert ward_init(points, weights, k).tolist() == expected
 
 
-def objective(tokens: torch.Tensor, centers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Objective (13): (B,)."""
-    return (torch.cdist(tokens, centers).square().amin(-1) * weights).sum(-1)
+@few_examples
+@given(SEEDS, st.integers(1, 6), st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_engines_agree_to_the_last_tie(seed: int, width: int, k: int, iterations: int, repeated: bool) -> None:
+    """`FewDistances`, where it suits, and `AllDistances`; on whole numbers, where both are exact."""
+    tokens, weights = whole_numbers(20, 40, width, seed)
+    medoids = stable_topk(weights, k)
+    if repeated:
+        medoids = medoids.clone()
+        medoids[::3, -1] = medoids[::3, 0]
+    few = few_distances(tokens, medoids)
+    found = alternate(few, weights, medoids, iterations)
+    expected = alternate(AllDistances(tokens), weights, medoids, iterations)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-def medoid_objective(tokens: torch.Tensor, weights: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """Objective (13) of the best medoids of each cluster: (B,)."""
-    same = assignment[:, :, None] == assignment[:, None, :]  # (B, N, N)
-    cost = (squared_distances(tokens) * weights[:, None, :] * same).sum(-1)  # (B, N)
-    best = torch.full((len(tokens), int(assignment.max()) + 1), torch.inf).scatter_reduce(1, assignment, cost, "amin")
-    return best.nan_to_num(posinf=0).sum(-1)
+def test_ties_go_to_the_earlier_token() -> None:
+    assert stable_topk(torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]), 3).tolist() == [[1, 2, 4]]
 
 
-@BOTH
-def test_objective_never_rises(cluster) -> None:
-    tokens, weights = images(n=80)
-    found = [cluster(tokens, 9, weights, iterations=i) for i in range(1, 12)]
-    if cluster is kmeans:
-        errors = [objective(tokens, clusters.centers, weights) for clusters in found]
-    else:
-        errors = [medoid_objective(tokens, weights, clusters.assignment) for clusters in found]
-    for earlier, later in itertools.pairwise(errors):
-        assert (later <= earlier * (1 + 1e-5)).all()
+# Invariants
 
 
-@BOTH
-def test_weight_two_is_the_token_twice(cluster) -> None:
-    tokens, _ = images()
-    doubled = torch.tensor([1.0, 2.0]).repeat(20).expand(4, -1)
-    twice = torch.cat([tokens, tokens[:, 1::2]], 1)
-    init = torch.arange(6).expand(4, -1)
-    one, two = cluster(tokens, 6, doubled, init), cluster(twice, 6, None, init)
-    assert torch.equal(one.assignment, two.assignment[:, :40])
-    torch.testing.assert_close(one.centers, two.centers)
-
-
-@BOTH
-def test_scale_of_weights_is_irrelevant(cluster) -> None:
-    tokens, weights = images()
-    for factor in (1e-30, 1e30):
-        found, expected = cluster(tokens, 7, weights * factor), cluster(tokens, 7, weights)
-        assert torch.equal(found.assignment, expected.assignment)
-        torch.testing.assert_close(found.centers, expected.centers)
-
-
-@pytest.mark.parametrize("cluster", [kmeans, kmedoids, pytest.param(partial(kmedoids, init="ward"), id="ward")])
-@pytest.mark.parametrize("n, width, k", [(196, 384, 98), (64, 48, 16)])
-def test_an_image_does_not_depend_on_its_batch(cluster, n: int, width: int, k: int) -> None:
-    tokens, weights = images(batch=9, n=n, width=width)
-    together = cluster(tokens, k, weights)
-    for image in range(9):
-        alone = cluster(tokens[image : image + 1], k, weights[image : image + 1])
-        assert torch.equal(alone.assignment[0], together.assignment[image])
-        torch.testing.assert_close(alone.centers[0], together.centers[image], rtol=0, atol=1e-5)
-
-
-@BOTH
-def test_permuting_tokens_permutes_assignments(cluster) -> None:
-    tokens, weights = images()
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    found, permuted = cluster(tokens, 7, weights), cluster(tokens[:, order], 7, weights[:, order])
+@ALL
+@few_examples
+@given(problem=problems(), seed=SEEDS)
+def test_permuting_tokens_permutes_assignments(cluster, problem, seed: int) -> None:
+    tokens, weights, k = problem
+    order = torch.randperm(tokens.shape[1], generator=generator(seed))
+    found, permuted = cluster(tokens, k, weights), cluster(tokens[:, order], k, weights[:, order])
     assert torch.equal(permuted.assignment, found.assignment[:, order])
 
 
 @BOTH
-def test_as_many_clusters_as_tokens_is_the_identity(cluster) -> None:
-    tokens, weights = images()
-    found = cluster(tokens, 40, weights)
-    torch.testing.assert_close(found.centers.gather(1, found.assignment[:, :, None].expand(-1, -1, 8)), tokens)
-    assert (found.assignment.sort(-1).values == torch.arange(40)).all()
+@few_examples
+@given(problem=problems(), seed=SEEDS)
+def test_weight_two_is_the_token_twice(cluster, problem, seed: int) -> None:
+    tokens, weights, k = problem
+    n = tokens.shape[1]
+    double = torch.rand(n, generator=generator(seed)) < 0.5
+    init = torch.arange(k).expand(len(tokens), -1)
+    one = cluster(tokens, k, weights * (1 + double), init)
+    two = cluster(torch.cat([tokens, tokens[:, double]], 1), k, torch.cat([weights, weights[:, double]], 1), init)
+    assert torch.equal(two.assignment, torch.cat([one.assignment, one.assignment[:, double]], 1))
+    torch.testing.assert_close(one.centers, two.centers)
 
 
-@BOTH
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e4])
-def test_all_duplicates(cluster, value: float) -> None:
-    tokens = torch.full((2, 20, 5), value, requires_grad=True)
-    found = cluster(tokens, 7, torch.rand(2, 20) + 0.1)
-    torch.testing.assert_close(found.centers, torch.full((2, 7, 5), value))
-    assert found.assignment.min() >= 0 and found.assignment.max() < 7
-    found.centers.sum().backward()
-    assert tokens.grad.isfinite().all()
+@ALL
+@few_examples
+@given(problem=problems())
+def test_as_many_clusters_as_tokens_is_the_identity(cluster, problem) -> None:
+    tokens, weights, _ = problem
+    _, n, width = tokens.shape
+    found = cluster(tokens, n, weights)
+    torch.testing.assert_close(found.centers.gather(1, found.assignment[:, :, None].expand(-1, -1, width)), tokens)
+    assert (found.assignment.sort(-1).values == torch.arange(n)).all()
 
 
-@BOTH
-def test_a_centre_without_members_stays(cluster) -> None:
-    tokens = torch.tensor([[[0.0], [0.0], [10.0], [11.0]]])
-    found = cluster(tokens, 3, init=torch.tensor([[0, 1, 2]]))
-    assert found.assignment.tolist() == [[0, 0, 2, 2]]
-    assert found.centers.flatten().tolist() == [0.0, 0.0, 10.5]
+@ALL
+@few_examples
+@given(problem=problems(most=80))
+def test_the_objective_never_rises(cluster, problem) -> None:
+    """Objective (13) of the centres (K-Means), or of the best medoids of each cluster."""
+    tokens, weights, k = problem
+    distance = torch.cdist(tokens, tokens).square()
+    errors = []
+    for iterations in range(1, 8):
+        found = cluster(tokens, k, weights, iterations=iterations)
+        if cluster is kmeans:
+            errors.append((torch.cdist(tokens, found.centers).square().amin(-1) * weights).sum(-1))
+            continue
+        same = found.assignment[:, :, None] == found.assignment[:, None]
+        cost = (distance * weights[:, None] * same).sum(-1)  # (B, N)
+        errors.append(
+            cost.new_zeros(len(tokens), k).scatter_reduce(1, found.assignment, cost, "amin", include_self=False).sum(-1)
+        )
+    for earlier, later in itertools.pairwise(errors):
+        assert (later <= earlier * (1 + 1e-9) + 1e-9).all()
 
 
-@BOTH
-def test_weightless_tokens_do_not_count(cluster) -> None:
-    tokens, weights = images()
-    weights[:, ::2] = 0
-    found = cluster(tokens, 5, weights)
-    assert found.centers.isfinite().all()
-    moved = tokens.clone()
-    moved[:, ::2] += 1e-4
-    torch.testing.assert_close(cluster(moved, 5, weights).centers, found.centers)
-    only_weightless = cluster(torch.tensor([[[0.0], [9.0], [9.5]]]), 2, torch.tensor([[1.0, 0.0, 0.0]]))
-    assert only_weightless.centers.isfinite().all()
+@ALL
+@pytest.mark.parametrize("k", [8, 25])
+@pytest.mark.parametrize("budget", [1, 3 * 900, 2**18])
+def test_an_image_does_not_depend_on_its_batch(cluster, k: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on the size of micro-batches; also where some images need another engine, or a scale."""
+    tokens, weights = images(batch=9, n=30)
+    tokens[1] = 0
+    tokens[2, :20] = tokens[2, 0]
+    tokens[4] *= 2.0**90
+    tokens[5] *= 2.0**-90
+    monkeypatch.setattr(micro_batch, "DISTANCES", micro_batch.Budget(budget, budget))
+    monkeypatch.setattr(micro_batch, "FEW_DISTANCES", micro_batch.Budget(budget, budget))
+    together = cluster(tokens, k, weights)
+    for image in range(9):
+        alone = cluster(tokens[image : image + 1], k, weights[image : image + 1])
+        assert torch.equal(alone.assignment[0], together.assignment[image])
+        torch.testing.assert_close(alone.centers[0], together.centers[image], rtol=1e-5, atol=1e-5)
+
+
+@ALL
+@pytest.mark.parametrize("k", [3, 17])
+def test_scales_are_irrelevant(cluster, k: int) -> None:
+    tokens, weights = images(n=20)
+    expected = cluster(tokens, k, weights)
+    for factor in (2.0**-120, 2.0**-80, 2.0**48, 2.0**62, 2.0**70, 2.0**110):
+        found = cluster(tokens * factor, k, weights)
+        assert torch.equal(found.assignment, expected.assignment)
+        torch.testing.assert_close(found.centers / factor, expected.centers)
+    for factor in (1e-30, 1e30):
+        found = cluster(tokens, k, weights * factor)
+        assert torch.equal(found.assignment, expected.assignment)
+        torch.testing.assert_close(found.centers, expected.centers)
+    assert cluster(torch.full((1, 4, 2), 3e38), 2).centers.isfinite().all()
 
 
 @BOTH
@@ -225,38 +271,161 @@ def test_gradients_are_those_of_the_means(cluster) -> None:
     assert weights.grad is None
 
 
+# Special cases
+
+
+@ALL
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e4])
+def test_all_duplicates(cluster, value: float) -> None:
+    tokens = torch.full((2, 20, 5), value, requires_grad=True)
+    found = cluster(tokens, 7, torch.rand(2, 20) + 0.1)
+    torch.testing.assert_close(found.centers, torch.full((2, 7, 5), value))
+    assert found.assignment.min() >= 0 and found.assignment.max() < 7
+    found.centers.sum().backward()
+    assert tokens.grad.isfinite().all()
+
+
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_half_precision(cluster, dtype: torch.dtype) -> None:
+def test_a_centre_without_members_stays(cluster) -> None:
+    found = cluster(torch.tensor([[[0.0], [0.0], [10.0], [11.0]]]), 3, init=torch.tensor([[0, 1, 2]]))
+    assert found.assignment.tolist() == [[0, 0, 2, 2]]
+    assert found.centers.flatten().tolist() == [0.0, 0.0, 10.5]
+
+
+@BOTH
+def test_weightless_tokens_do_not_count(cluster) -> None:
+    tokens, weights = images()
+    weights[:, ::2] = 0
+    found = cluster(tokens, 5, weights)
+    moved = tokens.clone()
+    moved[:, ::2] += 1e-4
+    torch.testing.assert_close(cluster(moved, 5, weights).centers, found.centers)
+    only_weightless = cluster(torch.tensor([[[0.0], [9.0], [9.5]]]), 2, torch.tensor([[1.0, 0.0, 0.0]]))
+    assert only_weightless.centers.isfinite().all()
+
+
+def test_weights_of_minus_zero() -> None:
+    found = ward(torch.tensor([[[0.0], [1], [5], [9]]]), 2, torch.tensor([[1.0, 0.5, 0.0, -0.0]]))
+    assert found.assignment.tolist() == [[0, 1, 1, 1]] and found.centers.tolist() == [[[0.0], [1.0]]]
+
+
+@pytest.mark.parametrize("repeated", [[0, 1, 1], [0, 0, 0]])
+def test_a_token_may_be_given_as_medoid_twice(repeated: list[int]) -> None:
+    found = kmedoids(torch.tensor([[[0.0], [1.0], [10.0], [11.0]]]), 3, init=torch.tensor([repeated]), iterations=1)
+    assert 2 not in found.assignment[0] and found.centers.isfinite().all()
+
+
+@BOTH
+def test_autocast_and_half_precision(cluster) -> None:
     tokens, weights = images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = cluster(tokens, 7, weights)
     assert torch.equal(found.assignment, cluster(tokens, 7, weights).assignment)
     assert found.centers.dtype == torch.float32
-    half = tokens.to(dtype)
-    assert torch.equal(cluster(half, 7, weights).assignment, cluster(half.float(), 7, weights).assignment)
-    assert cluster(half, 7, weights).centers.dtype == dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        half = tokens.to(dtype)
+        assert torch.equal(cluster(half, 7, weights).assignment, cluster(half.float(), 7, weights).assignment)
+        assert cluster(half, 7, weights).centers.dtype == dtype
 
 
+@ALL
+def test_in_a_graph_without_a_break(cluster) -> None:
+    tokens, weights = images()
+    for k in (7, 35):
+        found = torch.compile(cluster, backend="eager", fullgraph=True)(tokens, k, weights)
+        expected = cluster(tokens, k, weights)
+        assert torch.equal(found.assignment, expected.assignment)
+        torch.testing.assert_close(found.centers, expected.centers)
+
+
+@pytest.mark.slow
 @BOTH
 def test_compiled(cluster) -> None:
     tokens, weights = images()
-    compiled = torch.compile(cluster, fullgraph=True)(tokens, 7, weights)
-    eager = cluster(tokens, 7, weights)
+    compiled, eager = torch.compile(cluster, fullgraph=True)(tokens, 7, weights), cluster(tokens, 7, weights)
     assert torch.equal(compiled.assignment, eager.assignment)
     torch.testing.assert_close(compiled.centers, eager.centers)
 
 
-def test_distances_survive_a_common_offset() -> None:
-    tokens, _ = images()
-    torch.testing.assert_close(squared_distances(tokens + 1000), torch.cdist(tokens, tokens).square(), rtol=0, atol=0.1)
+def test_distances_may_be_between_other_points() -> None:
+    tokens, weights = images()
+    by = torch.randn(*tokens.shape[:2], 3, generator=generator(8))
+    for k in (7, 30):
+        for points in (by, by.double()):
+            found = kmedoids(tokens, k, weights, by=points)
+            assert torch.equal(found.assignment, kmedoids(by, k, weights).assignment)
+            torch.testing.assert_close(found.centers, means(tokens, weights, found.assignment, k))
 
 
-def test_ties_go_to_the_earlier_token() -> None:
-    assert highest(torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0]]), 3).tolist() == [[1, 2, 4]]
+def test_distances_are_symmetric_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some matrix products, such as ONNX Runtime's, round the two halves of a Gram matrix differently."""
+    points = torch.randn(4, 61, 33, generator=generator(1)) + 100
+    product = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: product(a, b) * (1 + 1e-6 * torch.ones(61, 61).triu(1)))
+    distance = squared_distances(points)
+    assert torch.equal(distance, distance.mT) and (distance.diagonal(dim1=1, dim2=2) == 0).all()
+    torch.testing.assert_close(
+        distance, torch.cdist(points.double(), points.double()).square().float(), rtol=1e-4, atol=1e-3
+    )
 
 
-def nan_at(image: int) -> torch.Tensor:
+def test_two_of_one_weight_cost_the_same_to_the_last_bit() -> None:
+    """Beside a medoid without weight, the order decides which of them becomes the next, and not rounding."""
+    points = torch.randn(500, 4, 7, generator=generator(0))
+    medoids, weights = torch.tensor([[0, 1]]).expand(500, 2), torch.tensor([[0.0, 1, 1, 1]]).expand(500, 4)
+    distances = FewDistances(points)
+    assigned = distances.assign(medoids)
+    costs = distances.costs(assigned, weights)
+    both = (assigned.assignment[:, 2:] == 0).all(dim=1)
+    assert both.sum() > 50 and torch.equal(costs[both, 2], costs[both, 3])
+
+
+def test_few_distances_finds_medoids_at_the_same_place() -> None:
+    points = torch.randn(2, 12, 5, generator=generator(0))
+    medoids = torch.arange(8).expand(2, 8)
+    points[1, 9] = points[1, 2]  # no medoid
+    distances = FewDistances(points)
+    assert distances.suits(medoids).tolist() == [True, True]
+    assert distances.suits(medoids.where(medoids != 7, 9)).tolist() == [True, False]
+    assert distances.suits(medoids.where(medoids != 7, 3)).tolist() == [False, False]  # one token twice
+    circle = FewDistances(torch.tensor([[[3.0, 4], [-3, -4], [4, -3], [-4, 3], [5, 0], [-5, 0], [0, 5], [0, -5]]]))
+    eight = torch.arange(8)[None]
+    assert circle.suits(eight).all()  # equally far from the mean, but apart
+    for first, second in itertools.combinations(range(8), 2):
+        assert not circle.suits(eight.where(eight != second, first)).any()
+    many = FewDistances(torch.eye(32)[None])
+    assert many.suits(torch.arange(9)[None]).all() and not many.suits(torch.arange(20)[None]).any()
+    overflow = FewDistances(torch.cat([points[:1] * 1e30, points[:1]]))
+    assert overflow.suits(medoids).tolist() == [False, True]
+
+
+def test_of_equal_points_the_first_are_wards_centres(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging equal points costs nothing, whatever rounding says, and of equal costs the earlier wins."""
+    points = torch.randn(50, 10, 384, generator=generator(5)).repeat(1, 3, 1)
+    for weights in (torch.ones(50, 30), torch.rand(50, 30, generator=generator(6))):
+        expected = ward_init(points, weights, 25, squared_distances(points))
+        for budget in (7 * 30, 2**18):
+            monkeypatch.setattr(micro_batch, "DISTANCES", micro_batch.Budget(budget, budget))
+            assert torch.equal(ward_init(points, weights, 25), expected)
+
+
+def test_wards_centres_take_no_matrix_of_all_distances() -> None:
+    tokens, weights = images(batch=1, n=2048)
+    taken = peak_memory(lambda: ward(tokens, 2000, weights), tokens.device)
+    assert taken < 2048**2 * 4 / 2
+
+
+def test_wards_centres_keep_one_of_each_group() -> None:
+    label = torch.tensor([0] * 9 + [1] * 5 + [2] * 3 + [3] * 2 + [4])[torch.randperm(20, generator=generator(4))]
+    tokens = 10 * torch.randn(5, 6, generator=generator(4))[label] + 0.01 * torch.randn(20, 6, generator=generator(5))
+    found = ward(tokens[None], 5, torch.rand(1, 20, generator=generator(6)), iterations=1)
+    assert len(set(zip(found.assignment[0].tolist(), label.tolist(), strict=True))) == 5
+
+
+# Arguments
+
+
+def nan_at(image: int) -> Tensor:
     tokens = torch.randn(3, 10, 4)
     tokens[image, 2, 1] = torch.nan
     return tokens
@@ -279,138 +448,14 @@ def nan_at(image: int) -> torch.Tensor:
         ({"weights": torch.zeros(3, 10)}, "not all zero"),
         ({"init": torch.zeros(3, 4, dtype=torch.int64)}, r"init must have shape \(3, 3\)"),
         ({"init": torch.full((3, 3), 10)}, r"init must hold token indices in 0\.\.9"),
+        ({"init": torch.full((3, 3, 4), torch.inf)}, "init must be finite"),
         ({"iterations": 0}, "iterations = 0 must be a whole number, at least 1"),
         ({"iterations": 2.5}, "iterations = 2.5 must be a whole number"),
     ],
 )
-def test_bad_input_is_named(cluster, arguments: dict, message: str) -> None:
+def test_bad_input_is_named(cluster: Callable, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cluster(**{"tokens": torch.randn(3, 10, 4), "k": 3} | arguments)
-
-
-def test_points_to_start_from_become_the_nearest_tokens() -> None:
-    tokens, weights = images()
-    chosen = torch.tensor([[3, 7, 21]]).expand(4, -1)
-    near = tokens.gather(1, chosen[:, :, None].expand(-1, -1, 8)) + 1e-3
-    assert torch.equal(kmedoids(tokens, 3, weights, near).assignment, kmedoids(tokens, 3, weights, chosen).assignment)
-
-
-@BOTH
-@pytest.mark.parametrize("factor", [2.0**-120, 2.0**110])
-def test_huge_and_tiny_tokens(cluster, factor: float) -> None:
-    tokens, weights = images()
-    found, expected = cluster(tokens * factor, 7, weights), cluster(tokens, 7, weights)
-    assert torch.equal(found.assignment, expected.assignment)
-    torch.testing.assert_close(found.centers / factor, expected.centers)
-    assert cluster(torch.full((1, 4, 2), 3e38), 2).centers.isfinite().all()
-
-
-@BOTH
-def test_empty_batch_and_numpy_numbers(cluster) -> None:
-    assert cluster(torch.randn(0, 5, 2), np.int64(3)).centers.shape == (0, 3, 2)
-    with pytest.raises(TypeError, match="tokens must be a tensor, got ndarray"):
-        cluster(np.ones((1, 5, 2)), 3)
-    with pytest.raises(TypeError, match="weights must be a tensor, got list"):
-        cluster(torch.randn(1, 5, 2), 3, [1, 1, 1, 1, 1])
-
-
-def test_distances_may_be_between_other_points() -> None:
-    tokens, weights = images()
-    by = torch.randn(*tokens.shape[:2], 3, generator=torch.Generator().manual_seed(8))
-    found = kmedoids(tokens, 7, weights, by=by)
-    assert torch.equal(found.assignment, kmedoids(by, 7, weights).assignment)
-    assert torch.allclose(found.centers, means(tokens, weights, found.assignment, 7), atol=1e-6)
-    for k in (7, 30):  # in another precision, too
-        found = kmedoids(tokens, k, weights, by=by.double())
-        assert torch.equal(found.assignment, kmedoids(by, k, weights).assignment)
-
-
-def test_distances_are_symmetric_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a cluster of two both cost the same: which becomes the medoid is for the order to say, not for rounding.
-
-    Some matrix products, such as ONNX Runtime's, round the two halves of a Gram matrix differently.
-    """
-    points = torch.randn(4, 61, 33, generator=torch.Generator().manual_seed(1))
-    product = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: product(a, b) * (1 + 1e-6 * torch.ones(61, 61).triu(1)))
-    distance = squared_distances(points)
-    assert torch.equal(distance, distance.mT) and (distance.diagonal(dim1=1, dim2=2) == 0).all()
-
-
-@pytest.mark.parametrize("floats_at_once", [None, 20, 7 * 20, 19 * 20, 20**2, 2**18])
-@pytest.mark.parametrize("equal", [False, True])
-def test_dearest_to_merge_equals_a_loop(
-    equal: bool, floats_at_once: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the whole matrix (None), and by some rows of it at a time."""
-    generator = torch.Generator().manual_seed(2)
-    points = torch.randn(3, 20, 4, generator=generator)
-    weights = torch.ones(3, 20) if equal else torch.rand(3, 20, generator=generator)
-    if floats_at_once is None:
-        found = dearest_to_merge(squared_distances(points), weights, 6)
-    else:
-        monkeypatch.setattr(tokenpool.clustering, "_floats_at_once", lambda points: floats_at_once)
-        found = _first_medoids(points, weights, 6)
-    for image in range(3):
-        w = weights[image].tolist()
-        cheapest = []
-        for i in range(20):
-            higher = [j for j in range(20) if w[j] > w[i] or (w[j] == w[i] and j < i)]
-            costs = [
-                w[i] * w[j] / (w[i] + w[j]) * (points[image, i] - points[image, j]).square().sum().item()
-                for j in higher
-            ]
-            cheapest.append(min(costs, default=float("inf")))
-        assert found[image].tolist() == sorted(range(20), key=lambda i: -cheapest[i])[:6]
-
-
-@pytest.mark.parametrize("floats_at_once", [7 * 30, 2**18])
-def test_of_equal_points_the_first_are_the_first_medoids(floats_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding has no say: what merging equal points costs is zero, and of equal costs the earlier wins."""
-    monkeypatch.setattr(tokenpool.clustering, "_floats_at_once", lambda points: floats_at_once)
-    generator = torch.Generator().manual_seed(5)
-    points = torch.randn(50, 10, 384, generator=generator).repeat(1, 3, 1)
-    for weights in (torch.ones(50, 30), torch.rand(50, 30, generator=generator)):
-        expected = dearest_to_merge(squared_distances(points), weights, 25)
-        assert torch.equal(_first_medoids(points, weights, 25), expected)
-
-
-def test_first_medoids_in_a_graph() -> None:
-    tokens, weights = images(n=30)
-    expected = _first_medoids(tokens, weights, 25)
-    assert torch.equal(torch.compile(_first_medoids, backend="eager", fullgraph=True)(tokens, weights, 25), expected)
-
-
-@pytest.mark.parametrize("factor", [2.0**-100, 2.0**100])
-def test_wards_centres_do_not_depend_on_the_scale(factor: float) -> None:
-    tokens, weights = images(n=30)
-    found, expected = kmedoids(tokens * factor, 25, weights, "ward"), kmedoids(tokens, 25, weights, "ward")
-    assert torch.equal(found.assignment, expected.assignment)
-
-
-def test_wards_centres_take_no_matrix_of_all_distances() -> None:
-    tokens, weights = images(batch=1, n=2048)
-    taken = peak_memory(lambda: kmedoids(tokens, 2000, weights, "ward"), tokens.device)
-    assert taken < 2048**2 * 4 / 2
-
-
-def test_merging_raises_the_objective_by_wards_cost() -> None:
-    generator = torch.Generator().manual_seed(3)
-    points, weights = torch.randn(1, 2, 5, generator=generator), torch.rand(1, 2, generator=generator)
-    mean = means(points, weights, torch.zeros(1, 2, dtype=torch.int64), 1)
-    objective = (weights * (points - mean).square().sum(-1)).sum()
-    pair = weights.prod() / weights.sum() * (points[0, 0] - points[0, 1]).square().sum()
-    torch.testing.assert_close(objective, pair)
-
-
-def test_wards_centres_keep_one_of_each_group() -> None:
-    """Tight groups of different sizes: every group gets one centre, and the objective is at its lowest at once."""
-    generator = torch.Generator().manual_seed(4)
-    groups = 10 * torch.randn(5, 6, generator=generator)
-    label = torch.tensor([0] * 9 + [1] * 5 + [2] * 3 + [3] * 2 + [4])[torch.randperm(20, generator=generator)]
-    tokens = (groups[label] + 0.01 * torch.randn(20, 6, generator=generator))[None]
-    found = kmedoids(tokens, 5, torch.rand(1, 20, generator=generator), init="ward", iterations=1)
-    assert len({(a, b) for a, b in zip(found.assignment[0].tolist(), label.tolist(), strict=True)}) == 5
 
 
 def test_bad_options_of_kmedoids_are_named() -> None:
@@ -423,122 +468,19 @@ def test_bad_options_of_kmedoids_are_named() -> None:
         kmedoids(tokens, 3, weights, by=tokens / 0)
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> tuple[Clusters, Clusters]:
-    """What K-Medoids finds by the distances of the other tokens, and by all distances."""
-    found = []
-    for few in (True, False):
-        monkeypatch.setattr(tokenpool.clustering, "_are_few_others", lambda *given, few=few: few)
-        found.append(kmedoids(*arguments, **options))
-    return found
+@BOTH
+def test_empty_batch_and_numpy_numbers(cluster) -> None:
+    assert cluster(torch.randn(0, 5, 2), np.int64(3)).centers.shape == (0, 3, 2)
+    with pytest.raises(TypeError, match="tokens must be a tensor, got ndarray"):
+        cluster(np.ones((1, 5, 2)), 3)
+    with pytest.raises(TypeError, match="weights must be a tensor, got list"):
+        cluster(torch.randn(1, 5, 2), 3, [1, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("n, k", [(2, 1), (2, 2), (30, 30), (30, 29), (30, 20), (61, 31), (61, 7), (61, 1)])
-@pytest.mark.parametrize("init", [None, "ward"])
-def test_distances_of_other_tokens_are_all_that_is_needed(
-    n: int, k: int, init: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens, weights = images(batch=5, n=n)
-    weights[:, 3::5] = 0
-    looked = []
-    monkeypatch.setattr(_OthersDistances, "assign", spied(_OthersDistances.assign, looked))
-    for iterations in (1, 2, 5):
-        few, every = both_ways(monkeypatch, tokens, k, weights, init, iterations)
-        assert torch.equal(few.assignment, every.assignment)
-        torch.testing.assert_close(few.centers, every.centers)
-    assert looked
-
-
-def spied(function: Callable, calls: list) -> Callable:
-    return lambda *given: calls.append(given) or function(*given)
-
-
-@pytest.mark.parametrize("width", [1, 2, 6])
-def test_ties_fall_alike_where_distances_are_exact(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole numbers with mean zero: many are equal, or equally far."""
-    generator = torch.Generator().manual_seed(width)
-    for n, k in ((40, 8), (40, 25), (40, 39)):
-        half = torch.randint(-20, 21, (30, n // 2, width), generator=generator).float()
-        tokens = torch.cat([half, -half], 1)[:, torch.randperm(n, generator=generator)]
-        weights = torch.randint(0, 5, (30, n), generator=generator).float() / 4
-        weights[:, 0] = 1
-        few, every = both_ways(monkeypatch, tokens, k, weights)
-        assert torch.equal(few.assignment, every.assignment)
-        suits = _OthersDistances(tokens).suits(highest(weights, k))
-        assert any(suits) or width == 1 or (width, k) == (2, 39)
-
-
-def test_medoids_at_the_same_place_are_found() -> None:
-    points = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
-    medoids = torch.arange(8).expand(2, 8)
-    assert _OthersDistances(points).suits(medoids) == [True, True]
-    points[1, 9] = points[1, 2]  # no medoid
-    distances = _OthersDistances(points)
-    assert distances.suits(medoids) == [True, True]
-    assert distances.suits(medoids.where(medoids != 7, 9)) == [True, False]
-    assert distances.suits(medoids.where(medoids != 7, 3)) == [False, False]  # one token twice
-    circle = torch.tensor([[3.0, 4], [-3, -4], [4, -3], [-4, 3], [5, 0], [-5, 0], [0, 5], [0, -5]])
-    assert _OthersDistances(circle[None]).suits(torch.arange(8)[None]) == [True]  # equally far from the mean, but apart
-    for first, second in itertools.combinations(range(8), 2):
-        repeated = torch.arange(8)[None].where(torch.arange(8) != second, first)
-        assert _OthersDistances(circle[None]).suits(repeated) == [False]
-    many = torch.eye(32)[None]
-    assert _OthersDistances(many).suits(torch.arange(9)[None]) == [True]
-    assert _OthersDistances(many).suits(torch.arange(20)[None]) == [False]  # too many to look at
-    assert _OthersDistances(torch.cat([points[:1] * 1e30, points[:1]])).suits(medoids) == [False, True]
-
-
-def test_an_image_does_not_depend_on_one_that_needs_all_distances() -> None:
-    """By all distances the first two tokens coincide, so near are they. The other image has equal tokens only."""
-    close = torch.tensor([[[4096], [4096 + 2**-11], [-4096], [-(4096 + 2**-11)]]])
-    init = torch.tensor([[0, 1]])
-    alone = kmedoids(close, 2, init=init, iterations=1)
-    together = kmedoids(torch.cat([close, torch.zeros(1, 4, 1)]), 2, init=init.expand(2, 2), iterations=1)
-    assert torch.equal(together.assignment[:1], alone.assignment) and torch.equal(together.centers[:1], alone.centers)
-    assert together.assignment[1].tolist() == [0, 0, 0, 0]
-
-
-def test_two_of_one_weight_cost_the_same_to_the_last_bit() -> None:
-    """Beside a medoid without weight, which of them becomes the next is for the order to say, not for rounding."""
-    points = torch.randn(500, 4, 7, generator=torch.Generator().manual_seed(0))
-    medoids, weights = torch.tensor([[0, 1]]).expand(500, 2), torch.tensor([[0.0, 1, 1, 1]]).expand(500, 4)
-    distances = _OthersDistances(points)
-    assignment = distances.assign(medoids)
-    costs = distances.costs(weights, assignment, medoids)
-    both = (assignment[:, 2:] == 0).all(dim=1)
-    assert both.sum() > 50 and torch.equal(costs[both, 2], costs[both, 3])
-
-
-def test_weights_of_minus_zero() -> None:
-    found = kmedoids(torch.tensor([[[0.0], [1], [5], [9]]]), 2, torch.tensor([[1.0, 0.5, 0.0, -0.0]]), "ward")
-    assert found.assignment.tolist() == [[0, 1, 1, 1]] and found.centers.tolist() == [[[0.0], [1.0]]]
-
-
-@pytest.mark.parametrize("repeated", [[0, 1, 1], [0, 0, 0]])
-def test_a_token_may_be_given_as_medoid_twice(repeated: list[int]) -> None:
-    found = kmedoids(torch.tensor([[[0.0], [1.0], [10.0], [11.0]]]), 3, init=torch.tensor([repeated]), iterations=1)
-    assert 2 not in found.assignment[0] and found.centers.isfinite().all()
-
-
-@pytest.mark.parametrize("k", [3, 17])
-def test_where_squares_overflow_all_distances_are_scaled(k: int) -> None:
-    tokens, weights = images(n=20)
-    expected = kmedoids(tokens, k, weights)
-    for factor in (2.0**-80, 2.0**48, 2.0**62, 2.0**70):
-        assert torch.equal(kmedoids(tokens * factor, k, weights).assignment, expected.assignment)
-    tokens[:, 0], weights[:, 0] = 8 * tokens[:, 0], 0  # the only one whose square overflows, and no medoid
-    found = kmedoids(tokens * 2.0**58, k, weights)
-    assert torch.equal(found.assignment, kmedoids(tokens, k, weights).assignment)
-
-
-def test_a_few_images_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens, weights = torch.randn(7, 30, 6, generator=generator), torch.rand(7, 30, generator=generator)
-    points = torch.randn(7, 8, 6, generator=generator)
-    for k, init in ((8, None), (8, "ward"), (25, "ward"), (8, points), (8, highest(weights, 8))):
-        expected = kmedoids(tokens, k, weights, init)
-        for at_once in (1, 3, 7):
-            monkeypatch.setattr(tokenpool.clustering, "_images_at_once", lambda *given, at_once=at_once: at_once)
-            found = kmedoids(tokens, k, weights, init)
-            assert torch.equal(found.assignment, expected.assignment)
-            torch.testing.assert_close(found.centers, expected.centers)
-        monkeypatch.undo()
+def test_old_names_are_deprecated() -> None:
+    tokens, weights = images()
+    with pytest.warns(DeprecationWarning, match="use stable_topk"):
+        assert clustering.highest is stable_topk
+    with pytest.warns(DeprecationWarning, match="use ward_init"):
+        found = clustering.dearest_to_merge(squared_distances(tokens), weights, 5)
+    assert torch.equal(found, ward_init(tokens, weights, 5))
