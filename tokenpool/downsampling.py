@@ -29,22 +29,23 @@ class Downsampled(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a downsampler may need to know of the model that it is built into."""
+    """What a downsampler may know of the model that it is built into.
+
+    Attributes:
+        depth: number of blocks.
+        width: D of the tokens.
+        grid: rows and columns of patches.
+        reads_patches: whether the model's head needs at least one patch token.
+        is_dynamic: whether the grid may differ from image to image.
+        unpools: whether each patch gets the value of its merged token back, for the model's head.
+    """
 
     depth: int
     width: int
     grid: tuple[int, int]
-    reads_patches: bool  # whether its head needs a patch token to be left
-    is_dynamic: bool = False  # whether the grid may differ from image to image
-    unpools: bool = False  # whether merged tokens are put back where the patches were, for its head
-
-    @classmethod
-    def of(cls, model: nn.Module, dense: bool = False) -> "Host":
-        """What there is to know of a timm VisionTransformer, patched or plain; for `dense` see `tokenpool.patch`."""
-        unpools = dense or model.global_pool not in ("token", "")
-        reads_patches = unpools or not model.num_prefix_tokens
-        grid = model.patch_embed.grid_size
-        return cls(len(model.blocks), model.embed_dim, grid, reads_patches, model.dynamic_img_size, unpools)
+    reads_patches: bool
+    is_dynamic: bool = False
+    unpools: bool = False
 
 
 class Downsampler(nn.Module):
