@@ -118,7 +118,7 @@ def test_any_number_of_settings_is_compiled(tmp_path: Path, monkeypatch: pytest.
 def test_the_stricter_baseline_is_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tokenpool.create_model(TINY["model"]).eval()
     images = torch.randn(7, 1, 16, 16)
-    monkeypatch.setattr(tokenpool.vit, "_FLOATS_AT_ONCE", 3 * 65 * plain.embed_dim)
+    monkeypatch.setattr(tokenpool.blocks, "_FLOATS_AT_ONCE", 3 * 65 * plain.embed_dim)
     batches = []
     in_parts = speed.plain_in_parts(plain)
     attend = ScoredAttention.forward
