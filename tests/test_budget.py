@@ -83,6 +83,7 @@ def check(keep: list[int], macs: float, tokens: int, cost: Callable[[list[int]],
         assert all(cost(more) > macs for more in one_more(keep, tokens))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     method=st.sampled_from(METHODS),
@@ -187,6 +188,7 @@ def test_every_budget_of_deit_is_met(name: str, method: str) -> None:
             assert 0.98 * share * plain <= found <= share * plain
 
 
+@pytest.mark.slow
 def test_committed_results_were_made_at_these_budgets() -> None:
     """`schedule_for` still gives the schedules that results of the off-the-shelf study were made with."""
     model = timm.create_model("deit_tiny_patch16_224")

@@ -117,6 +117,7 @@ def test_the_models_cost_what_the_paper_prints(model: str, counted: int) -> None
     assert count.clustering_gmacs == pytest.approx(paper, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_parts_equal_table_1() -> None:
     """Table 1 also counts softmax, one for each entry of A."""
     with open(PAPER / "compute_breakdown.csv") as file:
@@ -165,6 +166,7 @@ def test_unknown_operators_are_named() -> None:
         flops.count(model)
 
 
+@pytest.mark.slow
 def test_counting_needs_no_lightning() -> None:
     code = "import sys, tokenpool.flops; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
