@@ -813,13 +813,13 @@ def _schedule(
     keep: str | None, gmacs: float | None, downsampler: str, model: str, options: Any, model_options: Any
 ) -> tuple[int, ...] | None:
     """The schedule that --keep or --gmacs means for this model."""
-    from tokenpool import create_model
+    from tokenpool import create_model, hosts
 
     if keep is None and gmacs is None:
         return None
     # For its size; no weights, and whether sizes are carried changes no schedule.
     built = create_model(model, downsampler, keep, gmacs=gmacs, carry=False, **options, **model_options)
-    return built.blocks.setting.keep
+    return hosts.of(built).setting.keep
 
 
 def _file_name(keep: str | None, gmacs: float | None) -> str:

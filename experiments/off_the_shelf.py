@@ -29,7 +29,7 @@ class Candidate:
         title: what the table calls it.
         downsampler: name of the method.
         options: of the method.
-        family: of the schedules, see `tokenpool.flops.schedule_for`.
+        family: of the schedules, see `tokenpool.schedule_for`.
         carry: see `tokenpool.patch`.
         finalist: whether it is run on the second half, too.
     """

@@ -51,7 +51,7 @@ from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, li
 from tokenpool.labels import outputs_of
 from tokenpool.module import ClassificationModule
 from tokenpool.stored import StoredImageDataModule
-from tokenpool.tracing import ReconstructionErrorCallback
+from tokenpool.training.callbacks import FlopsCallback, ReconstructionErrorCallback
 
 AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
@@ -182,7 +182,7 @@ def _train_and_test(
     if module.ema is not None:
         averaged = _accuracy(metrics, module.ema_correct, prefix="test_ema_")
         measured |= {f"ema_{name}": value for name, value in averaged.items() if name != "images"}
-    if tokenpool.vit.is_patched(module.model) and run.stage == "evaluate":
+    if tokenpool.is_patched(module.model) and run.stage == "evaluate":
         measured["relative_error"] = errors.relative
     if run.downsampler == "soft_selection":
         measured["learned_keep"] = soft_selection.learned_schedule(module.model)
@@ -290,7 +290,7 @@ def build_model(run: Run, folder: Path) -> nn.Module:
     keep = run.keep
     if run.budget is not None:
         plain = tokenpool.create_model(run.model, **run.model_options)
-        keep = flops.schedule_for(run.budget, plain, run.downsampler, run.family, **run.options)
+        keep = tokenpool.schedule_for(run.budget, plain, run.downsampler, run.family, **run.options)
     model = tokenpool.create_model(
         run.model,
         downsampler,
@@ -446,7 +446,7 @@ def _trainer(
     run: Run, folder: Path, callbacks: list[Callback], on_epoch: Callable[[], None] | None, progress: bool
 ) -> Trainer:
     if run.epochs:
-        callbacks.append(flops.FlopsCallback())
+        callbacks.append(FlopsCallback())
     if on_epoch:
         callbacks.append(_EpochReporter(on_epoch))
     defaults = {

@@ -128,7 +128,7 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         found["realised_against_parts"] = median(times["in_parts"]) / median(times["model"]) / ratio
     if is_eager:
         found |= shares(pooled, images, setting.precision, repeats)
-    keep = pooled.blocks.setting.keep
+    keep = tokenpool.hosts.of(pooled).setting.keep
     exact = asdict(setting) | {"schedule": setting.keep, "keep": None if keep is None else list(keep)}
     found |= {"tokens": plain.patch_embed.num_patches, "repeats": repeats}
     return {"setting": exact, "metrics": found, "cost": cost, "environment": protocol.environment()}

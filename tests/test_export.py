@@ -1,4 +1,4 @@
-"""Patched models give the same logits after torch.export and in ONNX Runtime. (For torch.compile see test_vit.)"""
+"""Patched models give the same logits after torch.export and in ONNX Runtime. (For torch.compile see test_blocks.)"""
 
 import warnings
 from pathlib import Path

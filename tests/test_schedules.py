@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 import tokenpool
 from tokenpool import schedules
@@ -94,7 +95,7 @@ def test_rates_at_bad_blocks_are_named() -> None:
         by_rate(0.7, 196, 12, at=[3, 12])
 
 
-def test_patch_takes_every_spelling(small: tokenpool.vit.VisionTransformer, photos: torch.Tensor) -> None:
+def test_patch_takes_every_spelling(small: VisionTransformer, photos: torch.Tensor) -> None:
     for keep in (0.7, "-5", "deit_e252:3", [30, 20, 10, 5]):
         tokenpool.patch(small, "wkmedoids", keep)
         assert small.blocks.setting.keep == tuple(schedules.resolve(keep, 36, 4))

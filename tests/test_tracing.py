@@ -2,8 +2,9 @@ import pytest
 import torch
 
 import tokenpool
+from tokenpool.blocks import compose
 from tokenpool.downsampling import Downsampled
-from tokenpool.tracing import compose, reconstruction_error
+from tokenpool.tracing import reconstruction_error
 
 KEEP = [30, 17, 5, 0]
 

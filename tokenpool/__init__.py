@@ -4,12 +4,14 @@ import warnings
 from importlib import import_module
 from typing import Any
 
-from tokenpool import clustering, deit, flops, gpu, pareto, results, schedules, soft_selection
+from tokenpool import clustering, deit, flops, gpu, hosts, pareto, results, schedules, soft_selection
+from tokenpool.blocks import unpool
+from tokenpool.budget import schedule_for
 from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
+from tokenpool.patching import create_model, is_patched, patch, unpatch
 from tokenpool.tracing import trace
 from tokenpool.version import __version__
-from tokenpool.vit import create_model, is_patched, patch, unpatch, unpool
 
 __all__ = [
     "METHODS",
@@ -21,6 +23,7 @@ __all__ = [
     "deit",
     "flops",
     "gpu",
+    "hosts",
     "is_patched",
     "load",
     "load_weights",
@@ -28,6 +31,7 @@ __all__ = [
     "patch",
     "results",
     "save",
+    "schedule_for",
     "schedules",
     "soft_selection",
     "trace",

@@ -1,11 +1,11 @@
-"""How pooled modules take the places of timm's modules, and give them back with whatever stands in them by then."""
+"""Exchange modules of a model: a pooled module adopts the children of the model's own module, and gives them back."""
 
 import itertools
 
 import torch
 from torch import Tensor, nn
 
-# Hooks of PyTorch's modules. A hook on a module that is exchanged would be lost, or be given what it does not expect.
+# Hooks of PyTorch's modules. A hook on an exchanged module would be lost, or would get arguments of another kind.
 _HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -19,17 +19,17 @@ _HOOKS = {
 
 
 def adopt(guest: nn.Module, host: nn.Module) -> None:
-    """Give a guest the host's children, under their names, and the host's mode (training or evaluation).
+    """Give a guest the host's children under the same names, and the host's mode (training or evaluation).
 
-    Each child has two parents then. Only the guest counts: what replaces a child there is what stands in the model.
+    Each child then has two parents. The guest is the one in the model, so a child that is replaced is replaced there.
     """
-    for name, child in host._modules.items():  # named_children leaves out a module that has two names
+    for name, child in host._modules.items():  # named_children would skip a module that has two names
         guest.add_module(name, child)
     guest.training = host.training
 
 
 def give_back(guest: nn.Module, host: nn.Module, but: tuple[str, ...] = ()) -> None:
-    """Give the host the children that the guest has now, except those named in `but`, and the guest's mode."""
+    """Give the host the guest's present children, except the ones named in `but`, and the guest's mode."""
     for name, child in guest._modules.items():
         if name not in but:
             host.add_module(name, child)
@@ -37,15 +37,15 @@ def give_back(guest: nn.Module, host: nn.Module, but: tuple[str, ...] = ()) -> N
 
 
 def check_exchangeable(module: nn.Module, name: str, own: tuple[str, ...] = ()) -> None:
-    """Check that nothing would be lost if another module took the place of this one and adopted its children.
+    """Check that nothing is lost if another module takes the place of this one and adopts its children.
 
     Args:
-        module: one of the modules that `patch` and `unpatch` exchange.
-        name: its name in the model.
-        own: parameters that belong to the module's class.
+        module: a module that `patch` and `unpatch` exchange.
+        name: name of the module in the model.
+        own: names of parameters that the module's class defines.
 
     Raises:
-        ValueError: if the module has hooks, parameters, buffers or a forward method that users have given it.
+        ValueError: if the module has hooks, parameters, buffers or a forward method that a user gave to it.
     """
     found = [kind for attribute, kind in _HOOKS.items() if getattr(module, attribute)]
     tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
@@ -59,10 +59,10 @@ def check_exchangeable(module: nn.Module, name: str, own: tuple[str, ...] = ()) 
 
 
 def reference(module: nn.Module) -> Tensor:
-    """An empty tensor on the device and of the dtype of a module, whatever its parameters are called.
+    """Return an empty tensor on the device and of the dtype of a module, whatever the names of its parameters are.
 
-    The dtype is that of the first parameter or buffer of floating point, or PyTorch's default one. The device is that
-    of the first parameter or buffer, or the CPU: modules that PyTorch has quantised have neither.
+    The dtype is the one of the first floating-point parameter or buffer, or PyTorch's default dtype. The device is
+    the one of the first parameter or buffer, or the CPU: modules that PyTorch has quantised have neither.
     """
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")

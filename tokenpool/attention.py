@@ -1,6 +1,6 @@
-"""Attention that also yields significance scores, weighs keys by size, and can normalise queries and keys."""
+"""Attention that also returns significance scores, weighs keys by size, and can normalise queries and keys."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from tokenpool import gpu, micro_batch
 from tokenpool.adoption import adopt, give_back, reference
-from tokenpool.clustering import is_in_graph
+from tokenpool.eager import is_in_graph
 
 
 class Attended(NamedTuple):
-    """What an attention gives.
+    """Result of an attention.
 
     Attributes:
         output: (B, N, D).
         scores: (B, N) or None, the significance scores, equation (5): the attention that each token receives, summed
-            over heads and queries; float32 or better, without gradient.
+            over heads and queries; float32 or more precise, without gradient.
         keys: (B, N, d) or None, the mean over heads, without gradient.
     """
 
@@ -30,23 +30,30 @@ class Attended(NamedTuple):
 class ScoredAttention(nn.Module):
     """timm's `Attention` plus significance scores, proportional attention and l2-normalised queries and keys.
 
-    It adopts the submodules of a timm attention under their own names, so that parameters and checkpoints stay the
-    same. Only with a learned alpha is there one more parameter, `alpha`.
+    The module adopts the submodules of a timm attention under the same names, so that parameters and checkpoints stay
+    the same. A learned alpha adds one parameter, `alpha`.
 
     Args:
         host: the timm attention to adopt.
-        qk_norm: None, or "l2" to normalise queries and keys to unit length and to use equation (6) with `alpha` as it
-            stands, instead of the factor 1 / sqrt(d) (Marin et al. 2021, appendix F).
+        qk_norm: None, or "l2" to normalise queries and keys to unit length and to multiply the logits of equation (6)
+            by `alpha` instead of 1 / sqrt(d) (Marin et al. 2021, appendix F).
         alpha: the (initial) scalar alpha > 0 of equation (6), for `qk_norm="l2"`.
         learn_alpha: make alpha a parameter.
     """
+
+    qkv: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
 
     def __init__(
         self, host: TimmAttention, qk_norm: str | None = None, alpha: float = 1.0, learn_alpha: bool = False
     ) -> None:
         super().__init__()
         adopt(self, host)
-        self._host = (host,)  # a tuple, so that it is no submodule
+        self._host = (host,)  # a tuple, so that PyTorch does not register the attention as a submodule
         self.num_heads = host.num_heads
         self.head_dim = host.head_dim
         self.scale = host.scale
@@ -55,34 +62,32 @@ class ScoredAttention(nn.Module):
             self.alpha = nn.Parameter(reference(host).new_tensor(float(alpha))) if learn_alpha else float(alpha)
 
     def give_back(self) -> TimmAttention:
-        """The timm attention, with the submodules that stand here now."""
+        """Return the timm attention, with the submodules that are in this module now."""
         give_back(self, self._host[0])
         return self._host[0]
 
     def forward(
         self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False, with_keys: bool = False
     ) -> Attended:
-        """Attend.
+        """Compute the attention.
 
         Args:
             x: (B, N, D).
-            sizes: (B, N), the number of original tokens that each token stands for. Its log is added to the key's
-                logit: one token of size s then attracts what s equal tokens would (the paper's *carry*, appendix E;
-                *proportional attention* in Bolya et al. 2023). A token of size zero attracts nothing.
+            sizes: (B, N), the number of original tokens that each token stands for. The log of the size is added to
+                the logits of the token's key: one token of size s then gets as much attention as s equal tokens (the
+                paper's *carry*, appendix E; *proportional attention* in Bolya et al. 2023). A token of size zero gets
+                none.
             with_scores: also return the significance scores.
             with_keys: also return the keys.
         """
-        batch, n, _ = x.shape
-        gate = getattr(self, "gate", None)
-        qkv = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.project(x)
         scale = self.scale
         if self.normalise:
             q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
             scale = 1.0
         bias = None if sizes is None else sizes.log().to(q.dtype)  # (B, N)
         dropout = self.attn_drop.p if self.training else 0.0
+        scores: Tensor | None
 
         fits = with_scores and gpu.attention_fits(q, k, v)
         if fits and dropout == 0.0 and not torch.is_grad_enabled():
@@ -100,15 +105,24 @@ class ScoredAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
 
-        out = self.norm(out) if hasattr(self, "norm") else out
+        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        out = out if norm is None else norm(out)
         out = out if gate is None else out * gate(x).sigmoid()
         keys = k.detach().mean(dim=1) if with_keys else None
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
-    def _micro_batch(self, x: Tensor) -> tuple[int, int]:
-        """How many heads, and how many queries of them, the attention is computed for at a time.
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values of tokens (B, N, D): (B, H, N, d) each."""
+        batch, n, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
 
-        All of them where autograd keeps the attention anyway, and in a graph, which must not depend on the batch.
+    def _micro_batch(self, x: Tensor) -> tuple[int, int]:
+        """Number of heads and of queries whose attention is in memory at once.
+
+        On a CPU, this part of the attention fits into the cache, elsewhere into 1 GiB. It is the whole attention if
+        autograd keeps all of it anyway, and in a graph, which must not depend on the batch.
         """
         batch, n, _ = x.shape
         if torch.is_grad_enabled() or is_in_graph():
@@ -123,8 +137,9 @@ class ScoredAttention(nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Output (B, N, h d) and attention received (B, N) of h heads, for some rows of queries after the other."""
-        outs, received = [], 0
+        """Output (B, N, h d) of h heads and attention received (B, N), computed for `rows` queries at a time."""
+        outs: list[Tensor] = []
+        received: Any = 0
         for some in (q * scale).split(rows, dim=2):
             logits = some @ k.mT  # (B, h, rows, N)
             attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)

@@ -1,51 +1,269 @@
-"""The schedule that meets a budget: searched in a family of schedules, completed where need be, and checked.
+"""Find the retention schedule that meets a budget: search a family of schedules, complete the result, and check it.
 
-A steeper schedule may cost more: a block that kept all its tokens, and now loses one, has to cluster them. A search
-that takes costs to be monotone may end anywhere, so this one checks what it returns.
+A steeper schedule may cost more: if a block that kept all its tokens loses one, it has to cluster them. So costs are
+not monotone along a family, and the search checks its result.
 """
 
+import copy
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any, NamedTuple
 
-from tokenpool import schedules
+import torch
+from torch import Tensor, nn
 
-LEAST = 0.98  # the share of a budget that is used, unless a single token more would be too much
+from tokenpool import hosts, schedules
+from tokenpool.downsampling import Convolution, Downsampler, find
+from tokenpool.flops import macs_by_module
+
+LEAST = 0.98  # the least share of a budget that is used, unless one token more would be too much
 
 Cost = Callable[[Sequence[int]], int]
 
 
-def family(name: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
-    """The schedules of a family by their steepness, from 0, all tokens, to 1, one token after the first block.
+def schedule_for(
+    gmacs: float,
+    model: nn.Module,
+    downsampler: str | type[Downsampler] = "key_medoids",
+    family: str = "decay",
+    *,
+    dense: bool = False,
+    **options: Any,
+) -> list[int]:
+    """Find the schedule that uses up a budget, clustering included: `keep` for `tokenpool.patch`.
+
+    The model that is patched with it costs between 0.98 and 1.0 of the budget, as `flops.count` counts. It may cost
+    less if one more token in any block would be too much. The schedule is one of the family if the family has one that
+    fits. See `meet`.
 
     Args:
-        name: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
-        tokens: patch tokens of an image.
-        depth: blocks.
+        gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
+        model: a model of a family in `tokenpool.hosts`, patched or plain; it stays as it is.
+        downsampler: see `tokenpool.patch`.
+        family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
+        dense: see `tokenpool.patch`.
+        **options: of the downsampler.
+
+    Raises:
+        TypeError: if the model belongs to no supported family.
+        ValueError: if the model costs more even with one token after the first block, or less with all tokens; for an
+            unknown family, method or option, or for a method that has no schedule.
+    """
+    name, method = find(downsampler)
+    if method is None or method is Convolution:
+        raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
+    if not isinstance(gmacs, Real) or isinstance(gmacs, bool) or not 0 < gmacs < math.inf:
+        raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
+    cost = ScheduleCost(model, method, dense=dense, **options)
+    schedule = schedules_of(family, cost.tokens, len(cost.blocks))
+    macs = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # undoes the rounding of a whole number that 1e9 divided
+    plain = cost.backbone(schedule(0.0))
+    if macs > plain:
+        raise ValueError(
+            f"gmacs = {float(gmacs):.10g} is more than the plain model costs, {plain / 1e9:.10g}: it needs no pooling; "
+            "give a smaller budget"
+        )
+    return meet(macs, cost, cost.backbone, schedule)
+
+
+class BlockCost(NamedTuple):
+    """Multiply-adds of a block.
+
+    Attributes:
+        entering: for each token that enters the block.
+        leaving: for each token that leaves the downsampler.
+        pair: for each pair of query and key.
+        key_width: d of the keys, on which the cost of a downsampler may depend.
+    """
+
+    entering: int
+    leaving: int
+    pair: int
+    key_width: int
+
+
+class ScheduleCost:
+    """The cost of a model as a function of its schedule; equal to `flops.count`, but without running the whole model.
+
+    fvcore counts each layer once, for a few tokens. Linear layers cost the same for each token, and attention for each
+    pair of tokens. Downsamplers state their cost (`Downsampler.macs`). The other downsamplers are traced, as with
+    `patch(carry=True)`.
+
+    Args:
+        model: a model of a family in `tokenpool.hosts`, patched or plain; it stays as it is.
+        method: class of the downsampler.
+        dense: see `tokenpool.patch`.
+        **options: of the downsampler.
+
+    Attributes:
+        tokens: number of patch tokens of an image.
+        blocks: cost of each block.
+    """
+
+    def __init__(self, model: nn.Module, method: type[Downsampler], dense: bool = False, **options: Any) -> None:
+        adapter = hosts.of(model)
+        self.host, self.method, self.options = adapter.host(dense), method, options
+        self.prefix = adapter.prefix
+        self.tokens = math.prod(adapter.grid(adapter.image_shape[1:]))
+        known: dict[Hashable, int] = {}
+        self.blocks = [_block_cost(adapter.layers(block), known) for block in adapter.blocks]
+        self._traced: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+        merges = any(layer is not None and layer.merges for layer in self._layers([1] * len(self.blocks)))
+        self._head_reads = self.tokens if self.host.unpools and merges else None
+        first = _First(0)
+        rest = adapter.copy_around(nn.Sequential(first)).cpu().float().eval()
+        self._outside = []
+        for n in [self.tokens] if self._head_reads else [1, 2, 3]:
+            first.limit = self.prefix + n
+            self._outside.append(_macs(rest, adapter.blank_image()))
+
+    def __call__(self, keep: Sequence[int]) -> int:
+        """Compute the multiply-adds of one image, clustering included."""
+        macs, n = 0, self.tokens
+        kept: list[int] = []
+        for index, layer in enumerate(self._layers(keep)):
+            spent, n = self._reducing(index, layer, n)
+            macs, kept = macs + spent, [*kept, n]
+        return macs + self._network(kept)
+
+    def backbone(self, keep: Sequence[int]) -> int:
+        """Compute the multiply-adds of one image without clustering, if each downsampler keeps as many as it may."""
+        return self._network(schedules.tokens_kept(keep, self.tokens))
+
+    def _network(self, kept: Sequence[int]) -> int:
+        macs, n = self._embedding_and_head(kept[-1]), self.tokens + self.prefix
+        for block, left in zip(self.blocks, kept, strict=True):
+            macs += n * block.entering + n * n * block.pair
+            n = left + self.prefix
+            macs += n * block.leaving
+        return macs
+
+    def _embedding_and_head(self, n: int) -> int:
+        """The head is at most quadratic in the number n of its tokens, so that three counts determine all others."""
+        if self._head_reads:
+            return self._outside[0]
+        one, two, three = self._outside
+        return one + (n - 1) * (two - one) + (n - 1) * (n - 2) // 2 * (three - 2 * two + one)
+
+    def _layers(self, keep: Sequence[int]) -> list[Downsampler | None]:
+        try:
+            with torch.random.fork_rng(devices=[]):  # some downsamplers have random weights
+                return self.method.for_blocks(self.host, list(keep), **self.options)
+        except TypeError as error:
+            raise ValueError(f"downsampler {find(self.method)[0]!r}: {error}") from error
+
+    def _reducing(self, index: int, layer: Downsampler | None, n: int) -> tuple[int, int]:
+        """Multiply-adds of the downsampler of a block on n tokens, and the number of tokens that it keeps."""
+        if layer is None or not layer.acts_on(n):
+            return 0, n
+        width, key_width = self.host.width, self.blocks[index].key_width
+        if "macs" in vars(type(layer)):
+            return layer.macs(n, width, key_width) if layer.keep else 0, layer.keep
+        key = (index, n, layer.keep)
+        if key not in self._traced:
+            # If nothing reads the assignment, the graph that `flops.count` sees does not contain its computation.
+            is_read = index < len(self.blocks) - 1 or self._head_reads is not None
+            self._traced[key] = traced_cost(layer, n, width, key_width, is_read)
+        return self._traced[key]
+
+
+class _First(nn.Module):
+    """Returns the first tokens only."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, : self.limit]
+
+
+def _block_cost(layers: hosts.Layers, known: dict[Hashable, int]) -> BlockCost:
+    """Count the layers of a block; `known` has the costs of layers of the same structure."""
+
+    def per_token(layer: nn.Module, width: int) -> int:
+        kinds = tuple((name, type(part)) for name, part in layer.named_modules())
+        shapes = tuple((name, value.shape) for name, value in layer.state_dict().items() if torch.is_tensor(value))
+        if (structure := (kinds, shapes)) not in known:
+            known[structure] = _macs(copy.deepcopy(layer).cpu().float().eval(), torch.zeros(1, 1, width))
+        return known[structure]
+
+    before, after = (sum(per_token(*layer) for layer in part) for part in (layers.before, layers.after))
+    return BlockCost(before, after, 2 * layers.heads * layers.head_dim, layers.head_dim)
+
+
+def traced_cost(
+    layer: Downsampler, n: int, width: int, key_width: int, with_assignment: bool = True
+) -> tuple[int, int]:
+    """Count the multiply-adds of a downsampler on n tokens, and the tokens that it keeps, by running it.
+
+    Args:
+        layer: the downsampler; it is copied.
+        n: number of tokens.
+        width: D of the tokens.
+        key_width: d of the keys.
+        with_assignment: whether the assignment is part of the graph that is counted.
+    """
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))  # the cost does not depend on the values
+    hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
+    hints |= {"keys": draw(1, n, key_width)} if layer.uses_keys else {}
+    inputs = draw(1, n, width), draw(1, n)
+    bare = _Bare(copy.deepcopy(layer), hints, with_assignment)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return _macs(bare, inputs), bare(*inputs)[0].shape[1]
+
+
+class _Bare(nn.Module):
+    """A downsampler with tensors as its only arguments, as tracing needs it."""
+
+    def __init__(self, layer: Downsampler, hints: dict[str, Tensor], with_assignment: bool) -> None:
+        super().__init__()
+        self.layer, self.hints, self.outputs = layer.eval(), hints, 2 if with_assignment else 1
+
+    def forward(self, tokens: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.layer(tokens, scores, **self.hints)[: self.outputs])
+
+
+def _macs(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> int:
+    return sum(macs_by_module(module, inputs).values())
+
+
+def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
+    """Return the schedules of a family by their steepness: 0 keeps all tokens, 1 keeps one after the first block.
+
+    Args:
+        family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
 
     Raises:
         ValueError: for another name.
     """
-    if name == "decay":
+    if family == "decay":
         return lambda steepness: schedules.by_decay(steepness * depth**2 * math.log(2 * tokens), tokens, depth)
-    if name == "step":
+    if family == "step":
         return lambda steepness: schedules.by_step(steepness * tokens, tokens, depth)
-    raise ValueError(f'family = {name!r} must be "decay" or "step"')
+    raise ValueError(f'family = {family!r} must be "decay" or "step"')
 
 
 def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
-    """A schedule that costs between `LEAST` of the budget and all of it, or to which no block can add a token.
+    """Find a schedule that costs between `LEAST` of the budget and all of it, or to which no block can add a token.
 
-    It is the family's, if that has one. Otherwise blocks get more tokens, the last ones first.
+    The schedule is one of the family if the family has one that fits. Otherwise, blocks keep more tokens than in the
+    family, the last blocks first.
 
     Args:
-        budget: multiply-adds of one image, not more than those of all tokens.
-        total: what a schedule costs, clustering included.
-        backbone: what it costs without clustering; grows with each entry.
-        schedule: see `family`.
+        budget: multiply-adds of one image, not more than with all tokens.
+        total: cost of a schedule, clustering included.
+        backbone: cost of a schedule without clustering; it grows with each entry.
+        schedule: see `schedules_of`.
 
     Raises:
-        ValueError: if even one token after the first block costs more.
+        ValueError: if the model costs more even with one token after the first block.
     """
     every, one = schedule(0.0), schedule(1.0)
     if total(every) <= budget:
@@ -63,14 +281,15 @@ def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], l
 
 
 def _of_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
-    """A schedule of the family that fits and whose milder neighbour does not.
+    """A schedule of the family that fits, while its milder neighbour does not.
 
-    The mildest whose backbone leaves what is reserved for clustering. How much that is: what clustering cost the last
-    time, or, should that lead nowhere, halfway between what was too little and what was enough.
+    A part of the budget is reserved for clustering, and the mildest schedule whose backbone fits into the rest is
+    tried. The reserve is the cost of clustering in the last attempt. If this does not converge, the reserve is the
+    middle between one that was too small and one that was enough.
     """
 
     def within(limit: int) -> list[int]:
-        """The mildest schedule whose backbone costs no more."""
+        """The mildest schedule whose backbone costs at most `limit`."""
         mild, steep = 0.0, 1.0
         if backbone(schedule(mild)) <= limit:
             return schedule(mild)
@@ -98,10 +317,10 @@ def _of_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[flo
 
 
 def _filled(keep: list[int], tokens: int, budget: int, total: Cost) -> list[int]:
-    """Give more tokens to blocks until `LEAST` of the budget is used, or until none can have one more."""
+    """Give more tokens to blocks until `LEAST` of the budget is used, or until no block can keep one more."""
     while total(keep) < LEAST * budget:
         for blocks, room in _places(keep, tokens):
-            # With all that enter, the block does not cluster, and that may be cheaper than with fewer.
+            # A block that keeps all tokens does not cluster, and may cost less than if it kept fewer.
             fit = room if total(_raised(keep, blocks, room)) <= budget else 0
             fit = fit or bisect_right(range(1, room), budget, key=lambda by: total(_raised(keep, blocks, by)))
             if fit:
@@ -113,9 +332,10 @@ def _filled(keep: list[int], tokens: int, budget: int, total: Cost) -> list[int]
 
 
 def _places(keep: Sequence[int], tokens: int) -> Iterator[tuple[range, int]]:
-    """Blocks in a row that can keep more tokens, and how many more, the last ones first.
+    """Ranges of blocks that can keep more tokens, and how many more; the last blocks come first.
 
-    First blocks that keep equally many, all of them, so that no further block clusters; then the first ones of them.
+    A range of blocks that keep equally many tokens comes as a whole first, since then no further block clusters. The
+    parts of each range, from its first block on, follow.
     """
     entering = [tokens, *keep]
     starts = [block for block, limit in enumerate(keep) if limit < entering[block]]
@@ -130,7 +350,7 @@ def _raised(keep: Sequence[int], blocks: range, by: int) -> list[int]:
 
 
 def _check(keep: Sequence[int], tokens: int, budget: int, total: Cost) -> None:
-    """Raise a ValueError unless the promise of `meet` is kept."""
+    """Raise a ValueError unless the schedule is what `meet` promises."""
     cost = total(keep)
     if cost <= budget and cost >= LEAST * budget:
         return

@@ -1,9 +1,9 @@
-"""Patched models as files: safetensors, with all that is needed to build the model again as metadata. No pickle."""
+"""Save and load patched models: safetensors, with the description of the model as metadata. No pickle."""
 
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,57 +12,43 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tokenpool import files, weight_files
+from tokenpool import files, hosts, weight_files
 from tokenpool.adoption import reference
+from tokenpool.blocks import Setting
 from tokenpool.downsampling import METHODS
+from tokenpool.patching import patch
 from tokenpool.version import __version__
-from tokenpool.vit import Setting, is_patched, patch, wrapped_name
 
 _KEY = "tokenpool"
-_CLASSIFIERS = {f"{name}.{part}" for name in ("head", "head_dist") for part in ("weight", "bias")}
-# timm's arguments that users change, read back from the model.
-_OPTIONS: dict[str, Callable[[VisionTransformer], Any]] = {
-    "img_size": lambda model: list(model.patch_embed.img_size),
-    "patch_size": lambda model: list(model.patch_embed.patch_size),
-    "in_chans": lambda model: model.in_chans,
-    "num_classes": lambda model: model.num_classes,
-    "global_pool": lambda model: model.global_pool,
-    "embed_dim": lambda model: model.embed_dim,
-    "depth": lambda model: len(model.blocks),
-    "num_heads": lambda model: model.blocks[0].attn.num_heads,
-    "dynamic_img_size": lambda model: model.dynamic_img_size,
-    "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
-    "class_token": lambda model: model.cls_token is not None,
-    "reg_tokens": lambda model: model.num_reg_tokens,
-    "pool_include_prefix": lambda model: model.pool_include_prefix,
-}
 
 
-def save(model: VisionTransformer, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, patched or plain, so that `load` can build it again.
 
-    Any tool that reads safetensors can read the weights; those of a parameter-free method are timm's own. Of timm's
-    arguments those in `model_options` of the metadata are kept; rates of dropout and hooks are not, and a model that
-    differs otherwise from what its name stands for is refused: one with adapters or quantised modules, for instance.
+    Any tool that reads safetensors can read the weights. A parameter-free method leaves the names that timm gives
+    them. The metadata keeps the arguments of timm in `model_options`, but no rates of dropout and no hooks. A model
+    that differs in another way from the model that timm builds by its name is refused, for instance a model with
+    adapters or quantised modules.
 
     Args:
         model: made by `tokenpool.create_model` or `timm.create_model`.
         path: of the file to write, atomically.
 
     Raises:
-        ValueError: if the model could not be built again: one that timm does not know, or a downsampler or option that
-            is no name or plain value.
+        TypeError: if the model belongs to no supported family.
+        ValueError: if `load` could not build the model again: timm does not know it, the downsampler has no name, or
+            an option is no plain value.
     """
-    if inner := wrapped_name(model):
+    if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: save its `{inner}`")
+    adapter = hosts.of(model)
     description = {
         "version": __version__,
         "model": _architecture(model),
-        "model_options": {name: read(model) for name, read in _OPTIONS.items()},
-        "setting": _setting(model),
+        "model_options": {name: read(model) for name, read in adapter.OPTIONS.items()},
+        "setting": _setting(adapter),
         "dtype": str(reference(model).dtype).removeprefix("torch."),
     }
     try:
@@ -73,7 +59,11 @@ def save(model: VisionTransformer, path: str | Path) -> None:
     complaint = "the model cannot be saved: timm builds another one by its name and size"
     _check_same_modules(model, rebuilt, complaint)
     _check_same_weights(rebuilt, model.state_dict(), complaint)
-    differing = [pair for pair in zip_longest(_structure(model), _structure(rebuilt)) if pair[0] != pair[1]]
+    differing = [
+        pair
+        for pair in zip_longest(_structure(model, adapter.IDENTITY), _structure(rebuilt, adapter.IDENTITY))
+        if pair[0] != pair[1]
+    ]
     if differing:
         raise ValueError(f"{complaint}: {differing[0][1]!r} in place of {differing[0][0]!r}")
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()})
@@ -84,8 +74,8 @@ def save(model: VisionTransformer, path: str | Path) -> None:
         safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
 
 
-def load(path: str | Path) -> VisionTransformer:
-    """The model that `save` has written, patched as it was, in evaluation mode, on the CPU.
+def load(path: str | Path) -> nn.Module:
+    """Return the model that `save` wrote, patched as it was, in evaluation mode, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -117,33 +107,34 @@ def load(path: str | Path) -> VisionTransformer:
 def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False, ema: bool | None = None) -> None:
     """Load weights into a model: safetensors, or a `.pth` or `.ckpt` file of `torch.save`. Nothing is executed.
 
-    Prefixes of names, such as `module.`, `_orig_mod.`, `model.` or `backbone.`, are taken off where all the names that
-    the model needs then fit. The names of formats that timm converts (DINOv2, CLIP, DeiT-3, ...) are converted, and
-    position and patch embeddings of another size resampled, as timm does. A warning says what was done.
+    A prefix of all names, such as `module.`, `_orig_mod.`, `model.` or `backbone.`, is removed if the names then fit
+    the model. The names of formats that timm converts (DINOv2, CLIP, DeiT-3, ...) are converted, and position and
+    patch embeddings of another size are resampled, as timm does. A warning says what was done.
 
-    Parameters of downsamplers and learned alphas may be missing: they start anew. Retention weights in the file are
-    left out where the model has none.
+    The file may lack parameters of downsamplers and learned alphas; the model then keeps its initial ones. Retention
+    weights in the file are ignored if the model has none.
 
     Args:
-        model: that timm has made, patched or not.
-        path: of the file.
-        other_classes: leave out a classifier for another number of classes. The model's own, if any, starts anew.
-        ema: whether to take the moving average of the weights or the raw ones, where the file has both
+        model: a model of timm, patched or plain.
+        path: the file.
+        other_classes: ignore a classifier for another number of classes. The model keeps its own classifier.
+        ema: True loads the moving average of the weights, and False the raw weights, from a file that has both
             (`state_dict_ema` and `state_dict`, `model_ema` and `model`, `ema.` and `model.` in this project's `.ckpt`).
-            None takes the moving average, as timm does. A warning says what was taken.
+            None loads the moving average, as timm does. A warning says which one was loaded.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or is of another model; the message names the file and a key, and says why.
+        ValueError: if the file cannot be read or has weights of another model; the message names the file and a key,
+            and says why.
     """
     path = Path(path)
     files.check_local(path)
-    if inner := wrapped_name(model):
+    if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: load the weights into its `{inner}`")
     held = weight_files.read(path)
-    own = model.state_dict()
+    own, classifiers = model.state_dict(), _classifiers(model)
     may_miss = {key for key in own if ".downsampler." in key or key.endswith("attn.alpha")}
-    may_miss |= {key for key in own if other_classes and key in _CLASSIFIERS}
+    may_miss |= {key for key in own if other_classes and key in classifiers}
     fitting, nearest = weight_files.find(held, model, [key for key in own if key not in may_miss])
     if nearest is None:
         raise ValueError(f"cannot read weights {path}: it holds no tensors with names")
@@ -153,7 +144,7 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
         state = {
             key: value
             for key, value in state.items()
-            if key not in _CLASSIFIERS or (key in own and value.shape == own[key].shape)
+            if key not in classifiers or (key in own and value.shape == own[key].shape)
         }
     _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss, advise=True)
     try:
@@ -165,20 +156,25 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
         warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
 
 
-def _architecture(model: VisionTransformer) -> str:
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+def _classifiers(model: nn.Module) -> frozenset[str]:
+    return (hosts.find(model) or hosts.Adapter).CLASSIFIERS
+
+
+def _architecture(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture", "")
     if not timm.is_model(name):
         raise ValueError(f"a {type(model).__name__} that timm.create_model has not made cannot be saved")
-    tag = model.pretrained_cfg.get("tag")
+    tag = config.get("tag")
     return f"{name}.{tag}" if tag and timm.is_model_pretrained(f"{name}.{tag}") else name
 
 
 def _check_description(description: Any) -> None:
-    """A file may say which model to build, and no more: timm would open any other file that an argument names."""
+    """Check that a file only says which model to build. Some arguments of timm would make it open another file."""
     keys = {"version", "model", "model_options", "setting", "dtype"}
     if not isinstance(description, dict) or set(description) != keys:
         raise ValueError(f"expected {', '.join(sorted(keys))} in its metadata")
-    unknown = set(description["model_options"]) - set(_OPTIONS)
+    unknown = set(description["model_options"]).difference(*(adapter.OPTIONS for adapter in hosts.ADAPTERS))
     unknown |= set(description["setting"] or ()) - set(Setting.__dataclass_fields__)
     if unknown or not timm.is_model(str(description["model"]).split(".")[0]) or ":" in description["model"]:
         raise ValueError(f"unknown model {description['model']!r} or options {', '.join(sorted(unknown))}")
@@ -186,17 +182,16 @@ def _check_description(description: Any) -> None:
         raise ValueError(f"unknown dtype {description['dtype']!r}")
 
 
-def _structure(model: VisionTransformer) -> list[str]:
-    """What decides the logits beside the weights, as text; dropout does not."""
-    names = ("num_prefix_tokens", "pool_include_prefix", "no_embed_class", "has_class_token")
+def _structure(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """All that determines the logits besides the weights, as text; dropout does not."""
     attributes = [f"{name} = {getattr(model, name, None)}" for name in names]
     return attributes + [line.strip() for line in str(model).splitlines() if "drop" not in line.split(":")[0]]
 
 
-def _setting(model: VisionTransformer) -> dict[str, Any] | None:
-    if not is_patched(model):
+def _setting(adapter: hosts.Adapter) -> dict[str, Any] | None:
+    setting = adapter.setting
+    if setting is None:
         return None
-    setting = model.blocks.setting
     if setting.downsampler not in METHODS:
         raise ValueError(
             f"downsampler {setting.downsampler} is none of {', '.join(METHODS)}: it cannot be saved by name before "
@@ -206,12 +201,12 @@ def _setting(model: VisionTransformer) -> dict[str, Any] | None:
     return vars(setting) | {"keep": keep}
 
 
-def _build(description: dict[str, Any], empty: bool) -> VisionTransformer:
-    """The model that a description is of; `empty`, without memory for its weights."""
+def _build(description: dict[str, Any], empty: bool) -> nn.Module:
+    """Build the described model; `empty` allocates no memory for its weights."""
     with torch.device("meta" if empty else "cpu"):
         model = timm.create_model(description["model"], pretrained=False, **description["model_options"])
         setting = dict(description["setting"] or {"downsampler": "none"})
-        return patch(model, **setting.pop("options", {}), **setting)  # whose options reach the downsampler alone
+        return patch(model, **setting.pop("options", {}), **setting)  # all options go to the downsampler
 
 
 def _check_same_modules(model: nn.Module, rebuilt: nn.Module, complaint: str) -> None:
@@ -240,14 +235,14 @@ def _check_same_weights(
     if wrong or missing or unexpected:
         key = (wrong + missing + unexpected)[0]
         shapes = f", {tuple(state[key].shape)} in place of {tuple(own[key].shape)}" if wrong else ""
-        advice = _way_out(missing, unexpected, wrong) if advise else ""
+        advice = _way_out(model, missing, unexpected, wrong) if advise else ""
         raise ValueError(
             f"{complaint}: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape, "
             f"for instance {key!r}{shapes}{advice}"
         )
 
 
-# How keys that do not fit tell what is the matter: pattern, where (in the file or in the model only), and what to do.
+# What keys that do not fit tell: a pattern of keys, whether only the file or only the model has them, and the advice.
 _WAYS_OUT = (
     ("dist_token|head_dist", "file", "they are of a distilled model: create that, deit_..._distilled_..."),
     ("dist_token|head_dist", "model", "the model is a distilled one, the weights are not: create the plain model"),
@@ -259,10 +254,10 @@ _WAYS_OUT = (
 )  # fmt: skip
 
 
-def _way_out(missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+def _way_out(model: nn.Module, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
     for pattern, where, advice in _WAYS_OUT:
         keys = unexpected if where == "file" else missing
         if found := next((key for key in keys if re.search(pattern, key)), None):
             return f" ({found!r}: {advice})"
-    is_classifier = _CLASSIFIERS.issuperset([*missing, *unexpected, *wrong])
+    is_classifier = _classifiers(model).issuperset([*missing, *unexpected, *wrong])
     return " (other_classes=True leaves the classifier out)" if is_classifier else ""

@@ -1,25 +1,25 @@
-"""Section 3.3 as an experiment: attention is a low-pass filter, so tokens are redundant after it."""
+"""Measure how redundant tokens are: attention is a low-pass filter (Marin et al. 2021, section 3.3)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tokenpool.vit import is_patched
+from tokenpool import hosts
 
 
 class Signals(NamedTuple):
-    """What goes into one block's attention and what comes out of it; patch tokens only.
+    """Input and output of one block's attention; patch tokens only.
 
     Attributes:
         queries: (B, H, N, d).
         keys: (B, H, N, d).
-        values: (B, N, D), the signal that attention filters, all heads side by side.
-        filtered: (B, N, D), the same after filtering (all tokens attend, also the class token).
+        values: (B, N, D), the signal that attention filters, heads concatenated.
+        filtered: (B, N, D), the filtered signal; all tokens take part in the attention, also the class token.
         before: (B, N, D), the block's tokens before attention.
-        after: (B, N, D), the same with attention's output added: what a downsampler gets.
+        after: (B, N, D), these tokens plus the output of attention: the input of a downsampler.
     """
 
     queries: Tensor
@@ -31,14 +31,14 @@ class Signals(NamedTuple):
 
 
 def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
-    """Equation (6): (..., N, d), (..., N, d), (..., N, D) -> (..., N, D)."""
+    """Compute equation (6): (..., N, d), (..., N, d), (..., N, D) -> (..., N, D)."""
     return (alpha * queries @ keys.mT).softmax(-1) @ values
 
 
 def gaussian_filter(queries: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
-    """Equation (7): the values at the keys, filtered by a Gaussian of variance 1 / alpha, sampled at the queries.
+    """Compute equation (7): the values at the keys, filtered by a Gaussian of variance 1 / alpha, at the queries.
 
-    Shapes as for `softmax_attention`. The two are equal where queries and keys all have the same length.
+    The shapes are those of `softmax_attention`. Both functions are equal if all queries and keys have the same length.
     """
     distance = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")  # (..., N, N)
     kernel = (-alpha / 2 * distance.square()).exp()
@@ -46,13 +46,13 @@ def gaussian_filter(queries: Tensor, keys: Tensor, values: Tensor, alpha: float)
 
 
 def leading_energy(tokens: Tensor, share: float = 0.1) -> Tensor:
-    """Share of the tokens' variance that their leading singular vectors hold: (B, N, D) -> (B,), in 0..1.
+    """Compute the share of the tokens' variance in their leading singular vectors: (B, N, D) -> (B,), in 0..1.
 
-    The tokens are centred first. The higher, the more redundant.
+    The tokens are centred first. A higher share means more redundant tokens.
 
     Args:
         tokens: (B, N, D).
-        share: of the min(N, D) singular vectors that lead; rounded up.
+        share: which share of the min(N, D) singular vectors counts as leading; the number is rounded up.
     """
     tokens = tokens.double() - tokens.double().mean(1, keepdim=True)
     gram = tokens @ tokens.mT if tokens.shape[1] < tokens.shape[2] else tokens.mT @ tokens
@@ -62,9 +62,9 @@ def leading_energy(tokens: Tensor, share: float = 0.1) -> Tensor:
 
 
 def neighbour_distance(tokens: Tensor) -> Tensor:
-    """Distance of a token to its nearest neighbour, as a share of that to any other: (B, N, D) -> (B,), in 0..1.
+    """Compute the distance to the nearest token, as a share of the distance to any token: (B, N, D) -> (B,), in 0..1.
 
-    Means over tokens. The lower, the more redundant.
+    Both distances are means over tokens. A lower share means more redundant tokens.
     """
     distance = torch.cdist(tokens.float(), tokens.float())  # (B, N, N)
     n = tokens.shape[1]
@@ -74,41 +74,30 @@ def neighbour_distance(tokens: Tensor) -> Tensor:
 
 
 def mean_energy(tokens: Tensor) -> Tensor:
-    """Share of the tokens' energy that their mean holds, the lowest of frequencies: (B, N, D) -> (B,), in 0..1."""
+    """Compute the share of the tokens' energy in their mean, the lowest frequency: (B, N, D) -> (B,), in 0..1."""
     return tokens.float().mean(1).square().sum(-1) / tokens.float().square().sum(-1).mean(1)
 
 
 @torch.no_grad()
-def signals(model: VisionTransformer, images: Tensor) -> list[Signals]:
+def signals(model: nn.Module, images: Tensor) -> list[Signals]:
     """Run a plain model on images (B, C, H, W), and return each block's signals.
 
     Raises:
-        ValueError: if the model is patched: its tokens become fewer on the way.
+        TypeError: if the model belongs to no supported family.
+        ValueError: if the model is patched: its tokens become fewer from block to block.
     """
-    if is_patched(model):
+    adapter = hosts.of(model)
+    if adapter.is_patched:
         raise ValueError("redundancy is measured in a plain model; call tokenpool.unpatch first")
-    seen: list[dict[str, Tensor]] = [{} for _ in model.blocks]
-    prefix = model.num_prefix_tokens
+    prefix = adapter.prefix
+    seen: list[dict[str, Tensor]] = [{} for _ in adapter.blocks]
 
-    def keep_input(into: dict[str, Tensor], name: str) -> Callable[..., None]:
-        return lambda module, inputs: into.update({name: inputs[0][:, prefix:]})
+    def record_in(found: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+        return lambda name, signal: found.update({name: signal[..., prefix:, :]})
 
-    def keep_heads(into: dict[str, Tensor], heads: int) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            batch, n, _ = output.shape
-            q, k, v = output.reshape(batch, n, 3, heads, -1)[:, prefix:].permute(2, 0, 3, 1, 4)  # (B, H, N, d)
-            into.update(queries=q, keys=k, values=v.transpose(1, 2).flatten(2))
-
-        return hook
-
-    handles = []
-    for block, into in zip(model.blocks, seen, strict=True):
-        handles += [
-            block.register_forward_pre_hook(keep_input(into, "before")),
-            block.attn.qkv.register_forward_hook(keep_heads(into, block.attn.num_heads)),
-            block.attn.proj.register_forward_pre_hook(keep_input(into, "filtered")),
-            block.norm2.register_forward_pre_hook(keep_input(into, "after")),
-        ]
+    handles: list[RemovableHandle] = []
+    for block, found in zip(adapter.blocks, seen, strict=True):
+        handles += adapter.watch_attention(block, record_in(found))
     try:
         model(images)
     finally:

@@ -1,6 +1,5 @@
-"""Files of weights by others: what they hold, and which of it fits a model. Nothing of a file is executed."""
+"""Read files of weights, and find the weights in them that fit a model. Nothing in a file is executed."""
 
-import math
 import pickle
 import re
 import zipfile
@@ -11,12 +10,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+
+from tokenpool import hosts
 
 
 class StandIn:
-    """Stands for an object in a file that is no tensor and is not needed: it takes all that the object is made of."""
+    """Replaces an object in a file that is no tensor and is not needed; it accepts any arguments and state."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
         return object.__new__(cls)
@@ -32,7 +32,7 @@ def _empty_dict(*args: Any) -> dict:
     return {}
 
 
-# What training scripts put beside tensors. `weights_only` refuses it; stand-ins are built in its place.
+# Objects that training scripts save beside tensors. `weights_only` refuses them, so that they become stand-ins.
 _BESIDE_TENSORS = """
 argparse.Namespace types.SimpleNamespace
 pathlib.Path pathlib.PurePath pathlib.PosixPath pathlib.PurePosixPath pathlib.WindowsPath pathlib.PureWindowsPath
@@ -44,15 +44,15 @@ datetime.datetime datetime.date datetime.time datetime.timedelta datetime.timezo
 builtins.list builtins.dict builtins.int builtins.float builtins.str builtins.frozenset builtins.slice
 torch.torch_version.TorchVersion torch._C.Generator
 """.split()
-_ALLOWED = [*((StandIn, name) for name in _BESIDE_TENSORS), (_empty_dict, "collections.defaultdict")]
+_ALLOWED: list[Any] = [*((StandIn, name) for name in _BESIDE_TENSORS), (_empty_dict, "collections.defaultdict")]
 
 
 def read(path: Path) -> Any:
-    """What a file of safetensors or of `torch.save` holds; in the place of other objects than tensors, stand-ins.
+    """Read a file of safetensors or of `torch.save`. Objects that are no tensors become stand-ins.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no file of weights, is damaged, or holds objects that are not known to be harmless.
+        ValueError: if the file holds no weights, is damaged, or holds objects that are not known to be harmless.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file of weights{_files_in(path)}")
@@ -78,7 +78,7 @@ def read(path: Path) -> Any:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether the file begins as safetensors do: eight bytes of length, then JSON."""
+    """Whether the file has the extension or the start of safetensors: eight bytes of length, then JSON."""
     with open(path, "rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
@@ -89,7 +89,7 @@ def _files_in(folder: Path) -> str:
 
 
 def _other_kind(path: Path) -> str | None:
-    """What the file is, where it is known to hold no weights that could be read."""
+    """The kind of a file that holds no readable weights, in words; None for any other file."""
     with open(path, "rb") as file:
         head = file.read(512)
     begins = head.lstrip().lower()
@@ -122,10 +122,10 @@ class Found(NamedTuple):
     """One set of weights in a file.
 
     Attributes:
-        place: names of the containers that it is in, and the prefix of its keys.
-        prefix: of its keys, which has been taken off.
-        weights: under the model's names.
-        notes: what was changed in them.
+        place: names of the dictionaries around the weights, and the prefix of their names.
+        prefix: prefix of their names in the file; it is removed.
+        weights: the weights, with the names of the model.
+        notes: what was changed in the weights, in words.
     """
 
     place: str
@@ -135,16 +135,16 @@ class Found(NamedTuple):
 
     @property
     def is_average(self) -> bool:
-        """Whether its place says that it is a moving average of weights."""
+        """Whether the weights are a moving average, as far as their place tells."""
         names = re.split(r"[._]", self.place.lower())
         return not _AVERAGES.isdisjoint(names)
 
 
 def find(held: Any, model: nn.Module, needed: Collection[str]) -> tuple[list[Found], Found | None]:
-    """The sets of weights that have all the names that a model needs, and the one that comes nearest.
+    """Find the sets of weights that have all names that a model needs, and the set that has most of them.
 
-    Names may have a prefix (`module.`, `_orig_mod.`, `model.`, `backbone.` and so on, also several), or be those of
-    the formats that timm converts. Position and patch embeddings are resampled, as timm does.
+    Names may have prefixes (`module.`, `_orig_mod.`, `model.`, `backbone.` and so on), or be in a format that timm
+    converts. Position and patch embeddings are resampled, as timm does.
     """
     fitting: dict[str, Found] = {}
     nearest, most = None, -1
@@ -159,10 +159,10 @@ def find(held: Any, model: nn.Module, needed: Collection[str]) -> tuple[list[Fou
 
 
 def choose(fitting: list[Found], ema: bool | None, path: Path) -> tuple[Found, list[str]]:
-    """One of several sets of weights, and what is to be said of the choice.
+    """Choose one of several sets of weights; return it with notes on the choice.
 
     Raises:
-        ValueError: if there is none of the wanted kind, or more than one.
+        ValueError: if there is no set of the wanted kind, or more than one.
     """
     averages, raw = ([one for one in fitting if one.is_average == kind] for kind in (True, False))
     if ema is not None and not (averages if ema else raw):
@@ -185,7 +185,7 @@ def choose(fitting: list[Found], ema: bool | None, path: Path) -> tuple[Found, l
 
 
 def _containers(held: Any, place: str = "") -> list[tuple[str, dict[str, Tensor]]]:
-    """The dictionaries with tensors in a file, by the names of the dictionaries around them."""
+    """All dictionaries with tensors in a file, each with the names of the dictionaries around it."""
     if not isinstance(held, Mapping):
         return []
     items = [(key, value) for key, value in held.items() if isinstance(key, str)]
@@ -195,7 +195,7 @@ def _containers(held: Any, place: str = "") -> list[tuple[str, dict[str, Tensor]
 
 
 def _by_prefix(place: str, tensors: dict[str, Tensor], model: nn.Module, needed: Collection[str]) -> list[Found]:
-    """The sets of weights in one dictionary, by the prefixes of their names, or after timm has converted them all."""
+    """The sets of weights in one dictionary, one for each prefix; if none fits, also after timm converted the names."""
     found = []
     for prefix, state in _parts(tensors, needed).items():
         weights, notes = _fitted(state, model)
@@ -208,8 +208,9 @@ def _by_prefix(place: str, tensors: dict[str, Tensor], model: nn.Module, needed:
 
 
 def _parts(tensors: dict[str, Tensor], needed: Collection[str]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by prefix, where at least half of the needed names follow it. What has another such prefix is no part."""
-    needed, hits = set(needed), Counter()
+    """Tensors by prefix, for prefixes that at least half of the needed names follow. The longest prefix counts."""
+    needed = set(needed)
+    hits: Counter[str] = Counter()
     for key in tensors:
         starts = [0, *(dot.end() for dot in re.finditer(r"\.", key))]
         hits.update(key[:start] for start in starts if key[start:] in needed)
@@ -222,33 +223,7 @@ def _parts(tensors: dict[str, Tensor], needed: Collection[str]) -> dict[str, dic
     return parts
 
 
-def _interpolation(model: VisionTransformer) -> dict[str, Any]:
-    """How timm resamples for this model: FlexiViT is the exception."""
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or ""
-    return {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
-
-
 def _fitted(state: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights with timm's names and in the model's sizes, by timm's own function, and what that changed."""
-    if not isinstance(model, VisionTransformer):
-        return state, []
-    try:
-        weights = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True, **_interpolation(model))
-    except Exception:  # it has no checks of its own: what does not fit is then seen by name and shape
-        return state, []
-    before, own = state.get("pos_embed"), model.pos_embed
-    if before is not None and own is not None and before.shape == own.shape:
-        weights["pos_embed"] = before  # timm would take a grid of another shape for the one it was pretrained with
-    notes = [] if set(weights) == set(state) else ["converted the names as timm does"]
-    height, width = model.patch_embed.grid_size
-    if (
-        weights.get("pos_embed") is before is not None
-        and height != width
-        and math.isqrt(height * width) ** 2 == height * width
-    ):
-        notes.append(f"took pos_embed for one of {height} x {width} patches, as the model's")
-    for key in ("pos_embed", "patch_embed.proj.weight"):
-        if key in state and key in weights and state[key].shape != weights[key].shape:
-            shapes = (tuple(one[key].shape) for one in (state, weights))
-            notes.append("resampled {} from {} to {}".format(key, *shapes))
-    return weights, notes
+    """Weights with the names and sizes of the model, and notes on what was changed."""
+    adapter = hosts.find(model)
+    return (state, []) if adapter is None else adapter.convert(state)

@@ -26,15 +26,15 @@ class Downsampled(NamedTuple):
 
 
 class Host(NamedTuple):
-    """The properties of a model that a downsampler may need when it is built into the model.
+    """What a downsampler may know of the model that it is built into.
 
     Attributes:
         depth: number of blocks.
-        width: D, the width of the tokens.
+        width: D of the tokens.
         grid: rows and columns of patches.
-        reads_patches: whether the head reads patch tokens, so that at least one must remain.
+        reads_patches: whether the model's head needs at least one patch token.
         is_dynamic: whether the grid may differ from image to image.
-        unpools: whether merged tokens are put back to their patches before the head.
+        unpools: whether each patch gets the value of its merged token back, for the model's head.
     """
 
     depth: int
@@ -43,14 +43,6 @@ class Host(NamedTuple):
     reads_patches: bool
     is_dynamic: bool = False
     unpools: bool = False
-
-    @classmethod
-    def of(cls, model: Any, dense: bool = False) -> "Host":
-        """The properties of a timm VisionTransformer, patched or plain. For `dense` see `tokenpool.patch`."""
-        unpools = dense or model.global_pool not in ("token", "")
-        reads_patches = unpools or not model.num_prefix_tokens
-        grid = model.patch_embed.grid_size
-        return cls(len(model.blocks), model.embed_dim, grid, reads_patches, model.dynamic_img_size, unpools)
 
 
 class Downsampler(nn.Module):

@@ -1,0 +1,81 @@
+"""How the library is laid out: no import circle, no long file, no file without a subject."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MOST_LINES = 400
+LONG = {
+    "tokenpool/clustering.py": "to be split into a package",
+    "tokenpool/downsampling.py": "to be split into a package",
+    "tokenpool/images.py": "to be split into a package",
+    "tokenpool/kernels.py": "to be split into a package",
+}
+NAMELESS = {"utils", "util", "common", "misc", "helpers", "shared"}
+
+
+def files(package: str, root: Path = ROOT) -> dict[str, Path]:
+    """The modules of a package, by name."""
+    paths = {path.relative_to(root).with_suffix(""): path for path in (root / package).rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def imported(tree: ast.AST, modules: set[str]) -> Iterator[str]:
+    """Modules that a module imports anywhere in its code, also within functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield from {full if full in modules else node.module} & modules
+
+
+def graph(package: str, root: Path = ROOT) -> dict[str, set[str]]:
+    """For each module the modules that it imports."""
+    found = files(package, root)
+    return {name: set(imported(ast.parse(path.read_text()), set(found))) for name, path in found.items()}
+
+
+def circle(package: str, root: Path = ROOT) -> list[str]:
+    """The modules of an import circle, an empty list if there is none."""
+    try:
+        TopologicalSorter(graph(package, root)).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_import_circle() -> None:
+    assert not circle("tokenpool")
+
+
+def test_a_circle_within_functions_is_found(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from package.a import x\n")
+    (package / "a.py").write_text("from package import b\nx = 1\n")
+    (package / "b.py").write_text("import math\n")
+    assert graph("package", tmp_path) == {"package": {"package.a"}, "package.a": {"package.b"}, "package.b": set()}
+    assert not circle("package", tmp_path)
+    (package / "b.py").write_text("def f():\n    from package.a import x\n    return x\n")
+    assert set(circle("package", tmp_path)) == {"package.a", "package.b"}
+
+
+def test_files_are_short_and_have_a_subject() -> None:
+    for path in files("tokenpool").values():
+        name = path.relative_to(ROOT).as_posix()
+        assert path.stem not in NAMELESS, name
+        assert len(path.read_text().splitlines()) <= MOST_LINES or name in LONG, name
+
+
+def test_only_adapters_name_the_parts_of_a_model() -> None:
+    """Other families of models name their blocks and embeddings otherwise."""
+    parts = {"patch_embed", "num_prefix_tokens", "embed_dim", "cls_token", "pos_embed", "global_pool"}
+    for module in ("patching", "blocks", "flops", "budget", "tracing", "checkpoint", "weight_files"):
+        tree = ast.parse((ROOT / "tokenpool" / f"{module}.py").read_text())
+        named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not named & parts, module

@@ -1,0 +1,22 @@
+"""Why a model cannot be pooled, as far as the names of its modules and parameters tell."""
+
+import re
+
+from torch import nn
+
+_OBSTACLES = (
+    ("featuregetter", "features_only hands out the whole grid of patches after each block"),
+    ("window|swin", "its attention runs in windows, which need the whole grid of patches"),
+    ("stages|downsample|pool_block", "it is hierarchical: its stages need the whole grid of patches"),
+    ("rope|rotary", "its rotary positions tie each token to one place of the grid, and a merged token has several"),
+    ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
+    ("parallel", "its attention and MLP run side by side, so that there is no place between them"),
+)
+
+
+def obstacle(model: nn.Module) -> str:
+    """Return the reason why a model, or one of its blocks, cannot be pooled."""
+    classes = (type(module).__name__ for module in model.modules())
+    names = " ".join([*classes, *(name for name, _ in model.named_modules()), *model.state_dict()]).lower()
+    reasons = (reason for pattern, reason in _OBSTACLES if re.search(pattern, names))
+    return next(reasons, "its blocks are not timm's Block of normalisation, timm's Attention, normalisation and MLP")

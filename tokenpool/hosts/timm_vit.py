@@ -1,0 +1,217 @@
+"""timm's VisionTransformer of standard blocks: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP and others."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenpool.adoption import check_exchangeable, reference
+from tokenpool.attention import Attended, ScoredAttention
+from tokenpool.blocks import PooledBlock, PooledBlocks, Setting
+from tokenpool.downsampling import Downsampler
+from tokenpool.hosts.adapter import Adapter, Layers
+from tokenpool.hosts.obstacles import obstacle
+
+
+class PooledTimmBlock(PooledBlock):
+    """timm's `Block` with a downsampler between attention and MLP.
+
+    Args:
+        host: timm's block.
+        downsampler: see `PooledBlock`.
+        prefix: see `PooledBlock`.
+        setting: how the model is patched.
+    """
+
+    norm1: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(self, host: Any, downsampler: Downsampler | None, prefix: int, setting: Setting) -> None:
+        super().__init__(host, downsampler, prefix, setting.carry)
+        self.attn = ScoredAttention(host.attn, setting.qk_norm, setting.alpha, setting.learn_alpha)
+
+    def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
+        output, scores, keys = self.attn(self.norm1(tokens), sizes, with_scores, with_keys)
+        return Attended(self.drop_path1(self.ls1(output)), scores, keys)
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+
+    def give_back(self) -> nn.Module:
+        """Return timm's block, with the submodules that are in this block now."""
+        host = super().give_back()
+        host.attn = self.attn.give_back()
+        return host
+
+
+class TimmViT(Adapter):
+    """Adapter of `timm.models.vision_transformer.VisionTransformer` and its subclasses, if all blocks are `Block`."""
+
+    FAMILY = "timm's VisionTransformer models of standard blocks (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, ...)"
+    PARTS = (
+        (r"patch_embed", "patch_embedding"),
+        (r"blocks\.\d+\.attn\.(qkv|gate)", "qkv_projections"),
+        (r"blocks\.\d+\.attn\.proj", "o_projection"),
+        (r"blocks\.\d+\.attn$", "softmax_attention"),
+        (r"blocks\.\d+\.mlp", "mlp"),
+        (r"blocks\.\d+\.downsampler\.convolution", "convolution"),
+        (r"blocks\.\d+\.downsampler", "clustering"),
+        (r"head|attn_pool|fc_norm", "head"),
+    )
+    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "img_size": lambda model: list(model.patch_embed.img_size),
+        "patch_size": lambda model: list(model.patch_embed.patch_size),
+        "in_chans": lambda model: model.in_chans,
+        "num_classes": lambda model: model.num_classes,
+        "global_pool": lambda model: model.global_pool,
+        "embed_dim": lambda model: model.embed_dim,
+        "depth": lambda model: len(model.blocks),
+        "num_heads": lambda model: model.blocks[0].attn.num_heads,
+        "dynamic_img_size": lambda model: model.dynamic_img_size,
+        "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
+        "class_token": lambda model: model.cls_token is not None,
+        "reg_tokens": lambda model: model.num_reg_tokens,
+        "pool_include_prefix": lambda model: model.pool_include_prefix,
+    }
+    IDENTITY = ("num_prefix_tokens", "pool_include_prefix", "no_embed_class", "has_class_token")
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        return isinstance(model, VisionTransformer)
+
+    @property
+    def blocks(self) -> Any:
+        return self.model.blocks
+
+    @property
+    def width(self) -> int:
+        return self.model.embed_dim
+
+    @property
+    def prefix(self) -> int:
+        return self.model.num_prefix_tokens
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.model.in_chans, *self.model.patch_embed.img_size
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.model.dynamic_img_size
+
+    @property
+    def head_reads_patches(self) -> bool:
+        return self.model.global_pool not in ("token", "")
+
+    def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        patch_embed = self.model.patch_embed
+        rows, columns = patch_embed.dynamic_feat_size(image_size) if image_size else patch_embed.grid_size
+        return rows, columns
+
+    def check(self) -> None:
+        blocks = self.blocks
+        if not self.is_patched and type(blocks) is not nn.Sequential:
+            raise TypeError(
+                f"model.blocks is a {type(blocks).__name__}, which cannot be pooled: it is not timm's nn.Sequential; "
+                f"supported are {self.FAMILY}"
+            )
+        check_exchangeable(blocks, "model.blocks")
+        for index, block in enumerate(blocks):
+            name = f"blocks[{index}]"
+            if self.is_patched:
+                _check_pooled(block, name)
+            else:
+                self._check_plain(block, index)
+            check_exchangeable(block, name)
+            check_exchangeable(block.attn, f"{name}.attn", own=("alpha",) if self.is_patched else ())
+
+    def _check_plain(self, block: nn.Module, index: int) -> None:
+        if type(block) is Block and type(block.attn) is Attention:
+            return
+        kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
+        raise TypeError(
+            f"block {index} is a {kind}, which cannot be pooled: {obstacle(block)}; supported are {self.FAMILY}"
+        )
+
+    def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
+        like = reference(self.blocks)
+        layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
+        blocks = [
+            PooledTimmBlock(block, layer, self.prefix, setting)
+            for block, layer in zip(self.blocks, layers, strict=True)
+        ]
+        unpools = self.host(setting.dense).unpools and any(layer is not None and layer.merges for layer in layers)
+        self.model.blocks = PooledBlocks(blocks, setting, self.blocks, self.prefix, unpools)
+
+    def unpool(self) -> None:
+        self.model.blocks = self.blocks.give_back()
+
+    def layers(self, block: Any) -> Layers:
+        attention = block.attn
+        inner = attention.num_heads * attention.head_dim
+        before = [(attention.qkv, self.width), (attention.proj, inner)]
+        if getattr(attention, "gate", None) is not None:
+            before.append((attention.gate, self.width))
+        return Layers(before, [(block.mlp, self.width)], attention.num_heads, attention.head_dim)
+
+    def watch_attention(self, block: Any, record: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
+        def record_input(name: str) -> Callable[..., None]:
+            return lambda module, inputs: record(name, inputs[0])
+
+        def record_heads(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            batch, n, _ = output.shape
+            q, k, v = output.reshape(batch, n, 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d)
+            record("queries", q)
+            record("keys", k)
+            record("values", v.transpose(1, 2).flatten(2))  # (B, N, D)
+
+        return [
+            block.register_forward_pre_hook(record_input("before")),
+            block.attn.qkv.register_forward_hook(record_heads),
+            block.attn.proj.register_forward_pre_hook(record_input("filtered")),
+            block.norm2.register_forward_pre_hook(record_input("after")),
+        ]
+
+    def convert(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Convert weights by timm's own function: names of other formats, and position and patch embeddings' sizes."""
+        try:
+            converted = checkpoint_filter_fn(dict(weights), self.model, adapt_layer_scale=True, **self._interpolation())
+        except Exception:  # timm's function checks nothing; the caller then finds by name and shape what does not fit
+            return weights, []
+        before, own = weights.get("pos_embed"), self.model.pos_embed
+        if before is not None and own is not None and before.shape == own.shape:
+            converted["pos_embed"] = before  # timm would resample it, as if its grid were square
+        notes = [] if set(converted) == set(weights) else ["converted the names as timm does"]
+        height, width = self.grid()
+        is_square = math.isqrt(height * width) ** 2 == height * width
+        if converted.get("pos_embed") is before is not None and height != width and is_square:
+            notes.append(f"took pos_embed for one of {height} x {width} patches, as the model's")
+        for key in ("pos_embed", "patch_embed.proj.weight"):
+            if key in weights and key in converted and weights[key].shape != converted[key].shape:
+                shapes = tuple(weights[key].shape), tuple(converted[key].shape)
+                notes.append("resampled {} from {} to {}".format(key, *shapes))
+        return converted, notes
+
+    def _interpolation(self) -> dict[str, Any]:
+        """How timm resamples for this model; FlexiViT is the exception."""
+        name = (getattr(self.model, "pretrained_cfg", None) or {}).get("architecture") or ""
+        return {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
+
+
+def _check_pooled(block: nn.Module, name: str) -> None:
+    attention = getattr(block, "attn", None)
+    for module, kind, where in ((block, PooledTimmBlock, name), (attention, ScoredAttention, f"{name}.attn")):
+        if type(module) is not kind:
+            raise TypeError(
+                f"{where} is a {type(module).__name__} in place of the {kind.__name__} that patch has put there, and "
+                "would be lost: put that back first"
+            )
