@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import tokenpool
-from tokenpool import kernels
-from tokenpool.downsampling import METHODS
+from tokenpool import gpu
+from tokenpool.downsampling import METHODS, with_schedule
 
-TOKEN_METHODS = [name for name in METHODS if name not in ("none", "convolution")]
+TOKEN_METHODS = with_schedule()
 KEEP = [30, 17, 5, 2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -189,7 +189,7 @@ def test_kernels_give_the_same(small, photos, carry: bool, qk_norm: str | None) 
     tokenpool.patch(small, "wkmedoids", [30, 17, 5, 2], carry=carry, qk_norm=qk_norm)
     with torch.no_grad():
         expected = small(photos)
-        with kernels.using("triton"):
+        with gpu.using("triton"):
             torch.testing.assert_close(small(photos), expected, rtol=0, atol=1e-4)
 
 
@@ -201,7 +201,7 @@ def test_kernels_give_the_same_gradients(small, photos) -> None:
     found = []
     for choice in ("plain", "triton"):
         small.zero_grad()
-        with kernels.using(choice):
+        with gpu.using(choice):
             small(photos[:2]).square().sum().backward()
         found.append({name: parameter.grad.clone() for name, parameter in small.named_parameters()})
     for name, gradient in found[0].items():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import tokenpool
 from tokenpool import flops, hosts
-from tokenpool.downsampling import METHODS as ALL_METHODS
+from tokenpool.downsampling import with_schedule
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 # One of each kind of head, prefix, normalisation and patch size.
@@ -45,7 +45,7 @@ HEADS = [  # one model for each kind of head
     "vit_giant_patch14_reg4_dinov2",
 ]
 ALL_FAMILIES = pytest.mark.parametrize("family", FAMILIES)
-METHODS = [name for name in ALL_METHODS if name not in ("none", "convolution")]
+METHODS = with_schedule()
 
 
 def create(family: str) -> VisionTransformer:
