@@ -20,8 +20,8 @@ from tqdm import tqdm
 from experiments import presets
 from tokenpool import files
 from tokenpool.downsampling import METHODS
-from tokenpool.images import HUB, is_downloaded
-from tokenpool.interruption import Interrupted
+from tokenpool.training.images import HUB, is_downloaded
+from tokenpool.training.interruption import Interrupted
 
 _FOLDER_OR_HUB = (
     "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
@@ -743,7 +743,7 @@ def check_data(
 def _execute(run: Any, folder: Path) -> None:
     """Execute a run that is not finished, and say what came out."""
     from experiments import protocol, runner
-    from tokenpool import results
+    from tokenpool.analysis import results
 
     path = protocol.result_path(run, folder)
     with runner.exclusive(folder):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from experiments import measurements, protocol
 from experiments.studies import CLUSTERINGS, SELECTIONS, Study, needs
-from tokenpool import plotting, results, tracing
+from tokenpool import tracing
+from tokenpool.analysis import plotting, results
+from tokenpool.analysis.plotting import STYLES
 from tokenpool.downsampling import Downsampled, KMeans, PowerBert
-from tokenpool.plotting import STYLES
 
 _SIGNALS = {
     "values": {"label": "values, before filtering", "color": "#E69F00", "marker": "^", "linestyle": "--"},

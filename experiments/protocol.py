@@ -45,13 +45,15 @@ from experiments.run import (  # noqa: F401 - the names of a run are also found 
     result_path,
     weights_path,
 )
-from tokenpool import bits, files, fingerprint, flops, results, soft_selection
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule
-from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
-from tokenpool.labels import outputs_of
-from tokenpool.module import ClassificationModule
-from tokenpool.stored import StoredImageDataModule
+from tokenpool import files, flops
+from tokenpool.analysis import bits, results
 from tokenpool.tracing import ReconstructionErrorCallback
+from tokenpool.training import fingerprint, soft_selection
+from tokenpool.training.data import DigitsDataModule, ImageFolderDataModule
+from tokenpool.training.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
+from tokenpool.training.labels import outputs_of
+from tokenpool.training.module import ClassificationModule
+from tokenpool.training.stored import StoredImageDataModule
 
 AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
@@ -192,7 +194,7 @@ def _train_and_test(
 def _accuracy(metrics: dict[str, float], correct: Tensor, prefix: str = "test_") -> dict[str, Any]:
     """Accuracies in percent, with the standard error that comes of the finite number of images.
 
-    `correct` says which images were right, see `tokenpool.bits`; it is what pairs runs by image.
+    `correct` says which images were right, see `tokenpool.analysis.bits`; it is what pairs runs by image.
     """
     images = len(correct)
     top1, loss = correct.sum().item() / images, metrics[f"{prefix}loss"]

@@ -15,9 +15,10 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import tokenpool
-from tokenpool import fingerprint, results
-from tokenpool.data import DigitsDataModule
-from tokenpool.images import check_no_url, open_images
+from tokenpool.analysis import results
+from tokenpool.training import fingerprint
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.images import check_no_url, open_images
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 NAMED = {  # data, and what messages call them
@@ -62,11 +63,11 @@ class Run:
         trainer_options: of Lightning's Trainer.
         split: of the data into train and test.
         augmentation: of images in training: "deit", DeiT's, or "light", flips and shifts of images that are decoded and
-            resized once (`tokenpool.stored`).
+            resized once (`tokenpool.training.stored`).
         train_per_class: train on the first so many images of each class; 0 for all.
         test_per_class: the same for evaluation.
-        allow_empty_classes: see `tokenpool.images.open_images`.
-        allow_truncated: see `tokenpool.images.load_image`.
+        allow_empty_classes: see `tokenpool.training.images.open_images`.
+        allow_truncated: see `tokenpool.training.images.load_image`.
         part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
         (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
@@ -338,7 +339,7 @@ def empty_model(run: Run) -> nn.Module:
 
 
 def image_source(run: Run) -> str:
-    """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
+    """Where the run's images are: a folder, or what `tokenpool.training.images.open_images` takes.
 
     Raises:
         ValueError: if nothing names them, or a URL does.

@@ -17,7 +17,8 @@ from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
 from experiments.runner import Runner
 from experiments.slurm import checks
-from tokenpool import results, schedules
+from tokenpool import schedules
+from tokenpool.analysis import results
 
 CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
 SELECTIONS = ("random", "importance", "power_bert")

@@ -9,7 +9,7 @@ import pandas as pd
 from experiments import off_the_shelf, published
 from experiments.run import Run
 from experiments.studies import Study, needs
-from tokenpool import pareto, plotting, results
+from tokenpool.analysis import pareto, plotting, results
 
 NAMES = ("1", "2", "3", "4", "5", "off_the_shelf")
 _MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}

@@ -14,8 +14,8 @@ from torchvision.datasets import CIFAR10
 
 from experiments import protocol
 from experiments.slurm import checks, submit
-from tokenpool.images import first_of_each_class, is_downloaded, open_images
-from tokenpool.stored import StoredImageDataModule
+from tokenpool.training.images import first_of_each_class, is_downloaded, open_images
+from tokenpool.training.stored import StoredImageDataModule
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

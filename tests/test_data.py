@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 from timm.data.auto_augment import RandAugment
 
 import tokenpool
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
-from tokenpool.images import load_image, open_images
+from tokenpool.training.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
+from tokenpool.training.images import load_image, open_images
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from experiments import figures, presets, protocol, runner, studies, tables
 from experiments.presets import Preset
 from experiments.protocol import Run
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -251,7 +251,7 @@ def test_stored_images_resume_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="augmentation = 'dark' must be deit or light"):
         protocol.prepare_data([dataclasses.replace(run, augmentation="dark")])
     protocol.prepare_data([dataclasses.replace(run, epochs=0, stage="evaluate"), run])
-    monkeypatch.setattr("tokenpool.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
+    monkeypatch.setattr("tokenpool.training.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
     whole = protocol.execute(run, tmp_path / "whole")
     assert whole["metrics"]["images"] == 18 and len(whole["epochs"]) == 3
     with pytest.raises(RuntimeError, match="pulled the plug"):

@@ -16,8 +16,10 @@ from PIL import Image
 from experiments import presets, protocol
 from experiments.run import DATA, WEIGHTS, Run
 from experiments.studies import Study, needs
-from tokenpool import files, fingerprint, results
-from tokenpool.images import open_images
+from tokenpool import files
+from tokenpool.analysis import results
+from tokenpool.training import fingerprint
+from tokenpool.training.images import open_images
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 2}

@@ -12,7 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from experiments import presets, protocol
 from experiments.studies import Study, needs
 from tokenpool import schedules
-from tokenpool.module import ClassificationModule
+from tokenpool.training.module import ClassificationModule
 
 ROOT = Path(__file__).parents[1]
 PRESET = presets.get("imagenet")

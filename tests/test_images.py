@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import load_image, open_images
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import load_image, open_images
 
 datasets = pytest.importorskip("datasets")
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool import interruption, results
-from tokenpool.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
+from tokenpool.analysis import results
+from tokenpool.training import interruption
+from tokenpool.training.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax", "drop_path_rate": 0.2}
@@ -241,7 +242,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> No
     path = tmp_path / "state.ckpt"
     script = f"""
 import resource, signal, torch
-from tokenpool.interruption import WholeCheckpoints
+from tokenpool.training.interruption import WholeCheckpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 WholeCheckpoints().save_checkpoint({{"weights": torch.zeros(1000)}}, {str(path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))

@@ -16,10 +16,10 @@ import tokenpool
 from experiments import protocol
 from experiments.measurements import measure_agreement
 from experiments.slurm import checks
-from tokenpool import results
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import open_images
-from tokenpool.labels import outputs_of
+from tokenpool.analysis import results
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import open_images
+from tokenpool.training.labels import outputs_of
 
 WNIDS = ImageNetInfo().label_names()
 SOME = [WNIDS[index] for index in (3, 250, 251, 998)]

@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from experiments import loggers, protocol
 from experiments.protocol import Run
-from tokenpool import results
+from tokenpool.analysis import results
 
 TINY = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
 RUN = Run(

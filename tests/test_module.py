@@ -3,9 +3,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import tokenpool
-from tokenpool.data import DigitsDataModule
-from tokenpool.module import ClassificationModule
-from tokenpool.soft_selection import SoftSelection
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.module import ClassificationModule
+from tokenpool.training.soft_selection import SoftSelection
 
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax"}
 

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 import tokenpool
-from tokenpool.data import ImageFolderDataModule
+from tokenpool.training.data import ImageFolderDataModule
 
 LEVEL_3 = tokenpool.schedules.paper("deit_e252", 3)
 IMAGES = 200

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.data import ImageFolderDataModule
+from tokenpool.training.data import ImageFolderDataModule
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 

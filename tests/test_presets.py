@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 import tokenpool
 from experiments import figures, presets, protocol, tables
 from experiments.studies import CLUSTERINGS, SELECTIONS, Study, everything, needs, placements, status
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 SMALL = {"img_size": 32, "embed_dim": 24, "depth": 3, "num_heads": 2}
 

@@ -147,7 +147,7 @@ def test_the_table_of_cifar10_is_the_runs() -> None:
 
 
 def test_the_table_of_photographs_is_the_runs() -> None:
-    from tokenpool import results
+    from tokenpool.analysis import results
 
     rows = {
         "PoWER-BERT": "power_bert",

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, TensorDataset
 
-from tokenpool.data import DigitsDataModule
-from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
-from tokenpool.seeding import step_seed
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
+from tokenpool.training.seeding import step_seed
 
 
 def numbers(count: int) -> TensorDataset:

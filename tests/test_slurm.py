@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slurm

@@ -20,7 +20,7 @@ from experiments import presets, protocol, runner
 from experiments.__main__ import app
 from experiments.slurm import checks, queue, status, submit
 from experiments.studies import Study, everything, needs
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 FAKES = {

@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenpool import files, stored
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import open_images
-from tokenpool.stored import StoredImageDataModule, StoredImages
+from tokenpool import files
+from tokenpool.training import stored
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import open_images
+from tokenpool.training.stored import StoredImageDataModule, StoredImages
 
 
 @pytest.fixture(autouse=True)

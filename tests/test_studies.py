@@ -12,7 +12,7 @@ import pytest
 from experiments import figures, presets, protocol, report, runner, studies, tables
 from experiments.presets import Preset
 from experiments.studies import Study, everything, needs, placements, status
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"

@@ -10,8 +10,8 @@ import timm
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.images import HUB, class_names, is_downloaded, open_images, part_folder
-from tokenpool.labels import outputs_of
+from tokenpool.training.images import HUB, class_names, is_downloaded, open_images, part_folder
+from tokenpool.training.labels import outputs_of
 
 
 def check_data(runs: Sequence[Run]) -> None:

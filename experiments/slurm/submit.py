@@ -20,7 +20,7 @@ from experiments import protocol, runner
 from experiments.protocol import Run
 from experiments.slurm import checks, queue
 from experiments.studies import TIMED, Study
-from tokenpool.images import HUB, is_downloaded
+from tokenpool.training.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
 _NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from tokenpool import files
-from tokenpool.data import ImageFolderDataModule, shifted
-from tokenpool.images import Images, first_of_each_class, load_image
-from tokenpool.seeding import step_seed
+from tokenpool.training.data import ImageFolderDataModule, shifted
+from tokenpool.training.images import Images, first_of_each_class, load_image
+from tokenpool.training.seeding import step_seed
 
 _BATCH = 64  # images written at a time
 

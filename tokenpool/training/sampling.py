@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tokenpool.seeding import step_seed
+from tokenpool.training.seeding import step_seed
 
 
 class EpochSampler(DistributedSampler):

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from tokenpool import results
+from tokenpool.analysis import results
 from tokenpool.tracing import Trace
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ too, for print.

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 Choice = str | Mapping[str, Any]
 

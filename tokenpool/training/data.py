@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.transforms import Compose
 
-from tokenpool.fingerprint import of_arrays
-from tokenpool.images import Images, first_of_each_class, open_images
-from tokenpool.mixing import mixed
-from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
-from tokenpool.seeding import step_seed
+from tokenpool.training.fingerprint import of_arrays
+from tokenpool.training.images import Images, first_of_each_class, open_images
+from tokenpool.training.mixing import mixed
+from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
+from tokenpool.training.seeding import step_seed
 
 
 class _DataModule(LightningDataModule):
@@ -156,7 +156,7 @@ class DigitsDataModule(_DataModule):
 
     @staticmethod
     def fingerprint() -> str:
-        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.fingerprint`."""
+        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.training.fingerprint`."""
         digits = load_digits()
         return f"{len(digits.target)} handwritten digits, {of_arrays(digits.images, digits.target)}"
 
@@ -187,7 +187,7 @@ class ImageFolderDataModule(_DataModule):
 
     Args:
         root: folder that holds `train/<class>/*` (not needed to evaluate) and `val/<class>/*` (or `test`); or "hf:" and
-            what `datasets` can open, see `tokenpool.images.open_images`.
+            what `datasets` can open, see `tokenpool.training.images.open_images`.
         image_size: height and width in pixels, one number for both or two.
         batch_size: images of one step of the optimiser, over all processes and accumulated batches.
         workers: processes that load data.
@@ -205,8 +205,8 @@ class ImageFolderDataModule(_DataModule):
         interpolation: of resizing: "bicubic", "bilinear" and so on, as timm has it.
         crop_mode: of evaluation, as timm has it: "center" crops the middle, "squash" gives up the aspect ratio,
             "border" adds a border.
-        allow_empty: see `tokenpool.images.open_images`.
-        allow_truncated: see `tokenpool.images.load_image`.
+        allow_empty: see `tokenpool.training.images.open_images`.
+        allow_truncated: see `tokenpool.training.images.load_image`.
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.

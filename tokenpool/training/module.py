@@ -15,8 +15,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from tokenpool import soft_selection, stochastic_depth
-from tokenpool.seeding import step_seed
+from tokenpool.training import soft_selection, stochastic_depth
+from tokenpool.training.seeding import step_seed
 
 
 class ClassificationModule(LightningModule):
@@ -41,8 +41,8 @@ class ClassificationModule(LightningModule):
         seed: of stochastic layers, such as stochastic depth and random selection.
         final_learning_rate: at which the cosine ends.
         ema_decay: of the exponential moving average of the weights, by step; it is tested beside the model. 0: none.
-        outputs: the model's output for each class of the data, see `tokenpool.labels.outputs_of`; the other logits are
-            left out of loss and accuracy. None: all outputs, in their order.
+        outputs: the model's output for each class of the data, see `tokenpool.training.labels.outputs_of`. Loss and
+            accuracy leave out the other logits. None: all outputs, in their order.
 
     Attributes:
         ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
