@@ -21,7 +21,7 @@ TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
 def run(name: str, data: str = "imagenet", **changes) -> Run:
-    return Run("evaluate", "x", data, name, **changes)
+    return Run.from_setting({"stage": "evaluate", "label": "x", "data": data, "model": name} | changes)
 
 
 def transform(run: Run, monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:

@@ -175,7 +175,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
     """What a template's placeholders stand for."""
     folder = study.folder.resolve()
     command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
-    trains = any(run.epochs for run in array.runs)
+    trains = any(run.recipe.epochs for run in array.runs)
     paths = {name: os.environ.get(name) for name in (protocol.DATA, protocol.WEIGHTS)}
     return {
         "job": array.name,
