@@ -1,12 +1,19 @@
 """The command line: `python -m experiments <verb>`."""
 
 import os
+import sys
 
-if __name__ == "__main__":  # before the imports below: Matplotlib refuses what it does not know when it is imported
-    os.environ["MPLBACKEND"] = "Agg"  # pictures go into files, whatever Jupyter has left in the variable
+from tokenpool.extras import require
+
+if __name__ == "__main__":  # before the imports below
+    # Matplotlib refuses unknown backends when it is imported. Pictures go into files, whatever Jupyter has set.
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        require("experiments", "experiments", "typer", "yaml", "tqdm", "pandas", "matplotlib", "lightning")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
