@@ -71,7 +71,9 @@ def compare(frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95)
     rows = [100.0 * (_bits(ours.loc[key]).astype(float) - _bits(theirs.loc[key])) for key in shared]
     differences = np.array(rows)  # (pairs, images)
     by_seed = pd.DataFrame(differences).groupby(np.array([seed for seed, _ in shared])).mean().to_numpy()  # (S, I)
-    return Comparison(*map(float, _interval(by_seed, confidence)), _mcnemar(differences), len(shared), *by_seed.shape)
+    difference, low, high = map(float, _interval(by_seed, confidence))
+    seeds, images = by_seed.shape
+    return Comparison(difference, low, high, _mcnemar(differences), len(shared), seeds, images)
 
 
 def _chosen(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from tokenpool.analysis import results
 from tokenpool.tracing import Trace
@@ -52,7 +53,11 @@ def unit(largest: float) -> tuple[float, str]:
 
 
 def cost_accuracy(
-    frame: pd.DataFrame, cost: str = "gmacs", quality: str = "top1", error: str | None = "top1_error", ax: Axes = None
+    frame: pd.DataFrame,
+    cost: str = "gmacs",
+    quality: str = "top1",
+    error: str | None = "top1_error",
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw quality against cost, one curve a downsampler, in the order of cost.
 
@@ -93,7 +98,7 @@ def curves(
     cost: str = "gmacs",
     quality: str = "top1",
     error: str | None = "top1_error",
-    ax: Axes = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw quality against cost for any series; the arguments are those of `cost_accuracy`. Draws no legend."""
     if ax is None:
@@ -103,7 +108,7 @@ def curves(
         scale, prefix = unit(max(each.rows[cost].max() for each in series))
     for each in series:
         points = each.rows.sort_values(cost)
-        style = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | each.style
+        style: dict[str, Any] = {"linestyle": "-", "markersize": 5.5, "linewidth": 1.4, "capsize": 2.5} | each.style
         bars = points[error] if error and error in points else None
         ax.errorbar(scale * points[cost], points[quality], yerr=bars, **{"zorder": 3} | style)
     ax.set_xlabel(f"{prefix}{COST_LABEL}" if prefix else cost)
@@ -113,7 +118,7 @@ def curves(
     return ax
 
 
-def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes = None) -> Axes:
+def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes | None = None) -> Axes:
     """Draw which patches of an image are one token after a block (Figure 1c), as `patches` does.
 
     Args:
@@ -155,7 +160,9 @@ def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 7) -> 
     return figure
 
 
-def patches(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int], ax: Axes = None) -> Axes:
+def patches(
+    image: np.ndarray, assignment: Sequence[int] | np.ndarray | Tensor, grid: tuple[int, int], ax: Axes | None = None
+) -> Axes:
     """Draw which patches of an image are one token: each in its mean colour, with a white border.
 
     Patches that were dropped are hatched black.
@@ -172,21 +179,21 @@ def patches(image: np.ndarray, assignment: Sequence[int], grid: tuple[int, int],
     Raises:
         ValueError: if the grid does not have as many patches as the assignment.
     """
-    assignment = np.asarray(assignment)
-    if assignment.size != grid[0] * grid[1]:
-        raise ValueError(f"assignment has {assignment.size} patches, but the grid {grid} has {grid[0] * grid[1]}")
+    tokens = np.asarray(assignment)
+    if tokens.size != grid[0] * grid[1]:
+        raise ValueError(f"assignment has {tokens.size} patches, but the grid {grid} has {grid[0] * grid[1]}")
     if ax is None:
         ax = plt.subplots(figsize=(3, 3), layout="constrained")[1]
     height, width = image.shape[:2]
     rows = np.arange(height) * grid[0] // height
     columns = np.arange(width) * grid[1] // width
-    labels = assignment.reshape(grid)[rows[:, None], columns[None, :]]  # (H, W)
+    labels = tokens.reshape(grid)[rows[:, None], columns[None, :]]  # (H, W)
     painted = np.zeros_like(image)
     for label in np.unique(labels[labels >= 0]):
         painted[labels == label] = image[labels == label].mean(0)
     ax.imshow(painted, interpolation="nearest", extent=(0, grid[1], grid[0], 0), vmin=0, vmax=1)
-    ax.add_collection(_borders(assignment.reshape(grid)))
-    for row, column in np.argwhere(assignment.reshape(grid) < 0):
+    ax.add_collection(_borders(tokens.reshape(grid)))
+    for row, column in np.argwhere(tokens.reshape(grid) < 0):
         ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="#777777", linewidth=0))
     ax.set_xticks([])
     ax.set_yticks([])

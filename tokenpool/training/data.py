@@ -21,12 +21,12 @@ from tokenpool.training.fingerprint import of_arrays
 from tokenpool.training.images import Images, first_of_each_class, open_images
 from tokenpool.training.mixing import mixed
 from tokenpool.training.recipe import Recipe
-from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
+from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset, length
 from tokenpool.training.seeding import step_seed
 
 
 class _DataModule(LightningDataModule):
-    """Batches that depend on seed, epoch and step alone: not on the number of processes, nor on an interruption.
+    """Batches depend only on seed, epoch and step, not on the number of processes or on interruptions.
 
     The recipe's batch size counts the images of one step of the optimiser, over all processes and accumulated batches.
     """
@@ -46,8 +46,10 @@ class _DataModule(LightningDataModule):
         rank, ranks = self._processes
         batch = self._training_batch()
         sampler = EpochSampler(self.train_set, batch, rank, ranks, self.seed, self.recipe.repeats)
-        # Lightning tells it of later epochs. Of the one that a resumed run begins with it tells too late for workers.
-        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0)
+        if self.trainer:
+            # Lightning sets the epoch too, but for the first epoch of a resumed run when the workers already exist.
+            progress = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)  # type: ignore[attr-defined]  # the declared type is a base class
         return self._loader(ResumableLoader, self.train_set, batch // ranks, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -55,8 +57,8 @@ class _DataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         rank, ranks = self._processes
-        if len(self.test_set) < ranks:
-            raise ValueError(f"{len(self.test_set)} images to evaluate are fewer than the {ranks} processes")
+        if length(self.test_set) < ranks:
+            raise ValueError(f"{length(self.test_set)} images to evaluate are fewer than the {ranks} processes")
         sampler = EvaluationSampler(self.test_set, rank, ranks)
         return self._loader(DataLoader, self.test_set, max(self.recipe.batch_size // ranks, 1), sampler)
 
@@ -93,9 +95,9 @@ class _DataModule(LightningDataModule):
                 f"batch_size = {self.recipe.batch_size} cannot be shared out evenly among {ranks} processes and "
                 f"{accumulated} accumulated batches{pairs}"
             )
-        batch = min(batch, len(self.train_set) // unit * unit)
+        batch = min(batch, length(self.train_set) // unit * unit)
         if not batch:
-            raise ValueError(f"{len(self.train_set)} training images are too few: expected at least {unit}")
+            raise ValueError(f"{length(self.train_set)} training images are too few: expected at least {unit}")
         return batch
 
     def _loader(self, kind: type[DataLoader], dataset: Dataset, batch: int, sampler: DistributedSampler) -> DataLoader:
@@ -111,7 +113,7 @@ class _DataModule(LightningDataModule):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to all processes of a job must not end those that load data: the one that trains has them end."""
+    """Signals go to all processes of a job. A process that loads data ignores them; the training process ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -119,8 +121,8 @@ def _ignore_signals(worker: int) -> None:
 class DigitsDataModule(_DataModule):
     """The 1,797 handwritten digits of scikit-learn's `load_digits`, enlarged from 8x8 to 16x16 pixels.
 
-    1,347 train, 450 are held out, with the same share of each digit; `split` chooses which. Training images are
-    shifted at random.
+    1,347 images are for training and 450 are held out, with the same share of each digit; `split` chooses them.
+    Training images are shifted at random.
 
     Args:
         recipe: its batch size, mixup, CutMix and repeats count here.
@@ -165,7 +167,7 @@ class DigitsDataModule(_DataModule):
         self.test_set = TensorDataset(images[test], labels[test])
 
     def _augmented(self, images: Tensor, step: int) -> Tensor:
-        # Drawn for the whole batch from the step's own seed, so that neither an interruption nor processes matter.
+        # Drawn for the whole batch from the step's own seed: the same after an interruption and with more processes.
         rank, ranks = self._processes
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         offsets = torch.randint(-self.shift, self.shift + 1, (len(images) * ranks, 2), generator=generator)
@@ -222,8 +224,8 @@ class ImageFolderDataModule(_DataModule):
         super().__init__(recipe, workers, seed)
         self.root = root
         size = {"input_size": (3, *to_2tuple(image_size))}
-        self.transforms = size | {"mean": mean, "std": std, "interpolation": interpolation}
-        self.cropping = {"crop_pct": recipe.crop_pct or crop_pct, "crop_mode": crop_mode}
+        self.transforms: dict[str, Any] = size | {"mean": mean, "std": std, "interpolation": interpolation}
+        self.cropping: dict[str, Any] = {"crop_pct": recipe.crop_pct or crop_pct, "crop_mode": crop_mode}
         self.allowed = {"allow_empty": allow_empty, "allow_truncated": allow_truncated}
         self.limit = limit
         self.part = _part(part)
@@ -233,7 +235,9 @@ class ImageFolderDataModule(_DataModule):
         if stage == "fit":
             folder = self._training_images(tested, training_transform(**self.transforms))
             chosen = first_of_each_class(folder, self.recipe.train_per_class, f"train of {self.root}")
-            self.train_set = SeededDataset(Subset(folder, chosen) if self.recipe.train_per_class else folder, self.seed)
+            # An array, which workers share; torch declares a Sequence, and takes whatever has numbers by index.
+            part = Subset(folder, chosen)  # type: ignore[arg-type]
+            self.train_set = SeededDataset(part if self.recipe.train_per_class else folder, self.seed)
         chosen = first_of_each_class(tested, self.recipe.test_per_class, f"val of {self.root}")
         self.test_set = Subset(tested, [chosen[index] for index in self._evaluated(len(chosen))])
 
@@ -253,7 +257,7 @@ class ImageFolderDataModule(_DataModule):
         return images
 
     def _evaluated(self, images: int) -> list[int]:
-        """Which of so many images are evaluated, by `limit` and `part`."""
+        """Indices of the images to evaluate, by `limit` and `part`."""
         order = list(range(images))
         if 0 < self.limit < images:
             order = torch.linspace(0, images - 1, self.limit).long().tolist()
@@ -270,7 +274,7 @@ def training_transform(**options: Any) -> Compose:
         **{"interpolation": "bicubic"} | options,
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]  # timm takes None for none
         re_prob=0.25,
         re_mode="pixel",
     )
@@ -283,7 +287,7 @@ def training_transform(**options: Any) -> Compose:
 
 
 def _part(text: str) -> slice:
-    """Every how manieth image: "2/3" is slice(1, None, 3)."""
+    """The images of a part, as a slice: "2/3" is slice(1, None, 3)."""
     if not text:
         return slice(None)
     index, slash, count = text.partition("/")
@@ -293,7 +297,7 @@ def _part(text: str) -> slice:
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (B, C, H, W) moved by offsets (B, 2) pixels, down and to the right; the edge fills what comes free."""
+    """Images (B, C, H, W) moved down and to the right by offsets (B, 2) in pixels. The edge is repeated."""
     batch, _, height, width = images.shape
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)  # (B, W)

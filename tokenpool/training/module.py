@@ -1,17 +1,18 @@
 """The LightningModule: trains and tests any image classifier, and learns a retention schedule where there is one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -56,11 +57,12 @@ class ClassificationModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        self.outputs: Tensor | None
         self.register_buffer("outputs", None if outputs is None else torch.tensor(outputs), persistent=False)
         self.recipe = recipe
         self.seed = seed
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay).requires_grad_(False) if recipe.ema_decay else None
-        accuracy = {
+        accuracy: dict[str, Metric | MetricCollection] = {
             name: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
             for name, k in (("top1", 1), ("top5", 5))
         }
@@ -143,7 +145,8 @@ class ClassificationModule(LightningModule):
         sums = {}
         for name, metric in self.train_metrics.items(keep_base=True):
             with metric.sync_context():
-                sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+                state = metric.metric_state
+                sums[name] = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
         checkpoint["train_sums"] = sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -187,9 +190,9 @@ class ClassificationModule(LightningModule):
                 f"the loss is {value} at step {self.global_step}, at a learning rate of {rate:.3g}"
             )
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         retention = {id(layer.retention): layer.retention for layer in soft_selection.layers(self.model)}
-        spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        spared: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
         groups = param_groups_weight_decay(self.model, self.recipe.weight_decay, no_weight_decay_list=spared)
         if retention:
             for group in groups:
@@ -217,9 +220,10 @@ class ClassificationModule(LightningModule):
         Lightning's own estimate would start the loader's workers before a resumed run knows its epoch.
         """
         trainer = self.trainer
-        if trainer.datamodule is None or trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
-            return trainer.estimated_stepping_batches
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        data = trainer.datamodule  # type: ignore[attr-defined]  # a property that Lightning adds later
+        if data is None or trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
+            return int(trainer.estimated_stepping_batches)
+        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
 

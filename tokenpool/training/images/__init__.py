@@ -20,7 +20,7 @@ from tokenpool.training.images.sources import HUB, SPLITS, check_no_url, is_down
 
 __all__ = [
     "HUB",
-    Images,
+    "Images",
     "check_no_url",
     "class_names",
     "first_of_each_class",

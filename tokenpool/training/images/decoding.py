@@ -29,8 +29,8 @@ def load_image(
     if name is None:
         name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
     try:
-        with _truncated(allow_truncated), Image.open(BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image = ImageOps.exif_transpose(image)
+        with _truncated(allow_truncated), Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
                 raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
             if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip to white
@@ -42,11 +42,13 @@ def load_image(
         reason = "it is empty" if _is_empty(file) else "it is in no format that Pillow knows"
         raise ValueError(f"cannot read image {name}: {reason}") from error
     except Image.DecompressionBombError as error:
-        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise ValueError(f"image {name} has more than {most} million pixels: scale it down first") from error
     except FileNotFoundError as error:
-        link = f"it is a link to {os.readlink(file)}, which does not exist" if os.path.islink(file) else ""
-        raise ValueError(f"cannot read image {name}: {link or 'there is no such file'}") from error
+        reason = "there is no such file"
+        if isinstance(file, str | Path) and os.path.islink(file):
+            reason = f"it is a link to {os.readlink(file)}, which does not exist"
+        raise ValueError(f"cannot read image {name}: {reason}") from error
     except Exception as error:  # Pillow raises whatever the decoder does
         raise ValueError(f"cannot read image {name}: {error}") from error
 

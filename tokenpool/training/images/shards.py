@@ -15,14 +15,15 @@ LABEL_COLUMNS = ("label", "labels", "cls")
 def check_numbering(shards: list[Path]) -> None:
     """Of files named `train-00002-of-00005`, all five must be there."""
     numbers = [re.search(r"-(\d+)-of-(\d+)$", shard.stem) for shard in shards]
-    if not all(numbers):
+    found = [number for number in numbers if number]
+    if not found or len(found) < len(shards):
         return
-    present = {int(number[1]) for number in numbers}
-    missing = set(range(int(numbers[0][2]))) - present
+    count = int(found[0][2])
+    missing = set(range(count)) - {int(number[1]) for number in found}
     if missing:
         shown = ", ".join(map(str, sorted(missing)[:8]))
         raise ValueError(
-            f"of the {numbers[0][2]} files like {shards[0].name}, {len(missing)} are missing: number {shown}"
+            f"of the {found[0][2]} files like {shards[0].name}, {len(missing)} are missing: number {shown}"
         )
 
 
@@ -41,15 +42,18 @@ def samples_of_shards(shards: list[tuple[str, int, int]]) -> Iterator[dict[str, 
             for member in tar:
                 if member.isdir() or any(map(is_hidden, member.name.removeprefix("./").split("/"))):
                     continue
-                folder, _, file = member.name.rpartition("/")
-                stem, _, field = file.partition(".")
+                folder, _, base = member.name.rpartition("/")
+                stem, _, field = base.partition(".")
                 if key not in (None, f"{folder}/{stem}"):
                     yield _sample(fields, f"{shard}/{key.strip('/')}")
                     fields = {}
                 key = f"{folder}/{stem}"
                 if field.lower() in fields:
                     raise ValueError(f"{shard} has {member.name} twice")
-                fields[field.lower()] = tar.extractfile(member).read()
+                file = tar.extractfile(member)
+                if file is None:
+                    raise ValueError(f"{shard} has {member.name}, which is not a file")
+                fields[field.lower()] = file.read()
             if key is not None:
                 yield _sample(fields, f"{shard}/{key.strip('/')}")
             _check_end(tar, shard)
