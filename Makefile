@@ -1,5 +1,7 @@
 # make reproduce   set everything up and run the protocol on the embedded digits
+# make install     the library, the command line and what they need, into .venv; other targets do it where it is needed
 # make test        set everything up and run the tests, in a process of one thread on each core
+# make test-fast   the same without tests that take seconds
 # make test-slurm  the same for tests on a real Slurm of two nodes, where Debian's slurm-wlm and munge are installed
 # make benchmark   time what results/throughput holds anew; fails where less of the speed-up is realised than there
 # make lint        formatting and lint
@@ -8,33 +10,42 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: install reproduce test test-slurm benchmark lint format clean
+.PHONY: install install-test reproduce test test-fast test-slurm benchmark lint format clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py setup.cfg
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[experiments]"
+	touch $@
+
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[test,dev]"
 	touch $@
 
 reproduce: install
 	$(RUN) -W ignore -m experiments reproduce --preset digits
 
-test: install
+test: install-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slurm"
 
-test-slurm: install
+test-fast: install-test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slow and not slurm"
+
+test-slurm: install-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slurm
 
 benchmark: install
 	rm -rf runs/benchmark
 	$(RUN) -W ignore -m experiments throughput --against results/throughput --output runs/benchmark
 
-lint: install
+lint: install-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-format: install
+format: install-test
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 

@@ -1,14 +1,22 @@
 """The command line: `python -m experiments <verb>`."""
 
 import os
+import sys
 
-if __name__ == "__main__":  # before the imports below: Matplotlib refuses what it does not know when it is imported
-    os.environ["MPLBACKEND"] = "Agg"  # pictures go into files, whatever Jupyter has left in the variable
+from tokenpool.extras import require
+
+if __name__ == "__main__":  # before the imports below
+    # Matplotlib refuses unknown backends when it is imported. Pictures go into files, whatever Jupyter has set.
+    os.environ["MPLBACKEND"] = "Agg"
+    try:
+        require("experiments", "experiments", "typer", "yaml", "tqdm", "pandas", "matplotlib", "lightning")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +26,12 @@ import yaml
 from tqdm import tqdm
 
 from experiments import presets
+from experiments.recipe_options import with_recipe_options
 from tokenpool import files
 from tokenpool.downsampling import REGISTRY
-from tokenpool.images import HUB, is_downloaded
-from tokenpool.interruption import Interrupted
+from tokenpool.training.images import HUB, is_downloaded
+from tokenpool.training.interruption import Interrupted
+from tokenpool.training.recipe import Recipe
 
 _FOLDER_OR_HUB = (
     "A folder in ImageNet's layout, FOLDER/train/<class>/* and FOLDER/val/<class>/*; or hf: and a folder or name that "
@@ -449,6 +459,7 @@ def _missing_lines(study: Any, runs: list[Any], jobs: int) -> list[str]:
 
 
 @app.command()
+@with_recipe_options
 def train(
     preset: Annotated[str, typer.Option(help=_PRESETS + " What is not given below is taken from it.")] = "digits",
     model: Annotated[str | None, typer.Option(help=_MODELS)] = None,
@@ -463,17 +474,7 @@ def train(
     pretrained: Pretrained = False,
     start: Annotated[Path | None, typer.Option(help="Start from the weights in this file.")] = None,
     ema: Ema = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: as the preset's base model.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, over all processes.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="At its peak.")] = None,
-    warmup_epochs: Annotated[float | None, typer.Option(min=0, help="Over which the learning rate rises.")] = None,
-    final_learning_rate: Annotated[float | None, typer.Option(min=0, help="At which its cosine ends.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="Of AdamW.")] = None,
-    label_smoothing: Annotated[float | None, typer.Option(min=0, max=1, help="Of the cross-entropy.")] = None,
-    mixup: Annotated[float | None, typer.Option(min=0, help="Alpha of mixup's ratio; 0: none.")] = None,
-    cutmix: Annotated[float | None, typer.Option(min=0, help="Alpha of CutMix's ratio; 0: none.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Of an image in a row: repeated augmentation.")] = None,
-    ema_decay: Annotated[float | None, typer.Option(min=0, help="Of the weights' moving average; 0: none.")] = None,
+    recipe: Any = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything.")] = 0,
     split: Split = 0,
     allow_empty_classes: AllowEmpty = False,
@@ -497,8 +498,9 @@ def train(
         if model == chosen.model or name in ("num_classes", "drop_path_rate")  # the others are of its architecture
     }
     model_options = taken | _options(model_option)
-    if not _given(epochs, chosen.base_epochs):
-        raise ValueError(f"preset {preset} trains nothing; give --epochs")
+    planned = replace(chosen.base_recipe, **recipe)
+    if not planned.epochs:
+        raise ValueError(f"{'--epochs 0' if 'epochs' in recipe else f'preset {preset}'} trains nothing; give --epochs")
     run = Run(
         stage="train",
         label=_plain_name(name) or "-".join(filter(None, [downsampler, _file_name(keep, gmacs)])),
@@ -513,21 +515,7 @@ def train(
         pretrained=pretrained or (chosen.pretrained and start is None),
         start=_path(start),
         ema=ema,
-        epochs=_given(epochs, chosen.base_epochs),
-        batch_size=_given(batch_size, chosen.batch_size),
-        learning_rate=_given(learning_rate, chosen.learning_rate),
-        warmup_epochs=_given(warmup_epochs, chosen.warmup_epochs),
-        weight_decay=_given(weight_decay, chosen.weight_decay),
-        label_smoothing=_given(label_smoothing, chosen.label_smoothing),
-        final_learning_rate=_given(final_learning_rate, chosen.final_learning_rate),
-        mixup=_given(mixup, chosen.mixup),
-        cutmix=_given(cutmix, chosen.cutmix),
-        repeats=_given(repeats, chosen.repeats),
-        ema_decay=_given(ema_decay, chosen.ema_decay),
-        crop_pct=chosen.crop_pct,
-        augmentation=chosen.augmentation,
-        train_per_class=chosen.train_per_class,
-        test_per_class=chosen.test_per_class,
+        recipe=planned,
         seed=seed,
         split=split,
         allow_empty_classes=allow_empty_classes,
@@ -586,7 +574,7 @@ def evaluate(
         pretrained=pretrained,
         start=_path(weights),
         ema=ema,
-        batch_size=batch_size,
+        recipe=Recipe(batch_size=batch_size),
         split=split,
         limit=limit,
         allow_empty_classes=allow_empty_classes,
@@ -764,7 +752,7 @@ def check_data(
 def _execute(run: Any, folder: Path) -> None:
     """Execute a run that is not finished, and say what came out."""
     from experiments import protocol, runner
-    from tokenpool import results
+    from tokenpool.analysis import results
 
     path = protocol.result_path(run, folder)
     with runner.exclusive(folder):

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenpool import files
-from tokenpool.images import HUB, Images, is_downloaded, load_image, open_images
+from tokenpool.training.images import HUB, Images, is_downloaded, load_image, open_images
 
 PARTS = ("train", "val")
 
@@ -44,12 +44,12 @@ def check_data(
     be read are tried again by each call. Everything is read again if an image came, went or changed since.
 
     Args:
-        data: see `tokenpool.images.open_images`.
+        data: see `tokenpool.training.images.open_images`.
         parts: "train" and "val", or one of them.
         jobs: number of processes.
         output: the file; it is there when all images have been tried. Default: in `runs/check-data/`.
-        allow_empty: see `tokenpool.images.open_images`.
-        allow_truncated: see `tokenpool.images.load_image`.
+        allow_empty: see `tokenpool.training.images.open_images`.
+        allow_truncated: see `tokenpool.training.images.load_image`.
 
     Raises:
         ValueError: at the end, if an image cannot be read or if train and val have different classes; and if the data

@@ -21,7 +21,7 @@ from scipy import stats
 import tokenpool
 from experiments import published
 from experiments.studies import Study, needs
-from tokenpool import bits, pareto
+from tokenpool.analysis import bits, comparison, pareto
 
 AS_GOOD = 0.5  # points
 RULE = (
@@ -171,7 +171,7 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, at: str = "schedule") -
     if ours.empty or theirs.empty:
         return None
     both = pd.concat([ours.assign(side="ours"), theirs.assign(side="theirs")], ignore_index=True)
-    pairs = tokenpool.comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
+    pairs = comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
     if not pairs:
         return None
     used = both.iloc[sorted({row for row, partners in pairs for row in (row, *partners)})]
@@ -556,7 +556,7 @@ def _printed(method: str, other: str, at: str = "schedule") -> str:
     top1 = both["top1"].to_numpy()
     found = [
         top1[row] - sum(weight * top1[other] for other, weight in partners.items())
-        for row, partners in tokenpool.comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
+        for row, partners in comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
     ]
     return f"{np.mean(found):+.1f}, from {min(found):+.1f} to {max(found):+.1f}"
 

@@ -13,9 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool import files, plotting
+from tokenpool import files
+from tokenpool.analysis import plotting
 from tokenpool.downsampling import REGISTRY, with_schedule
-from tokenpool.images import load_image
+from tokenpool.training.images import load_image
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
 

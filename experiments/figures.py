@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from experiments import illustrations, published
 from experiments.studies import Study, dropping, merging, needs
 from experiments.tables import cost_accuracy, how_many, with_models
-from tokenpool import pareto, plotting
-from tokenpool.plotting import STYLES, Series, faded
+from tokenpool.analysis import pareto, plotting
+from tokenpool.analysis.plotting import STYLES, Series, faded
 
 TITLES = {
     "1b": "Token Pooling with the best width at each cost, against DeiT",

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from experiments import measurements, protocol
 from experiments.studies import Study, dropping, needs
-from tokenpool import plotting, results, tracing
+from tokenpool import tracing
+from tokenpool.analysis import plotting, results
+from tokenpool.analysis.plotting import STYLES
 from tokenpool.downsampling import Downsampled, KMeans, PowerBert, studied
-from tokenpool.plotting import STYLES
 
 _SIGNALS = {
     "values": {"label": "values, before filtering", "color": "#E69F00", "marker": "^", "linestyle": "--"},

@@ -15,9 +15,10 @@ from torchvision.transforms import functional as transforms
 
 import tokenpool
 from experiments import throughput
-from tokenpool import redundancy
+from tokenpool.analysis import redundancy
 from tokenpool.downsampling import TokenPooling
-from tokenpool.labels import outputs_of
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.labels import outputs_of
 
 PHOTOGRAPHS = ("china", "flower")  # scikit-learn's, which need no download
 TIMED_BATCH = 32  # images
@@ -37,7 +38,7 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
 
     `correct`: for each image whether it is classified right, 1 or 0. `divergences`: for each image the Kullback-Leibler
     divergence of the predicted distribution from the plain model's, in nats, which varies less than `correct` does.
-    Both are among the classes of the data, see `tokenpool.labels.outputs_of`.
+    Both are among the classes of the data, see `tokenpool.training.labels.outputs_of`.
     """
     plain = tokenpool.unpatch(copy.deepcopy(model))
     outputs = outputs_of(data.classes, model.num_classes)
@@ -63,9 +64,10 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
 def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
     """Redundancy of each block's signals, mean over images, and how far equation (7) is from equation (6).
 
-    The names are those of `tokenpool.redundancy.Signals` and of its measures: `leading_energy_before` and so on, one
-    number a block. `gaussian_difference` is the greatest difference between both sides of equation (7) for the model's
-    own queries and keys, normalised, with alpha = sqrt(d) and in double precision, relative to the largest output.
+    The names are those of `tokenpool.analysis.redundancy.Signals` and of its measures: `leading_energy_before` and so
+    on, one number a block. `gaussian_difference` is the greatest difference between both sides of equation (7) for
+    the model's own queries and keys, normalised, with alpha = sqrt(d) and in double precision, relative to the largest
+    output.
     """
     sums: dict[str, np.ndarray] = {}
     difference, images = 0.0, 0
@@ -145,7 +147,7 @@ def trace_clusters(model: VisionTransformer, data: LightningDataModule) -> dict[
 
 def clustered_images(model: VisionTransformer, data: LightningDataModule) -> tuple[Tensor, list[str]]:
     """The images of Figure 1c, ready for the model, and their names: digits, or scikit-learn's photographs."""
-    if isinstance(data, tokenpool.data.DigitsDataModule):
+    if isinstance(data, DigitsDataModule):
         return data.test_set[:CLUSTERED_DIGITS][0], [f"digit {index}" for index in range(CLUSTERED_DIGITS)]
     mean, std = data.transforms["mean"], data.transforms["std"]
     pictures = [transforms.normalize(picture, mean, std) for picture in photographs(model.patch_embed.img_size[0])]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.protocol import Run
-from tokenpool import results
+from tokenpool.analysis import results
 
 if TYPE_CHECKING:
     from experiments.studies import Study

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -45,13 +46,15 @@ from experiments.run import (  # noqa: F401 - the names of a run are also found 
     result_path,
     weights_path,
 )
-from tokenpool import bits, files, fingerprint, flops, results, soft_selection
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule
-from tokenpool.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
-from tokenpool.labels import outputs_of
-from tokenpool.module import ClassificationModule
-from tokenpool.stored import StoredImageDataModule
+from tokenpool import files, flops
+from tokenpool.analysis import bits, results
+from tokenpool.training import fingerprint, soft_selection
 from tokenpool.training.callbacks import FlopsCallback, ReconstructionErrorCallback
+from tokenpool.training.data import DigitsDataModule, ImageFolderDataModule
+from tokenpool.training.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
+from tokenpool.training.labels import outputs_of
+from tokenpool.training.module import ClassificationModule
+from tokenpool.training.stored import StoredImageDataModule
 
 AUGMENTATIONS = {"deit": ImageFolderDataModule, "light": StoredImageDataModule}
 ENOUGH_IMAGES = 30  # to say of an accuracy that it is no better than a guess
@@ -120,7 +123,7 @@ def execute(
         "environment": surroundings,
     }
     if is_first:
-        if run.epochs:
+        if run.recipe.epochs:
             outcome["trained_weights"] = save_weights(model, weights_path(run.name, folder), _ended_before(path))
             if module.ema is not None:
                 save_weights(module.ema.module, weights_path(f"{run.name}.ema", folder))
@@ -134,15 +137,8 @@ def training_module(run: Run, model: nn.Module, outputs: list[int] | None = None
     return ClassificationModule(
         model,
         num_classes=model.num_classes if outputs is None else len(outputs),
-        learning_rate=run.learning_rate,
-        weight_decay=run.weight_decay,
-        warmup_epochs=run.warmup_epochs,
-        label_smoothing=run.label_smoothing,
-        retention_penalty=run.retention_penalty,
-        retention_learning_rate=run.retention_learning_rate,
+        recipe=run.recipe if run.recipe.epochs else replace(run.recipe, ema_decay=0.0),
         seed=run.seed,
-        final_learning_rate=run.final_learning_rate,
-        ema_decay=run.ema_decay if run.epochs else 0.0,
         outputs=outputs,
     )
 
@@ -169,7 +165,7 @@ def _train_and_test(
         if trainer.world_size > 1:
             signals.expose()  # until all processes have met
         try:
-            if run.epochs:
+            if run.recipe.epochs:
                 fit(trainer, module, data, run, checkpoint, identity)
             tested = trainer.test(module, datamodule=data, verbose=progress)
         finally:
@@ -192,7 +188,7 @@ def _train_and_test(
 def _accuracy(metrics: dict[str, float], correct: Tensor, prefix: str = "test_") -> dict[str, Any]:
     """Accuracies in percent, with the standard error that comes of the finite number of images.
 
-    `correct` says which images were right, see `tokenpool.bits`; it is what pairs runs by image.
+    `correct` says which images were right, see `tokenpool.analysis.bits`; it is what pairs runs by image.
     """
     images = len(correct)
     top1, loss = correct.sum().item() / images, metrics[f"{prefix}loss"]
@@ -215,7 +211,7 @@ def _doubts(run: Run, metrics: dict[str, Any], classes: int) -> dict[str, str]:
     """Entry of the result where a model with weights from elsewhere is no better than a guess: likely reasons."""
     from_elsewhere = run.pretrained or is_path(run.start)
     images, guess = metrics.get("images", 0), 1 / classes
-    if run.epochs or not from_elsewhere or "top1" not in metrics or images < ENOUGH_IMAGES or classes < 2:
+    if run.recipe.epochs or not from_elsewhere or "top1" not in metrics or images < ENOUGH_IMAGES or classes < 2:
         return {}
     top1, loss, by_guess = metrics["top1"], metrics.get("loss"), math.log(classes)
     if top1 <= 100 * (guess + 3 * (guess * (1 - guess) / images) ** 0.5):
@@ -313,25 +309,23 @@ def build_model(run: Run, folder: Path) -> nn.Module:
 
 def data_module(run: Run) -> LightningDataModule:
     """The run's data."""
+    recipe = run.recipe
     if run.data == "digits":
-        if run.limit or run.part or run.train_per_class or run.test_per_class:
+        if run.limit or run.part or recipe.train_per_class or recipe.test_per_class:
             raise ValueError("the digits are few; only image folders can be limited or parted")
-        return DigitsDataModule(split=run.split, **_batches(run))
-    if run.augmentation not in AUGMENTATIONS:
-        raise ValueError(f"augmentation = {run.augmentation!r} must be {' or '.join(AUGMENTATIONS)}")
+        return DigitsDataModule(recipe, split=run.split, seed=run.seed)
     source, prepared = image_source(run), preprocessing(run)
-    return AUGMENTATIONS[run.augmentation](
+    return AUGMENTATIONS[recipe.augmentation](
         source,
         image_size=tuple(prepared.pop("input_size")[1:]),
+        recipe=recipe,
         workers=_workers(),
+        seed=run.seed,
         limit=run.limit,
         part=run.part,
         allow_empty=run.allow_empty_classes,
         allow_truncated=run.allow_truncated,
         **prepared,
-        train_per_class=run.train_per_class,
-        test_per_class=run.test_per_class,
-        **_batches(run),
     )
 
 
@@ -341,18 +335,19 @@ def prepare_data(runs: Sequence[Run]) -> None:
     Raises:
         ValueError, OSError: as of `data_module` and its `setup`.
     """
-    names = ("data", "model", "augmentation", "train_per_class", "test_per_class", "crop_pct")
+    names = ("augmentation", "train_per_class", "test_per_class", "crop_pct")
     users: dict[tuple, Run] = {}
-    for run in sorted(runs, key=lambda run: -run.epochs):
-        key = (*(getattr(run, name) for name in names), str(run.model_options.get("img_size")))
+    for run in sorted(runs, key=lambda run: -run.recipe.epochs):
+        key = (
+            run.data,
+            run.model,
+            *(getattr(run.recipe, name) for name in names),
+            str(run.model_options.get("img_size")),
+        )
         if run.data != "digits":
             users.setdefault(key, run)
     for run in users.values():
-        data_module(run).setup("fit" if run.epochs else "test")
-
-
-def _batches(run: Run) -> dict[str, Any]:
-    return {name: getattr(run, name) for name in ("batch_size", "seed", "mixup", "cutmix", "repeats")}
+        data_module(run).setup("fit" if run.recipe.epochs else "test")
 
 
 def _workers() -> int:
@@ -445,13 +440,13 @@ def commit() -> str | None:
 def _trainer(
     run: Run, folder: Path, callbacks: list[Callback], on_epoch: Callable[[], None] | None, progress: bool
 ) -> Trainer:
-    if run.epochs:
+    if run.recipe.epochs:
         callbacks.append(FlopsCallback())
     if on_epoch:
         callbacks.append(_EpochReporter(on_epoch))
     defaults = {
-        "max_epochs": run.epochs or 1,
-        "logger": loggers.create(run.name, folder) if run.epochs else False,
+        "max_epochs": run.recipe.epochs or 1,
+        "logger": loggers.create(run.name, folder) if run.recipe.epochs else False,
         "default_root_dir": folder,
         "enable_progress_bar": progress,
         "enable_model_summary": progress,
@@ -582,7 +577,7 @@ class _Record(Checkpoint):
         rate = self.images / self.busy if self.busy else math.nan
         self._print(
             trainer,
-            f"epoch {len(self.epochs)}/{self.run.epochs}, training loss {metrics['train_loss']:.4f}, {top1}"
+            f"epoch {len(self.epochs)}/{self.run.recipe.epochs}, training loss {metrics['train_loss']:.4f}, {top1}"
             f"{rate:.0f} images/s",
         )
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 import tokenpool
 from experiments import figures, protocol, tables
 from experiments.studies import Study, command, needs, status
-from tokenpool import files, results
+from tokenpool import files
+from tokenpool.analysis import results
 
 TABLE_TITLES = {
     "claims": "The paper's claims, and what data say",

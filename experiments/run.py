@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import tokenpool
-from tokenpool import fingerprint, results
-from tokenpool.data import DigitsDataModule
-from tokenpool.images import check_no_url, open_images
+from tokenpool.analysis import results
+from tokenpool.training import fingerprint
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.images import check_no_url, open_images
+from tokenpool.training.recipe import Recipe
 
 DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
 NAMED = {  # data, and what messages call them
@@ -56,20 +58,17 @@ class Run:
             the paper's. A level has another schedule in another study.
         start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
         ema: whether a file of weights is asked for their moving average or the raw ones; see `tokenpool.load_weights`.
-        epochs: of training; 0 to evaluate only.
+        recipe: hyper-parameters. In the stored setting its fields stand beside the others, not in a dictionary.
+        seed: of everything that is random, except the split of the digits.
+        split: of the digits into train and test.
+        limit: evaluate on so many images of a folder only; 0 for all.
+        allow_empty_classes: see `tokenpool.training.images.open_images`.
+        allow_truncated: see `tokenpool.training.images.load_image`.
+        part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
         options: of the downsampler.
         model_options: of the timm model.
         trainer_options: of Lightning's Trainer.
-        split: of the data into train and test.
-        augmentation: of images in training: "deit", DeiT's, or "light", flips and shifts of images that are decoded and
-            resized once (`tokenpool.stored`).
-        train_per_class: train on the first so many images of each class; 0 for all.
-        test_per_class: the same for evaluation.
-        allow_empty_classes: see `tokenpool.images.open_images`.
-        allow_truncated: see `tokenpool.images.load_image`.
-        part: "1/2" for the first of two interleaved halves of the images of a folder, and so on; empty for all.
-        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
-        (the others: see `ClassificationModule`, `tokenpool.patch` and the data modules)
+        (carry, qk_norm, alpha and learn_alpha: see `tokenpool.patch`)
     """
 
     stage: str
@@ -90,23 +89,7 @@ class Run:
     pretrained: bool = False
     start: str | None = None
     ema: bool | None = None
-    epochs: int = 0
-    batch_size: int = 32
-    learning_rate: float = 5e-4
-    warmup_epochs: float = 5
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    final_learning_rate: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    repeats: int = 1
-    ema_decay: float = 0.0
-    crop_pct: float = 0.0
-    augmentation: str = "deit"
-    train_per_class: int = 0
-    test_per_class: int = 0
-    retention_penalty: float = 0.0
-    retention_learning_rate: float = 1e-2
+    recipe: Recipe = Recipe()
     seed: int = 0
     split: int = 0
     limit: int = 0
@@ -124,11 +107,28 @@ class Run:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The run as JSON values."""
-        return asdict(self) | {"keep": None if self.keep is None else list(self.keep)}
+        """The run as JSON values, those of the recipe among them."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name == "recipe" else {name: value}
+        return flat | {"keep": None if self.keep is None else list(self.keep)}
+
+    @classmethod
+    def from_setting(cls, setting: Mapping[str, Any]) -> "Run":
+        """The run that a stored setting describes; what an older setting lacks has its default.
+
+        Raises:
+            TypeError: if the setting has a key that no run has.
+            ValueError: if a value of the recipe is out of its range.
+        """
+        in_recipe = {each.name for each in fields(Recipe)}
+        recipe = Recipe(**{name: value for name, value in setting.items() if name in in_recipe})
+        others = {name: value for name, value in setting.items() if name not in in_recipe}
+        keep = others.get("keep")
+        return cls(**others | {"keep": None if keep is None else tuple(keep), "recipe": recipe})
 
 
-_DEFAULTS = Run("", "", "", "").setting
+DEFAULTS = Run("", "", "", "").setting
 
 
 def result_path(run: Run, folder: Path) -> Path:
@@ -168,7 +168,7 @@ def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
         ValueError: if they differ; the message names the file and the differences.
     """
     # A setting that is younger than the file had its default then. Of its search an older file does not tell.
-    before = _DEFAULTS | {"schedule": run.schedule} | before
+    before = DEFAULTS | {"schedule": run.schedule} | before
     differing = [key for key, value in run.setting.items() if plain(before.get(key)) != plain(value)]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r}, now {run.setting[key]!r}" for key in differing)
@@ -235,7 +235,7 @@ class Identities:
             FileNotFoundError: if images or weights that are named are missing.
             ValueError: if a run's weights are not those that its result tells of.
         """
-        options = (run.model, run.crop_pct, str(run.model_options), run.data)
+        options = (run.model, run.recipe.crop_pct, str(run.model_options), run.data)
         prepared = self._once(options, lambda: json.dumps(plain(preprocessing(run)), sort_keys=True))
         return self._images(run) | self._weights(run) | {"preprocessing": prepared}
 
@@ -245,7 +245,7 @@ class Identities:
         if run.data == "digits":
             return {"test_images": self._once("digits", DigitsDataModule.fingerprint)}
         root = image_source(run)
-        parts = {"test_images": "val"} | ({"train_images": "train"} if run.epochs else {})
+        parts = {"test_images": "val"} | ({"train_images": "train"} if run.recipe.epochs else {})
         allowed = {"allow_empty": run.allow_empty_classes, "allow_truncated": run.allow_truncated}
 
         def take(part: str) -> str:
@@ -325,8 +325,8 @@ def preprocessing(run: Run) -> dict[str, Any]:
         found = resolve_model_data_config(None, pretrained_cfg=config.to_dict())
     if size:
         found["input_size"] = (found["input_size"][0], *to_2tuple(size))
-    if run.crop_pct:
-        found["crop_pct"] = run.crop_pct
+    if run.recipe.crop_pct:
+        found["crop_pct"] = run.recipe.crop_pct
     return plain(found)
 
 
@@ -338,7 +338,7 @@ def empty_model(run: Run) -> nn.Module:
 
 
 def image_source(run: Run) -> str:
-    """Where the run's images are: a folder, or what `tokenpool.images.open_images` takes.
+    """Where the run's images are: a folder, or what `tokenpool.training.images.open_images` takes.
 
     Raises:
         ValueError: if nothing names them, or a URL does.

@@ -152,7 +152,7 @@ class Runner:
         """Move the bar by the epochs that have ended meanwhile. The test after the last one counts as an epoch."""
         while not self.queue.empty():
             run = running[self.queue.get()]
-            share = self.seconds(run) / (run.epochs + 1)
+            share = self.seconds(run) / (run.recipe.epochs + 1)
             self._shown[run.name] = self._shown.get(run.name, 0.0) + share
             self._advance(run, share)
 

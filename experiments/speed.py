@@ -28,7 +28,8 @@ from torch import Tensor, nn
 import tokenpool
 from experiments import protocol
 from experiments.throughput import device_name, differences, peak_memory, seconds, summary, timed_on
-from tokenpool import clustering, flops, results
+from tokenpool import clustering, flops
+from tokenpool.analysis import results
 from tokenpool.attention import ScoredAttention
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,27 +17,9 @@ from experiments.presets import Preset, Variant
 from experiments.run import NAMED, Identities, Run, check_identity, check_same, result_path, weights_path
 from experiments.runner import Runner
 from experiments.slurm import checks
-from tokenpool import results, schedules
+from tokenpool import schedules
+from tokenpool.analysis import results
 from tokenpool.downsampling import studied
-
-# What a run takes from its preset as it stands.
-_RECIPE = (
-    "batch_size",
-    "learning_rate",
-    "warmup_epochs",
-    "weight_decay",
-    "label_smoothing",
-    "final_learning_rate",
-    "mixup",
-    "cutmix",
-    "repeats",
-    "ema_decay",
-    "crop_pct",
-    "augmentation",
-    "train_per_class",
-    "test_per_class",
-    "trainer_options",
-)
 
 
 @dataclass(frozen=True)
@@ -87,24 +69,21 @@ class Study:
         """Stage 1: a base model."""
         variant = variant or self.preset.main
         common = self._common(seed, variant) | {"pretrained": self.preset.pretrained}
-        return Run("base", variant.name, **common, epochs=self.preset.base_epochs)
+        return Run("base", variant.name, **common | {"recipe": self.preset.base_recipe})
 
     def searches(self, variant: Variant) -> list[Run]:
         """Stage 2: soft selection for each penalty, from the first seed's base model. All seeds share the schedules."""
         seed = self.seeds[0]
-        common = self._common(seed, variant) | {"learning_rate": self.preset.search_learning_rate}
+        common = self._common(seed, variant)
         return [
             Run(
                 "search",
                 _label(variant, f"lambda{penalty:g}"),
-                **common,
+                **common | {"recipe": self.preset.search_recipe(penalty)},
                 downsampler="soft_selection",
                 level=level,
                 schedule=self._schedule_name(variant, level),
                 start=self.base(seed, variant).name,
-                epochs=self.preset.search_epochs,
-                retention_penalty=penalty,
-                retention_learning_rate=self.preset.retention_learning_rate,
             )
             for level, penalty in enumerate(self.penalties)
         ]
@@ -517,8 +496,8 @@ class Study:
     def _estimate(self, run: Run) -> float:
         typical = self._typical.get((run.stage, run.downsampler, run.variant))
         if typical is not None:
-            return max(run.epochs, 1) * typical
-        return self._pace * self._expected(run.variant, run.downsampler, run.epochs)
+            return max(run.recipe.epochs, 1) * typical
+        return self._pace * self._expected(run.variant, run.downsampler, run.recipe.epochs)
 
     def _expected(self, variant: str, downsampler: str, epochs: int) -> float:
         """Seconds that the preset expects of a run."""
@@ -546,7 +525,8 @@ class Study:
             "qk_norm": variant.qk_norm,
             "alpha": variant.alpha,
             "learn_alpha": variant.learn_alpha,
-            **{name: getattr(preset, name) for name in _RECIPE},
+            "recipe": preset.recipe,
+            "trainer_options": preset.trainer_options,
             "seed": seed,
             "split": seed,
         }
@@ -555,7 +535,7 @@ class Study:
         return {"start": self.base(seed, variant).name} if self.preset.trains else {"pretrained": True}
 
     def _tuned(self, seed: int, variant: Variant) -> dict[str, Any]:
-        return self._common(seed, variant) | self._start(seed, variant) | {"epochs": self.preset.finetune_epochs}
+        return self._common(seed, variant) | self._start(seed, variant) | {"recipe": self.preset.finetune_recipe}
 
 
 ORIGINS = {  # columns that tell what a result was made from, and what messages call them

@@ -1,21 +1,21 @@
 """Tables 1 to 5 and the paper's claims as queries over finished runs, and the best methods off the shelf."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from experiments import claims, off_the_shelf, published
-from experiments.run import Run
+from experiments.run import DEFAULTS
 from experiments.studies import Study, needs
-from tokenpool import pareto, plotting, results
+from tokenpool.analysis import pareto, plotting, results
 
 NAMES = ("claims", "1", "2", "3", "4", "5", "off_the_shelf")
 _MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}
 _MISPRINTS = {"3": ", but for K-Means at level 0: printed 4.7, counted 4.62"}
 _PER_CENT = "top-1 (%)"
-_SETTING = tuple(Run.__dataclass_fields__)
+_SETTING = tuple(DEFAULTS)
 _OF_A_SEED = ("split", "start")  # what runs of one seed share
 _OF_A_PAIR = ("label", "seed", "downsampler", "level", "keep", "schedule", "options")  # and what pairs differ in
 
@@ -153,10 +153,9 @@ def differences(runs: pd.DataFrame, reference: str = "power_bert") -> pd.DataFra
 
 def _with_defaults(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, with what a setting had by default where a file is older than the setting."""
-    defaults = {
-        field.name: field.default for field in fields(Run) if isinstance(field.default, str | bool | int | float)
+    present = {
+        name: value for name, value in DEFAULTS.items() if name in runs and isinstance(value, str | bool | int | float)
     }
-    present = {name: value for name, value in defaults.items() if name in runs}
     return runs.astype(dict.fromkeys(present, object)).fillna(present)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tokenpool
 from tokenpool import clustering, gpu
 from tokenpool.gpu import launch
 
@@ -128,8 +127,3 @@ def test_imports_without_triton_and_reads_the_environment() -> None:
         "TOKENPOOL_KERNELS = 'fast' must be one of auto, triton, plain",
         "False False",
     ], done.stderr
-
-
-def test_the_old_name_is_deprecated() -> None:
-    with pytest.warns(DeprecationWarning, match="use tokenpool.gpu"):
-        assert tokenpool.kernels is gpu

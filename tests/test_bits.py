@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tokenpool import bits
+from tokenpool.analysis import bits
 
 
 @pytest.mark.parametrize("images", [0, 1, 7, 8, 9, 450, 10_000])

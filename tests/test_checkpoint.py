@@ -21,6 +21,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import tokenpool
 from experiments.protocol import Run, build_model, training_module
 from tokenpool.downsampling import PowerBert
+from tokenpool.training.recipe import Recipe
 
 SETTINGS = [
     {"downsampler": "wkmedoids", "keep": [20, 9, 4, 1], "carry": True},
@@ -338,7 +339,7 @@ def test_runs_say_which_of_the_two(tmp_path: Path) -> None:
 
 def test_our_own_checkpoints_of_training_go_in(tmp_path: Path) -> None:
     model, path = tokenpool.patch(tiny(), "wkmedoids", 0.7), tmp_path / "run.ckpt"
-    module = training_module(Run("train", "", "digits", "", epochs=1, ema_decay=0.9), model)
+    module = training_module(Run("train", "", "digits", "", recipe=Recipe(epochs=1, ema_decay=0.9)), model)
     for parameter in module.ema.parameters():
         torch.nn.init.normal_(parameter)
     torch.save({"state_dict": module.state_dict(), "epoch": 1, "run": {"keep": [1]}}, path)

@@ -14,8 +14,9 @@ from torchvision.datasets import CIFAR10
 
 from experiments import protocol
 from experiments.slurm import checks, submit
-from tokenpool.images import first_of_each_class, is_downloaded, open_images
-from tokenpool.stored import StoredImageDataModule
+from tokenpool.training.images import first_of_each_class, is_downloaded, open_images
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.stored import StoredImageDataModule
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -94,7 +95,7 @@ def test_pixels_are_the_originals(downloaded: Path) -> None:
 
 
 def test_it_trains(downloaded: Path) -> None:
-    data = StoredImageDataModule("cifar10", image_size=16, batch_size=20, workers=0, train_per_class=4)
+    data = StoredImageDataModule("cifar10", image_size=16, recipe=Recipe(batch_size=20, train_per_class=4), workers=0)
     data.setup("fit")
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (20, 3, 16, 16) and images.dtype == torch.float32 and len(data.train_set) == 40
@@ -104,7 +105,9 @@ def test_it_trains(downloaded: Path) -> None:
 def test_the_name_reaches_the_cluster(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert submit._absolute("cifar10") == "cifar10"
     monkeypatch.setenv(protocol.DATA, "cifar10")
-    run = protocol.Run("base", "", "cifar10", "deit_tiny_patch16_224", epochs=1, model_options={"num_classes": 10})
+    run = protocol.Run(
+        "base", "", "cifar10", "deit_tiny_patch16_224", recipe=Recipe(epochs=1), model_options={"num_classes": 10}
+    )
     checks.check_data([run])
     with pytest.raises(ValueError, match="train of cifar10 has 10 classes, but the model of base-seed0 has 7"):
         checks.check_data([dataclasses.replace(run, model_options={"num_classes": 7})])

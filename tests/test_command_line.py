@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import presets
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import tokenpool
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 COMMITTED = Path(__file__).parents[1] / "results" / "cifar10_128"
 

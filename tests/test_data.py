@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits
 from timm.data.auto_augment import RandAugment
 
 import tokenpool
-from tokenpool.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
-from tokenpool.images import load_image, open_images
+from tokenpool.training.data import DigitsDataModule, ImageFolderDataModule, shifted, training_transform
+from tokenpool.training.images import load_image, open_images
+from tokenpool.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_shifted() -> None:
 
 
 def test_image_folder(folder: Path) -> None:
-    data = ImageFolderDataModule(folder, image_size=32, batch_size=4, workers=0)
+    data = ImageFolderDataModule(folder, image_size=32, recipe=Recipe(batch_size=4), workers=0)
     data.setup("fit")
     assert data.num_classes == 2 and len(data.train_set) == 12 and len(data.test_set) == 6
     same = data.train_set[3][0]
@@ -90,7 +91,7 @@ def test_augmentation_of_any_magnitude_is_possible() -> None:
 
 
 def test_processes_that_load_data_do_not_die_of_a_requeue(folder: Path) -> None:
-    data = ImageFolderDataModule(folder, image_size=32, batch_size=2, workers=2)
+    data = ImageFolderDataModule(folder, image_size=32, recipe=Recipe(batch_size=2), workers=2)
     data.setup("fit")
     loader = data.train_dataloader()
     batches = iter(loader)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["embed_dim=16", "depth=3", "num_heads=2", "patch_size=4", "weight_init=jax", "drop_path_rate=0.3"]

@@ -24,7 +24,8 @@ import tokenpool
 from experiments import figures, presets, studies, tables
 from experiments.run import Run
 from experiments.studies import Study
-from tokenpool import downsampling, flops, plotting
+from tokenpool import downsampling, flops
+from tokenpool.analysis import plotting
 from tokenpool.downsampling import METHODS, REGISTRY, BipartiteMatching, Convolution, Downsampled, Method
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from PIL import Image
 from experiments import figures, presets, protocol, runner, studies, tables
 from experiments.presets import Preset
 from experiments.protocol import Run
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 from tokenpool.downsampling import REGISTRY, Downsampler
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +33,7 @@ def preset() -> Preset:
         base_epochs=2,
         search_epochs=1,
         finetune_epochs=1,
-        batch_size=256,
-        warmup_epochs=0,
+        recipe=dataclasses.replace(presets.get("digits").recipe, batch_size=256, warmup_epochs=0),
         penalties=(1e-6, 1.0),
         full_penalties=(1e-6, 1.0),
         methods=("random", "wkmedoids"),
@@ -57,7 +56,7 @@ def reproduce(preset: Preset, folder: Path, full: bool, jobs: int) -> None:
 def training_run(**changes) -> Run:
     setting = {"stage": "train", "label": "x", "data": "digits", "model": "deit_digits_patch2_16", "epochs": 3}
     setting |= {"downsampler": "random", "keep": (9, 4, 1), "batch_size": 256, "model_options": TINY}
-    return Run(**setting | changes)
+    return Run.from_setting(setting | changes)
 
 
 def stop_after_two() -> Callable[[], None]:
@@ -153,9 +152,11 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
     code = (
         "import dataclasses, pathlib, sys\n"
         "from experiments import presets, studies, runner\n"
+        "from tokenpool.training.recipe import Recipe\n"
         "if __name__ == '__main__':\n"
         "    preset = dataclasses.replace(presets.get('digits'), base_epochs=2, search_epochs=1, finetune_epochs=2,\n"
-        "        batch_size=256, penalties=(1e-2,), methods=('random', 'wkmedoids'), clustered_level=0,\n"
+        "        recipe=Recipe(batch_size=256), penalties=(1e-2,), methods=('random', 'wkmedoids'),\n"
+        "        clustered_level=0,\n"
         f"        depth=3, grid=4, model_options={TINY!r})\n"
         "    folder = pathlib.Path(sys.argv[1])\n"
         "    with runner.exclusive(folder):\n"
@@ -187,7 +188,7 @@ def test_one_study_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
-    broken = dataclasses.replace(preset, learning_rate=1e30)
+    broken = dataclasses.replace(preset, recipe=dataclasses.replace(preset.recipe, learning_rate=1e30))
     with pytest.raises(RuntimeError, match="run base-seed0 failed: the loss is"):
         reproduce(broken, tmp_path, full=False, jobs=1)
 
@@ -275,13 +276,12 @@ def test_stored_images_resume_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
                 Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{index}.png")
     model_options = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 3, "num_heads": 2, "num_classes": 2}
     options = {"data": str(tmp_path / "images"), "model": "deit_tiny_patch16_224", "batch_size": 4}
-    run = training_run(**options, model_options=model_options, augmentation="light", train_per_class=8)
+    options |= {"model_options": model_options, "augmentation": "light", "train_per_class": 8}
+    run = training_run(**options)
     with pytest.raises(ValueError, match="val of .*images: expected 10 images of each class, but a has 9, b has 9"):
-        protocol.prepare_data([run, dataclasses.replace(run, test_per_class=10)])
-    with pytest.raises(ValueError, match="augmentation = 'dark' must be deit or light"):
-        protocol.prepare_data([dataclasses.replace(run, augmentation="dark")])
-    protocol.prepare_data([dataclasses.replace(run, epochs=0, stage="evaluate"), run])
-    monkeypatch.setattr("tokenpool.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
+        protocol.prepare_data([run, training_run(**options, test_per_class=10)])
+    protocol.prepare_data([training_run(**options, epochs=0, stage="evaluate"), run])
+    monkeypatch.setattr("tokenpool.training.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
     whole = protocol.execute(run, tmp_path / "whole")
     assert whole["metrics"]["images"] == 18 and len(whole["epochs"]) == 3
     with pytest.raises(RuntimeError, match="pulled the plug"):

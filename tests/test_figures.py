@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection
 
 from experiments import figures, illustrations, presets, published, report, throughput
 from experiments.studies import Study, needs, status
-from tokenpool import plotting
+from tokenpool.analysis import plotting
 from tokenpool.tracing import reconstruction_error
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -16,8 +16,11 @@ from PIL import Image
 from experiments import presets, protocol
 from experiments.run import DATA, WEIGHTS, Run
 from experiments.studies import Study, needs
-from tokenpool import files, fingerprint, results
-from tokenpool.images import open_images
+from tokenpool import files
+from tokenpool.analysis import results
+from tokenpool.training import fingerprint
+from tokenpool.training.images import open_images
+from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 2}
@@ -214,7 +217,7 @@ TINY = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
 
 def digits_run(stage: str, **changes) -> Run:
     common = {"data": "digits", "model": "deit_digits_patch2_16", "batch_size": 512, "model_options": TINY}
-    return Run(stage, "", **common | changes)
+    return Run.from_setting({"stage": stage, "label": ""} | common | changes)
 
 
 def test_a_run_knows_the_weights_that_it_started_from(tmp_path: Path) -> None:
@@ -233,7 +236,7 @@ def test_a_run_knows_the_weights_that_it_started_from(tmp_path: Path) -> None:
 
     # The base model is trained anew by another recipe: what was tuned from the old one is not its.
     protocol.result_path(base, tmp_path).unlink()
-    protocol.execute(dataclasses.replace(base, learning_rate=1e-2), tmp_path)
+    protocol.execute(digits_run("base", epochs=1, warmup_epochs=0, learning_rate=1e-2), tmp_path)
     with pytest.raises(ValueError, match="made with other weights to start from"):
         protocol.is_finished(tuned, tmp_path)
 
@@ -255,7 +258,9 @@ def test_a_base_model_made_again_must_end_the_same(tmp_path: Path) -> None:
 
 def test_a_checkpoint_does_not_go_on_with_other_images(tmp_path: Path) -> None:
     data = make_images(tmp_path / "images")
-    run = Run("train", "x", str(data), "deit_tiny_patch16_224", epochs=2, batch_size=6, model_options=SMALL)
+    run = Run(
+        "train", "x", str(data), "deit_tiny_patch16_224", recipe=Recipe(epochs=2, batch_size=6), model_options=SMALL
+    )
 
     def stop() -> None:
         raise RuntimeError("pulled the plug")

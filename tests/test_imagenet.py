@@ -12,7 +12,7 @@ from timm.scheduler import CosineLRScheduler
 from experiments import presets, protocol
 from experiments.studies import Study, needs
 from tokenpool import schedules
-from tokenpool.module import ClassificationModule
+from tokenpool.training.module import ClassificationModule
 
 ROOT = Path(__file__).parents[1]
 PRESET = presets.get("imagenet")
@@ -30,19 +30,19 @@ def documented() -> dict[str, str]:
         ("epochs of the base model", PRESET.base_epochs),
         ("epochs of fine-tuning", PRESET.finetune_epochs),
         ("epochs of each search", PRESET.search_epochs),
-        ("images a step", PRESET.batch_size),
-        ("learning rate", PRESET.learning_rate),
-        ("warm-up epochs", PRESET.warmup_epochs),
-        ("final learning rate", PRESET.final_learning_rate),
-        ("weight decay", PRESET.weight_decay),
-        ("label smoothing", PRESET.label_smoothing),
-        ("mixup", PRESET.mixup),
-        ("CutMix", PRESET.cutmix),
-        ("repeated augmentation", PRESET.repeats),
+        ("images a step", PRESET.recipe.batch_size),
+        ("learning rate", PRESET.recipe.learning_rate),
+        ("warm-up epochs", PRESET.recipe.warmup_epochs),
+        ("final learning rate", PRESET.recipe.final_learning_rate),
+        ("weight decay", PRESET.recipe.weight_decay),
+        ("label smoothing", PRESET.recipe.label_smoothing),
+        ("mixup", PRESET.recipe.mixup),
+        ("CutMix", PRESET.recipe.cutmix),
+        ("repeated augmentation", PRESET.recipe.repeats),
         ("stochastic depth", PRESET.model_options["drop_path_rate"]),
-        ("moving average of the weights", PRESET.ema_decay),
+        ("moving average of the weights", PRESET.recipe.ema_decay),
         ("precision", PRESET.trainer_options["precision"]),
-        ("share of the image that evaluation crops", PRESET.crop_pct),
+        ("share of the image that evaluation crops", PRESET.recipe.crop_pct),
     ],
 )
 def test_the_documented_recipe_is_the_preset(name: str, value: object) -> None:
@@ -53,15 +53,9 @@ def test_the_recipe_reaches_data_module_and_optimiser(tmp_path: Path, monkeypatc
     monkeypatch.setenv(protocol.DATA, str(tmp_path))
     run = Study(PRESET, tmp_path).base(0)
     data = protocol.data_module(run)
-    assert (data.mixup, data.cutmix, data.repeats, data.batch_size, data.cropping["crop_pct"]) == (
-        0.8,
-        1.0,
-        3,
-        1024,
-        0.875,
-    )
+    assert data.recipe == run.recipe and data.cropping["crop_pct"] == 0.875
     module = protocol.training_module(run, protocol.build_model(run, tmp_path))
-    assert module.ema.decay == 0.99996 and module.label_smoothing == 0.1 and module.final_learning_rate == 1e-5
+    assert module.ema.decay == 0.99996 and module.recipe == run.recipe
     assert [round(block.drop_path1.drop_prob, 3) for block in module.model.blocks[1:]] == [
         round(0.1 * index / 11, 3) for index in range(1, 12)
     ]
@@ -69,9 +63,7 @@ def test_the_recipe_reaches_data_module_and_optimiser(tmp_path: Path, monkeypatc
 
 
 def test_learning_rates_rise_and_fall_as_deits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ClassificationModule(
-        torch.nn.Linear(2, 2), 2, PRESET.learning_rate, warmup_epochs=5, final_learning_rate=PRESET.final_learning_rate
-    )
+    module = ClassificationModule(torch.nn.Linear(2, 2), 2, PRESET.recipe)
     monkeypatch.setattr(module, "_total_steps", lambda: 3000)  # 300 epochs of 10 steps
     monkeypatch.setattr(module, "_trainer", SimpleNamespace(max_epochs=300))
     made = module.configure_optimizers()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import load_image, open_images
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import load_image, open_images
+from tokenpool.training.recipe import Recipe
 
 datasets = pytest.importorskip("datasets")
 
@@ -97,7 +98,7 @@ def shards(folder: Path, to: Path) -> str:
 
 
 def evaluated(root: str | Path, workers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    data = ImageFolderDataModule(root, image_size=32, batch_size=4, workers=workers)
+    data = ImageFolderDataModule(root, image_size=32, recipe=Recipe(batch_size=4), workers=workers)
     data.setup("fit")
     data.trainer = None
     batches = [*data.test_dataloader()]

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool import interruption, results
-from tokenpool.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
+from tokenpool.analysis import results
+from tokenpool.training import interruption
+from tokenpool.training.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
+from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax", "drop_path_rate": 0.2}
@@ -27,14 +29,16 @@ RUN = Run(
     model="deit_digits_patch2_16",
     downsampler="wkmedoids",
     keep=(9, 4, 1),
-    epochs=3,
-    batch_size=128,  # ten batches an epoch
-    learning_rate=5e-3,
-    warmup_epochs=1,
-    mixup=0.8,
-    cutmix=1.0,
-    repeats=3,
-    ema_decay=0.9,
+    recipe=Recipe(
+        epochs=3,
+        batch_size=128,  # ten batches an epoch
+        learning_rate=5e-3,
+        warmup_epochs=1,
+        mixup=0.8,
+        cutmix=1.0,
+        repeats=3,
+        ema_decay=0.9,
+    ),
     model_options=TINY,
 )
 
@@ -124,14 +128,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -> None:
-    run = dataclasses.replace(RUN, epochs=4, trainer_options={"check_val_every_n_epoch": 2})
+    run = Run.from_setting(RUN.setting | {"epochs": 4, "trainer_options": {"check_val_every_n_epoch": 2}})
     protocol.execute(run, tmp_path)
     assert ["val_top1" in epoch for epoch in epochs(run, tmp_path)] == [False, True, False, True]
     assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
 
 
 def test_a_run_that_tests_no_image_is_refused(tmp_path: Path) -> None:
-    run = dataclasses.replace(RUN, epochs=1, trainer_options={"limit_test_batches": 0})
+    run = Run.from_setting(RUN.setting | {"epochs": 1, "trainer_options": {"limit_test_batches": 0}})
     with pytest.raises(ValueError, match="no image was tested .*limit_test_batches"):
         protocol.execute(run, tmp_path)
 
@@ -229,11 +233,11 @@ def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytes
     saved = []
     monkeypatch.setenv("TOKENPOOL_MINUTES", "0")
     monkeypatch.setattr(InterruptibleCheckpoint, "_save", lambda self, trainer: saved.append(trainer.global_step))
-    protocol.execute(dataclasses.replace(RUN, epochs=1), tmp_path)
+    protocol.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path)
     assert saved == list(range(1, 11))
     monkeypatch.setenv("TOKENPOOL_MINUTES", "soon")
     with pytest.raises(ValueError, match="TOKENPOOL_MINUTES = 'soon' must be a number"):
-        protocol.execute(dataclasses.replace(RUN, epochs=1), tmp_path / "other")
+        protocol.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path / "other")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> None:
@@ -241,7 +245,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> No
     path = tmp_path / "state.ckpt"
     script = f"""
 import resource, signal, torch
-from tokenpool.interruption import WholeCheckpoints
+from tokenpool.training.interruption import WholeCheckpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 WholeCheckpoints().save_checkpoint({{"weights": torch.zeros(1000)}}, {str(path)!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))

@@ -16,10 +16,11 @@ import tokenpool
 from experiments import protocol
 from experiments.measurements import measure_agreement
 from experiments.slurm import checks
-from tokenpool import results
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import open_images
-from tokenpool.labels import outputs_of
+from tokenpool.analysis import results
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import open_images
+from tokenpool.training.labels import outputs_of
+from tokenpool.training.recipe import Recipe
 
 WNIDS = ImageNetInfo().label_names()
 SOME = [WNIDS[index] for index in (3, 250, 251, 998)]
@@ -138,13 +139,14 @@ def test_training_on_a_part_of_imagenet_maps_as_its_evaluation(tmp_path: Path) -
     folder = draw(tmp_path / "images", SOME, count=2)
     options = TINY | {"num_classes": 1000}
     setting = {"data": str(folder), "model": "deit_tiny_patch16_224", "model_options": options}
-    run = protocol.Run("train", "x", **setting, epochs=2, batch_size=8, mixup=0.1)
+    run = protocol.Run("train", "x", **setting, recipe=Recipe(epochs=2, batch_size=8, mixup=0.1))
     trained = protocol.execute(run, tmp_path)
     path = protocol.weights_path(run.name, tmp_path)
     assert trained["among_classes"] == [3, 250, 251, 998] and trained["epochs"][0]["train_loss"] < 3  # not log 1000
     outcome = protocol.execute(protocol.Run("evaluate", "y", **setting, start=str(path)), tmp_path)
     assert outcome["metrics"]["loss"] == pytest.approx(trained["metrics"]["loss"], rel=1e-4)
-    own = protocol.Run("train", "own", **setting | {"model_options": TINY | {"num_classes": 4}}, epochs=1, batch_size=8)
+    setting |= {"model_options": TINY | {"num_classes": 4}, "recipe": Recipe(epochs=1, batch_size=8)}
+    own = protocol.Run("train", "own", **setting)
     assert "among_classes" not in protocol.execute(own, tmp_path)
 
 
@@ -194,7 +196,7 @@ def test_photographs_with_labels_that_are_wrong(shared: Path, tmp_path: Path, in
         ({"start": "./weights.pth"}, {"top1": 12.0, "images": 500, "loss": 2.0}, 10, True),
         ({"start": "base-seed0"}, {"top1": 12.0, "images": 500, "loss": 2.0}, 10, False),  # an own base model
         ({"pretrained": True}, {"top1": 0.0, "images": 10}, 1000, False),  # too few images
-        ({"pretrained": True, "epochs": 1}, {"top1": 0.1, "images": 1000}, 1000, False),
+        ({"pretrained": True, "recipe": Recipe(epochs=1)}, {"top1": 0.1, "images": 1000}, 1000, False),
         ({"pretrained": True}, {"gaussian_difference": 0.1, "images": 1000}, 1000, False),
     ],
 )

@@ -6,12 +6,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from experiments import loggers, protocol
 from experiments.protocol import Run
-from tokenpool import results
+from tokenpool.analysis import results
+from tokenpool.training.recipe import Recipe
 
 TINY = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
-RUN = Run(
-    "train", "x", "digits", "deit_digits_patch2_16", epochs=1, batch_size=256, warmup_epochs=0, model_options=TINY
-)
+RECIPE = Recipe(epochs=1, batch_size=256, warmup_epochs=0)
+RUN = Run("train", "x", "digits", "deit_digits_patch2_16", recipe=RECIPE, model_options=TINY)
 
 
 def test_csv_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

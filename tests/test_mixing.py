@@ -3,7 +3,7 @@ import pytest
 import torch
 from timm.data import Mixup
 
-from tokenpool.mixing import PAIRS, mixed
+from tokenpool.training.mixing import PAIRS, mixed
 
 CLASSES = 7
 

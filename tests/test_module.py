@@ -3,9 +3,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 import tokenpool
-from tokenpool.data import DigitsDataModule
-from tokenpool.module import ClassificationModule
-from tokenpool.soft_selection import SoftSelection
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.module import ClassificationModule
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.soft_selection import SoftSelection
 
 TINY = {"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax"}
 
@@ -21,8 +22,8 @@ def trainer(tmp_path, **options) -> Trainer:
 
 
 def test_training_learns_and_metrics_are_right(tmp_path) -> None:
-    data = DigitsDataModule(batch_size=128)
-    module = ClassificationModule(create("wkmedoids", [12, 6, 0]), 10, learning_rate=5e-3, warmup_epochs=1)
+    data = DigitsDataModule(Recipe(batch_size=128))
+    module = ClassificationModule(create("wkmedoids", [12, 6, 0]), 10, Recipe(learning_rate=5e-3, warmup_epochs=1))
     fitted = trainer(tmp_path, max_epochs=15)
     fitted.fit(module, datamodule=data)
     measured = fitted.test(module, datamodule=data, verbose=False)[0]
@@ -41,17 +42,21 @@ def test_training_learns_and_metrics_are_right(tmp_path) -> None:
 
 def test_search_drives_late_ranks_out(tmp_path) -> None:
     model = create(SoftSelection)
-    module = ClassificationModule(model, 10, 1e-3, retention_penalty=1.0, retention_learning_rate=0.05)
-    trainer(tmp_path, max_epochs=10).fit(module, datamodule=DigitsDataModule(batch_size=128))
+    module = ClassificationModule(
+        model, 10, Recipe(learning_rate=1e-3, retention_penalty=1.0, retention_learning_rate=0.05)
+    )
+    trainer(tmp_path, max_epochs=10).fit(module, datamodule=DigitsDataModule(Recipe(batch_size=128)))
     weights = torch.stack([layer.retention for layer in tokenpool.soft_selection.layers(model)])
     assert weights.min() >= 0 and weights.max() <= 1
     assert weights.sum() < 0.5 * weights.numel()
 
 
 def test_every_parameter_has_its_learning_rate(tmp_path) -> None:
-    module = ClassificationModule(create(SoftSelection), 10, 1e-3, weight_decay=0.1, retention_learning_rate=0.5)
+    module = ClassificationModule(
+        create(SoftSelection), 10, Recipe(learning_rate=1e-3, weight_decay=0.1, retention_learning_rate=0.5)
+    )
     fitted = trainer(tmp_path, max_steps=1)
-    fitted.fit(module, datamodule=DigitsDataModule(batch_size=512))
+    fitted.fit(module, datamodule=DigitsDataModule(Recipe(batch_size=512)))
     groups = fitted.optimizers[0].param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(module.model.parameters()))
     rates = {group["initial_lr"]: group for group in groups}
@@ -84,8 +89,8 @@ class Weights(Callback):
 
 
 def test_the_moving_average_is_one_and_is_tested_apart(tmp_path) -> None:
-    data, weights = DigitsDataModule(batch_size=128), Weights()
-    module = ClassificationModule(create(), 10, learning_rate=5e-3, warmup_epochs=0, ema_decay=0.8)
+    data, weights = DigitsDataModule(Recipe(batch_size=128)), Weights()
+    module = ClassificationModule(create(), 10, Recipe(learning_rate=5e-3, warmup_epochs=0, ema_decay=0.8))
     expected = {name: value.clone() for name, value in module.model.state_dict().items()}
     fitted = trainer(tmp_path, max_epochs=1, callbacks=[weights])
     fitted.fit(module, datamodule=data)
@@ -123,7 +128,7 @@ def test_each_batch_is_mixed_at_a_ratio_of_its_own(tmp_path, accumulated: int) -
     options = {"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": accumulated}
     module = ClassificationModule(create(), 10)
     trainer(tmp_path, callbacks=[targets], **options).fit(
-        module, datamodule=DigitsDataModule(batch_size=128, mixup=0.8)
+        module, datamodule=DigitsDataModule(Recipe(batch_size=128, mixup=0.8))
     )
     ratios = [round(batch.amax(1).min().item(), 5) for batch in targets.seen]
     assert len(ratios) == len(set(ratios)) == 8

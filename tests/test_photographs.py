@@ -5,7 +5,8 @@ import safetensors.torch
 import torch
 
 import tokenpool
-from tokenpool.data import ImageFolderDataModule
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.recipe import Recipe
 
 LEVEL_3 = tokenpool.schedules.paper("deit_e252", 3)
 IMAGES = 200
@@ -21,7 +22,9 @@ def photographs(shared, batches: list) -> tuple[torch.nn.Module, list]:
     model = tokenpool.create_model("deit_tiny_patch16_224").eval()
     model.load_state_dict(safetensors.torch.load_file(shared / "data" / "deit_tiny_patch16_224.safetensors"))
     if not batches:
-        data = ImageFolderDataModule(shared / "data" / "imagenet_sample", batch_size=50, workers=0, limit=IMAGES)
+        data = ImageFolderDataModule(
+            shared / "data" / "imagenet_sample", recipe=Recipe(batch_size=50), workers=0, limit=IMAGES
+        )
         data.setup("test")
         batches.extend(data.test_dataloader())
     return model, batches

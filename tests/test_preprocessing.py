@@ -15,13 +15,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.data import ImageFolderDataModule
+from tokenpool.training.data import ImageFolderDataModule
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
 
 
 def run(name: str, data: str = "imagenet", **changes) -> Run:
-    return Run("evaluate", "x", data, name, **changes)
+    return Run.from_setting({"stage": "evaluate", "label": "x", "data": data, "model": name} | changes)
 
 
 def transform(run: Run, monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:

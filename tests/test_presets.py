@@ -13,7 +13,8 @@ from timm.layers import resample_abs_pos_embed
 import tokenpool
 from experiments import figures, presets, protocol, tables
 from experiments.studies import Study, everything, needs, placements, status
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
+from tokenpool.training.recipe import Recipe
 
 SELECTIONS = ("random", "importance", "power_bert")
 CLUSTERINGS = ("kmeans", "kmedoids", "wkmeans", "wkmedoids")
@@ -49,8 +50,7 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
         base_epochs=1,
         search_epochs=1,
         finetune_epochs=1,
-        learning_rate=1e-6,
-        final_learning_rate=0.0,
+        recipe=dataclasses.replace(preset.recipe, learning_rate=1e-6, final_learning_rate=0.0),
         search_learning_rate=1e-6,
         retention_learning_rate=0.5,
         full_penalties=(1.0,),
@@ -84,13 +84,14 @@ def test_cifar10_128_starts_from_weights_for_larger_images(
     monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "pretrained.safetensors"))
     monkeypatch.setenv("TOKENPOOL_CACHE", str(tmp_path / "cache"))
     preset, folder = presets.get("cifar10_128"), tmp_path / "runs"
-    changes = {"depth": 3, "grid": 2, "train_per_class": 3, "test_per_class": 2, "learning_rate": 2e-6}
+    recipe = dataclasses.replace(preset.recipe, train_per_class=3, test_per_class=2, learning_rate=2e-6)
+    changes = {"depth": 3, "grid": 2, "recipe": recipe}
     study = Study(dataclasses.replace(preset, model_options=preset.model_options | SMALL, **changes), folder)
     tuned = study.plain([0])[0]
     for run in study.missing([tuned]):
         outcome = protocol.execute(run, folder)
         correct = bits.decode(outcome["metrics"]["correct"], 20)
-        assert outcome["metrics"]["top1"] == 100 * (correct.sum() / 20) and run.epochs == 2
+        assert outcome["metrics"]["top1"] == 100 * (correct.sum() / 20) and run.recipe.epochs == 2
     assert outcome["setting"]["start"] == "base-seed0" and outcome["training_images_per_second"] > 0
     assert len(list((tmp_path / "cache" / "images").glob("*.npy"))) == 2  # 30 and 20 images, for both runs
     expected = resample_abs_pos_embed(pretrained.pos_embed, [2, 2])
@@ -144,7 +145,8 @@ def test_a_broken_preset_is_named(tmp_path: Path) -> None:
     for text, complaint in (
         ("PRESET = (", "cannot read preset .*mine.py: SyntaxError"),
         ("PRESET = nothing", "cannot read preset .*mine.py: NameError: name 'nothing'"),
-        (f"{digits}epochs=3)", "cannot read preset .*mine.py: TypeError: .*epochs"),
+        (f"{digits}epochs=3)", "cannot read preset .*mine.py: TypeError: .*epochs'$"),
+        (f"{digits}batch_size=3)", r"TypeError: .*batch_size'; write recipe=Recipe\(batch_size=...\)"),
         (f"{digits}name='a/b')", "cannot read preset .*mine.py: preset a/b: the name 'a/b' must consist of letters"),
         (
             f"{digits}name='a', clustered_level=9)",
@@ -201,10 +203,16 @@ def test_a_copy_of_every_preset_under_a_name_of_its_own_is_taken(name: str, tmp_
         ({"base_epochs": 0}, "base_epochs = 0: what trains nothing learns no schedules"),
         ({"search_epochs": 0}, "search_epochs = 0, but base_epochs = 50"),
         ({"finetune_epochs": 2.5}, "finetune_epochs = 2.5 must be a whole number"),
-        ({"learning_rate": -1.0}, "learning_rate = -1.0 must not be negative"),
-        ({"final_learning_rate": 1e-3}, "final_learning_rate = 0.001 is above search_learning_rate = 0.0002"),
-        ({"batch_size": 31, "mixup": 0.8}, "batch_size = 31 cannot be shared by 1 processes, in pairs for mixup"),
-        ({"ema_decay": 1.0}, "ema_decay = 1.0 must lie between 0 and 1"),
+        ({"search_learning_rate": -1.0}, "search_learning_rate = -1.0 must not be negative"),
+        (
+            {"recipe": Recipe(learning_rate=1e-3, final_learning_rate=1e-3)},
+            "final_learning_rate = 0.001 is above search_learning_rate = 0.0002",
+        ),
+        (
+            {"recipe": Recipe(batch_size=31, mixup=0.8)},
+            "batch_size = 31 cannot be shared by 1 processes, in pairs for mixup",
+        ),
+        ({"recipe": Recipe(retention_penalty=1.0)}, "recipe has retention_penalty = 1.0, which has no effect"),
         ({"redundancy_images": 9}, "redundancy_images = 9, but only image folders"),
         ({"name": "../digits"}, "the name '../digits' must consist of letters"),
         ({"main": presets.Variant("a", "A")}, "the name of main is 'a', but must be empty"),

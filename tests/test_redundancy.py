@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool import redundancy
+from tokenpool.analysis import redundancy
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from tokenpool import pareto, results
+from tokenpool.analysis import pareto, results
 
 RUN = {
     "setting": {"stage": "base", "keep": [3, 0]},

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, TensorDataset
 
-from tokenpool.data import DigitsDataModule
-from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
-from tokenpool.seeding import step_seed
+from tokenpool.training.data import DigitsDataModule
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
+from tokenpool.training.seeding import step_seed
 
 
 def numbers(count: int) -> TensorDataset:
@@ -104,10 +105,10 @@ def test_a_loader_goes_on_where_its_state_says(workers: int) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
-    data = DigitsDataModule(batch_size=33, mixup=0.8)
+    data = DigitsDataModule(Recipe(batch_size=33, mixup=0.8))
     data.setup()
     with pytest.raises(ValueError, match="batch_size = 33 cannot be shared out evenly among 1 processes .* in pairs"):
         data.train_dataloader()
-    data = DigitsDataModule(batch_size=4000)
+    data = DigitsDataModule(Recipe(batch_size=4000))
     data.setup()
     assert len(data.train_dataloader()) == 1  # one batch of all images, where they are fewer than a batch

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slurm
@@ -22,9 +22,12 @@ pytestmark = pytest.mark.slurm
 PRESET = """
 from dataclasses import replace
 from experiments import presets
+from tokenpool.training.recipe import Recipe
 PRESET = replace(
-    presets.get("digits"), name="tiny", base_epochs={epochs}, search_epochs=1, finetune_epochs=1, batch_size=128,
-    learning_rate={rate}, mixup=0.8, cutmix=1.0, repeats=3, ema_decay=0.9, penalties=(1e-3, 1e-2),
+    presets.get("digits"), name="tiny", base_epochs={epochs}, search_epochs=1, finetune_epochs=1,
+    recipe=Recipe(batch_size=128, learning_rate={rate}, warmup_epochs=3, mixup=0.8, cutmix=1.0, repeats=3,
+                  ema_decay=0.9),
+    penalties=(1e-3, 1e-2),
     methods=("wkmedoids",), depth=3, grid=4,
     model_options={{"embed_dim": 16, "depth": 3, "num_heads": 2, "patch_size": 4, "weight_init": "jax",
                    "drop_path_rate": 0.1}},

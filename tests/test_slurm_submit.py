@@ -20,7 +20,7 @@ from experiments import presets, protocol, runner
 from experiments.__main__ import app
 from experiments.slurm import checks, queue, status, submit
 from experiments.studies import Study, everything, needs
-from tokenpool import results
+from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
 FAKES = {
@@ -76,7 +76,7 @@ def finish(study: Study, name: str) -> None:
     """As if the run were finished: its result as committed, of which only the setting is this study's."""
     run = next(run for run in study.with_awaited(everything(study)) if run.name == name)
     found = results.read(ROOT / "results" / "digits" / f"{name}.json")
-    found["setting"] |= {"level": run.level, "epochs": run.epochs}
+    found["setting"] |= {"level": run.level, "epochs": run.recipe.epochs}
     results.save(found, protocol.result_path(run, study.folder))
     if run.stage == "base":
         weights = protocol.weights_path(name, study.folder)
@@ -298,7 +298,7 @@ def images(tmp_path: Path) -> Path:
 
 def some(images: Path, **changes) -> list[protocol.Run]:
     setting = {"stage": "evaluate", "label": "x", "data": "imagenet", "model": "deit_tiny_patch16_224"}
-    return [protocol.Run(**setting | {"model_options": {"num_classes": 3}} | changes)]
+    return [protocol.Run.from_setting(setting | {"model_options": {"num_classes": 3}} | changes)]
 
 
 def test_images_are_checked(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

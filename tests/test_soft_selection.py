@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import tokenpool
-from tokenpool import soft_selection
-from tokenpool.soft_selection import SoftSelection
+from tokenpool.training import soft_selection
+from tokenpool.training.soft_selection import SoftSelection
 
 
 def test_weights_of_one_change_nothing(small, photos) -> None:

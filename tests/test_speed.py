@@ -12,7 +12,8 @@ from experiments.__main__ import app
 from experiments.run import result_path
 from experiments.speed import Setting
 from experiments.studies import Study, needs
-from tokenpool import clustering, results
+from tokenpool import clustering
+from tokenpool.analysis import results
 from tokenpool.attention import ScoredAttention
 
 ROOT = Path(__file__).parents[1]

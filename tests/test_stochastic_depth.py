@@ -3,7 +3,7 @@ import timm
 import torch
 from timm.layers import DropPath
 
-from tokenpool.stochastic_depth import SharedDropPath, share
+from tokenpool.training.stochastic_depth import SharedDropPath, share
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

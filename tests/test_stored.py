@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenpool import files, stored
-from tokenpool.data import ImageFolderDataModule
-from tokenpool.images import open_images
-from tokenpool.stored import StoredImageDataModule, StoredImages
+from tokenpool import files
+from tokenpool.training import stored
+from tokenpool.training.data import ImageFolderDataModule
+from tokenpool.training.images import open_images
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.stored import StoredImageDataModule, StoredImages
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, stage: str = "fit", **options) -> StoredImageDataModule:
-    data = StoredImageDataModule(folder, image_size=32, batch_size=4, workers=0, **options)
+    data = StoredImageDataModule(folder, image_size=32, workers=0, **options)
     data.setup(stage)
     return data
 
@@ -48,7 +50,9 @@ def written(cache: Path) -> list[Path]:
     return sorted((cache / "images").glob("*.npy"))
 
 
-@pytest.mark.parametrize("options", [{}, {"crop_pct": 1.0}, {"limit": 5}, {"part": "2/3"}, {"test_per_class": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"crop_pct": 1.0}, {"limit": 5}, {"part": "2/3"}, {"recipe": Recipe(test_per_class=3)}]
+)
 def test_evaluation_sees_what_timm_makes_each_time(folder: Path, options: dict) -> None:
     reference = ImageFolderDataModule(folder, image_size=32, workers=0, **options)
     reference.setup("test")
@@ -59,21 +63,21 @@ def test_evaluation_sees_what_timm_makes_each_time(folder: Path, options: dict) 
 
 
 def test_images_are_decoded_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = opened(folder, train_per_class=5)
+    first = opened(folder, recipe=Recipe(train_per_class=5))
     assert len(first.train_set) == 10 and [path.suffix for path in written(cache)] == [".npy"] * 2
     images = [image for image, _ in first.train_set]
     decode = stored.load_image
     monkeypatch.setattr(stored, "load_image", lambda *source: pytest.fail(f"decodes {source}"))
-    again = opened(folder, train_per_class=5)
+    again = opened(folder, recipe=Recipe(train_per_class=5))
     assert all(torch.equal(*pair) for pair in zip((image for image, _ in again.train_set), images, strict=True))
     opened(folder, "test", limit=2)  # a part of what is stored already
     monkeypatch.setattr(stored, "load_image", decode)
     Image.new("RGB", (40, 30)).save(folder / "train" / "b" / "2.jpg")
-    changed = opened(folder, train_per_class=5)
+    changed = opened(folder, recipe=Recipe(train_per_class=5))
     assert [torch.equal(*pair) for pair in zip((image for image, _ in changed.train_set), images, strict=True)] == [
         index != 7 for index in range(10)
     ]
-    opened(folder, train_per_class=5, crop_pct=1.0)
+    opened(folder, recipe=Recipe(train_per_class=5, crop_pct=1.0))
     assert len(written(cache)) == 5 and not list(cache.rglob(".*.partial"))
     copy = pickle.dumps(first.train_set)  # for a process that is not forked: without the pixels
     assert len(copy) < 10 * 32 * 32 and torch.equal(pickle.loads(copy)[3][0], images[3])
@@ -131,10 +135,10 @@ def test_nothing_half_written_is_ever_used(folder: Path, cache: Path, monkeypatc
 def test_too_few_images_of_a_class_are_named(folder: Path) -> None:
     (folder / "train" / "b" / "3.jpg").unlink()
     with pytest.raises(ValueError, match="^train of .*folder: expected 6 images of each class, but b has 5$"):
-        opened(folder, train_per_class=6)
+        opened(folder, recipe=Recipe(train_per_class=6))
     with pytest.raises(ValueError, match="^val of .*: expected 9 images of each class, but a has 4, b has 4$"):
-        opened(folder, "test", test_per_class=9)
-    plain = ImageFolderDataModule(folder, image_size=32, workers=0, train_per_class=6)
+        opened(folder, "test", recipe=Recipe(test_per_class=9))
+    plain = ImageFolderDataModule(folder, image_size=32, workers=0, recipe=Recipe(train_per_class=6))
     with pytest.raises(ValueError, match="expected 6 images of each class, but b has 5"):
         plain.setup("fit")
     (folder / "train" / "b").rename(folder / "train" / "c")

@@ -11,8 +11,10 @@ import pytest
 
 from experiments import figures, presets, protocol, report, runner, studies, tables
 from experiments.presets import Preset
+from experiments.run import Run
 from experiments.studies import Study, everything, needs, placements, status
-from tokenpool import results
+from tokenpool.analysis import results
+from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -149,7 +151,7 @@ def test_a_preset_without_training_is_not_reproduced(tmp_path: Path) -> None:
 
 
 def test_estimates_follow_finished_runs(one_study: Study) -> None:
-    run = dataclasses.replace(one_study.finetunes(["power_bert"], [0])[0], epochs=24)
+    run = Run.from_setting(one_study.finetunes(["power_bert"], [0])[0].setting | {"epochs": 24})
     taken = results.load(one_study.folder)
     assert one_study.seconds([run]) == pytest.approx(24 * (taken["seconds"] / taken["epochs"]).median())
     fresh = Study(one_study.preset, one_study.folder / "none")
@@ -220,7 +222,7 @@ def test_pretrained_on_photographs(shared: Path, tmp_path: Path, monkeypatch: py
     """The preset's own path, data and weights by variable, on ten photographs; and nothing of the path is recorded."""
     monkeypatch.setenv(protocol.DATA, str(shared / "data" / "imagenet_sample"))
     monkeypatch.setenv(protocol.WEIGHTS, str(shared / "data" / "deit_tiny_patch16_224.safetensors"))
-    preset = dataclasses.replace(presets.get("pretrained"), batch_size=10, redundancy_images=10)
+    preset = dataclasses.replace(presets.get("pretrained"), recipe=Recipe(batch_size=10), redundancy_images=10)
     study = Study(preset, tmp_path)
     merged = dataclasses.replace(study.evaluations(["kmedoids"], carry=True)[3], limit=10)
     outcome = protocol.execute(merged, tmp_path)
@@ -242,8 +244,7 @@ def tiny() -> Preset:
         base_epochs=1,
         search_epochs=1,
         finetune_epochs=1,
-        batch_size=256,
-        warmup_epochs=0,
+        recipe=dataclasses.replace(preset.recipe, batch_size=256, warmup_epochs=0),
         full_penalties=(1e-2,),
         full_seeds=(0,),
         extra_seeds=(0,),
@@ -325,7 +326,9 @@ def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
 def test_carried_sizes_change_nothing_where_tokens_are_dropped(tmp_path: Path) -> None:
     """Why Figure 9 shows selections once only."""
     base = Study(presets.get("digits"), tmp_path)
-    common = dataclasses.replace(base.base(0), stage="evaluate", epochs=0, downsampler="power_bert", keep=(9, 4, 1))
+    common = dataclasses.replace(
+        base.base(0), stage="evaluate", recipe=Recipe(), downsampler="power_bert", keep=(9, 4, 1)
+    )
     options = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
     runs = [
         dataclasses.replace(common, label=str(carry), carry=carry, model_options=options) for carry in (False, True)

@@ -6,7 +6,8 @@ import pytest
 
 from experiments import presets, published, tables
 from experiments.studies import Study, protocol_runs
-from tokenpool import flops, results, schedules
+from tokenpool import flops, schedules
+from tokenpool.analysis import results
 
 RESULTS = Path(__file__).parents[1] / "results"
 

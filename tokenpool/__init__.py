@@ -1,10 +1,9 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
-import warnings
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenpool import clustering, deit, flops, gpu, hosts, pareto, results, schedules, soft_selection
+from tokenpool import clustering, deit, flops, gpu, hosts, moved, schedules
 from tokenpool.blocks import unpool
 from tokenpool.budget import schedule_for
 from tokenpool.checkpoint import load, load_weights, save
@@ -13,58 +12,87 @@ from tokenpool.patching import create_model, is_patched, patch, unpatch
 from tokenpool.tracing import trace
 from tokenpool.version import __version__
 
+if TYPE_CHECKING:
+    from tokenpool import analysis, training
+    from tokenpool.analysis import comparison, pareto, plotting, redundancy, results
+    from tokenpool.analysis.comparison import compare
+    from tokenpool.training import (
+        data,
+        images,
+        interruption,
+        mixing,
+        module,
+        sampling,
+        seeding,
+        soft_selection,
+        stochastic_depth,
+    )
+
 __all__ = [
     "METHODS",
     "Downsampled",
     "Downsampler",
     "__version__",
+    "analysis",
     "clustering",
+    "compare",
+    "comparison",
     "create_model",
+    "data",
     "deit",
     "flops",
     "gpu",
     "hosts",
+    "images",
+    "interruption",
     "is_patched",
     "load",
     "load_weights",
+    "mixing",
+    "module",
     "pareto",
     "patch",
+    "plotting",
+    "redundancy",
     "results",
+    "sampling",
     "save",
     "schedule_for",
     "schedules",
+    "seeding",
     "soft_selection",
+    "stochastic_depth",
     "trace",
+    "training",
     "unpatch",
     "unpool",
 ]
 
-# Imported when first used: they need Matplotlib, Lightning's data modules, torchvision, SciPy.
-_ON_DEMAND = (
-    "comparison",
-    "data",
-    "images",
-    "interruption",
-    "mixing",
-    "module",
-    "plotting",
-    "redundancy",
-    "sampling",
-    "seeding",
-    "stochastic_depth",
-)
+# Modules, and names in them, that are imported when first used: they need Lightning, pandas, Matplotlib and SciPy,
+# which take seconds to import and which not everybody installs.
+_MODULES = {
+    "analysis": ("comparison", "pareto", "plotting", "redundancy", "results"),
+    "training": (
+        *("data", "images", "interruption", "mixing", "module"),
+        *("sampling", "seeding", "soft_selection", "stochastic_depth"),
+    ),
+}
+_ON_DEMAND: dict[str, tuple[str, str | None]] = {
+    name: (f"tokenpool.{room}.{name}", None) for room, names in _MODULES.items() for name in names
+}
+_ON_DEMAND |= {room: (f"tokenpool.{room}", None) for room in _MODULES}
+_ON_DEMAND |= {"compare": ("tokenpool.analysis.comparison", "compare")}
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":
-        return import_module("tokenpool.comparison").compare
-    if name == "kernels":
-        warnings.warn("tokenpool.kernels is deprecated: use tokenpool.gpu", DeprecationWarning, stacklevel=2)
-        return gpu
-    if name in _ON_DEMAND:
-        return import_module(f"tokenpool.{name}")
-    raise AttributeError(f"module 'tokenpool' has no attribute {name!r}")
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'tokenpool' has no attribute {name!r}")
+    path, attribute = _ON_DEMAND[name]
+    module = import_module(path)
+    return module if attribute is None else getattr(module, attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_DEMAND, "compare"})
+    return sorted({*globals(), *_ON_DEMAND})

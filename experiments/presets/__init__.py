@@ -1,12 +1,13 @@
 """Presets: what to train, on what, for how long. Each module states command, cost and expected result at its top."""
 
 import runpy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments.presets.checks import check
+from experiments.presets.checks import OF_A_STAGE, check
+from tokenpool.training.recipe import Recipe
 
 NAMES = ("digits", "pretrained", "cifar10", "cifar10_128", "imagenet", "imagenet_printed")
 
@@ -46,23 +47,10 @@ class Preset:
         data: "digits"; "imagenet" or "cifar10", the images that `--data` names; or a folder in ImageNet's layout.
         model: name of the timm model.
         pretrained: start from the weights that `--weights` names, or from timm's, instead of training afresh.
+        recipe: hyper-parameters of stages 1, 3 and 4. The fields below set its epochs, and what is special in stage 2.
         base_epochs: of the base model's training (stage 1); 0 for a preset that trains nothing.
         search_epochs: of each search for a schedule (stage 2).
         finetune_epochs: of each method's fine-tuning (stage 3), and of the base model's (stage 4).
-        batch_size: images of one step of the optimiser, over all processes.
-        learning_rate: at its peak, in stages 1, 3 and 4.
-        warmup_epochs: of the learning rate.
-        final_learning_rate: at which its cosine ends.
-        label_smoothing: of the cross-entropy.
-        weight_decay: of AdamW.
-        mixup: alpha of mixup's ratio; 0 for none.
-        cutmix: alpha of CutMix's ratio; 0 for none.
-        repeats: of an image in a row (repeated augmentation).
-        ema_decay: of the moving average of the weights; 0 for none.
-        crop_pct: share of the resized image that evaluation crops; 0 for the model's own in timm.
-        augmentation: of training images: "deit", or "light", which is quick (see `experiments.protocol.Run`).
-        train_per_class: train on the first so many images of each class only; 0 for all.
-        test_per_class: the same for evaluation.
         search_learning_rate: of the network in stage 2.
         retention_learning_rate: of the retention weights in stage 2.
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
@@ -102,25 +90,12 @@ class Preset:
     grid: int
     processes: int = 1
     pretrained: bool = False
+    recipe: Recipe = Recipe(batch_size=64)
     base_epochs: int = 0
     search_epochs: int = 0
     finetune_epochs: int = 0
-    batch_size: int = 64
-    learning_rate: float = 5e-4
-    warmup_epochs: float = 5
-    label_smoothing: float = 0.1
-    weight_decay: float = 0.05
-    final_learning_rate: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    repeats: int = 1
-    ema_decay: float = 0.0
-    crop_pct: float = 0.0
-    augmentation: str = "deit"
-    train_per_class: int = 0
-    test_per_class: int = 0
     search_learning_rate: float = 0.0
-    retention_learning_rate: float = 1e-2
+    retention_learning_rate: float = Recipe.retention_learning_rate
     penalties: tuple[float, ...] = ()
     full_penalties: tuple[float, ...] = ()
     methods: tuple[str, ...] = ()
@@ -149,6 +124,26 @@ class Preset:
         return str(self.file or self.name)
 
     @property
+    def base_recipe(self) -> Recipe:
+        """Hyper-parameters of the base model's training."""
+        return replace(self.recipe, epochs=self.base_epochs)
+
+    @property
+    def finetune_recipe(self) -> Recipe:
+        """Hyper-parameters of fine-tuning."""
+        return replace(self.recipe, epochs=self.finetune_epochs)
+
+    def search_recipe(self, penalty: float) -> Recipe:
+        """Hyper-parameters of the search for a schedule with the weight lambda of the retention loss."""
+        return replace(
+            self.recipe,
+            epochs=self.search_epochs,
+            learning_rate=self.search_learning_rate,
+            retention_penalty=penalty,
+            retention_learning_rate=self.retention_learning_rate,
+        )
+
+    @property
     def trains(self) -> bool:
         """Whether there are models to train; else all is measured on pretrained ones."""
         return self.base_epochs > 0
@@ -175,7 +170,15 @@ def _read(path: Path) -> Preset:
         preset = runpy.run_path(str(path)).get("PRESET")
     except (Exception, SystemExit) as error:  # whatever the code in it raises
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"cannot read preset {path}: {kind}{error}") from error
+        raise ValueError(f"cannot read preset {path}: {kind}{error}{_hint(error)}") from error
     if not isinstance(preset, Preset) or preset.name in NAMES:
         raise ValueError(f"{path} must define PRESET, a Preset with a name other than {', '.join(NAMES)}")
     return replace(preset, file=path.resolve())
+
+
+def _hint(error: BaseException) -> str:
+    """What to write instead, where a preset has a hyper-parameter beside its recipe, as presets had until 0.1."""
+    for each in fields(Recipe):
+        if isinstance(error, TypeError) and f"argument '{each.name}'" in str(error) and each.name not in OF_A_STAGE:
+            return f"; write recipe=Recipe({each.name}=...)"
+    return ""

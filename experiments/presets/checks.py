@@ -13,14 +13,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tokenpool.downsampling import with_schedule
 from tokenpool.schedules import LEVELS, MODELS, paper
+from tokenpool.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from experiments.presets import Preset, Variant
 
-_NOT_NEGATIVE = (
-    *("learning_rate", "final_learning_rate", "search_learning_rate", "retention_learning_rate", "warmup_epochs"),
-    *("weight_decay", "mixup", "cutmix", "epoch_seconds", "evaluation_seconds"),
-)
+_NOT_NEGATIVE = ("search_learning_rate", "retention_learning_rate", "epoch_seconds", "evaluation_seconds")
+OF_A_STAGE = ("epochs", "retention_penalty", "retention_learning_rate")  # of the recipe; other fields set them
 _FIGURES = ("10a", "10b")  # of models with normalised queries and keys
 
 
@@ -46,7 +45,7 @@ def _wrong(preset: "Preset") -> Iterator[str]:
 
 
 def _wrong_ranges(preset: "Preset") -> Iterator[str]:
-    least = {"depth": 1, "grid": 1, "processes": 1, "batch_size": 1, "repeats": 1}
+    least = {"depth": 1, "grid": 1, "processes": 1}
     least |= dict.fromkeys(("base_epochs", "search_epochs", "finetune_epochs", "redundancy_images"), 0)
     for name, minimum in least.items():
         value = getattr(preset, name)
@@ -55,10 +54,10 @@ def _wrong_ranges(preset: "Preset") -> Iterator[str]:
     for name in _NOT_NEGATIVE:
         if not getattr(preset, name) >= 0:
             yield f"{name} = {getattr(preset, name)!r} must not be negative"
-    for name in ("label_smoothing", "ema_decay", "crop_pct"):
-        value = getattr(preset, name)
-        if not (0 <= value < 1 or (name == "crop_pct" and value == 1)):
-            yield f"{name} = {value!r} must lie between 0 and 1"
+    for name in OF_A_STAGE:
+        value = getattr(preset.recipe, name)
+        if value != getattr(Recipe(), name):
+            yield f"recipe has {name} = {value!r}, which has no effect: the preset's own fields say it of each stage"
 
 
 def _wrong_lists(preset: "Preset") -> Iterator[str]:
@@ -126,13 +125,13 @@ def _wrong_stages(preset: "Preset") -> Iterator[str]:
         for name in ("finetune_epochs", *([] if all(printed) else ["search_epochs"])):
             if getattr(preset, name) == 0:
                 yield f"{name} = 0, but base_epochs = {preset.base_epochs}: there is no such stage without epochs"
-        for name in ("learning_rate", *([] if all(printed) else ["search_learning_rate"])):
-            if preset.final_learning_rate > getattr(preset, name):
-                yield f"final_learning_rate = {preset.final_learning_rate} is above {name} = {getattr(preset, name)}"
-        unit = preset.processes * (2 if preset.mixup or preset.cutmix else 1)
-        if preset.processes and preset.batch_size % unit:
+        final, search = preset.recipe.final_learning_rate, preset.search_learning_rate
+        if final > search and not all(printed):
+            yield f"final_learning_rate = {final} is above search_learning_rate = {search}"
+        unit = preset.processes * (2 if preset.recipe.mixup or preset.recipe.cutmix else 1)
+        if preset.processes and preset.recipe.batch_size % unit:
             pairs = ", in pairs for mixup" if unit > preset.processes else ""
-            yield f"batch_size = {preset.batch_size} cannot be shared by {preset.processes} processes{pairs}"
+            yield f"batch_size = {preset.recipe.batch_size} cannot be shared by {preset.processes} processes{pairs}"
     if preset.data == "digits" and preset.redundancy_images:
         yield f"redundancy_images = {preset.redundancy_images}, but only image folders can be limited, not the digits"
 

@@ -12,6 +12,7 @@ mean nothing.
 """
 
 from experiments.presets import Preset, Variant
+from tokenpool.training.recipe import Recipe
 
 PRESET = Preset(
     name="cifar10",
@@ -26,15 +27,17 @@ PRESET = Preset(
     base_epochs=10,
     search_epochs=3,
     finetune_epochs=5,
-    batch_size=256,
-    learning_rate=1e-4,
-    warmup_epochs=1,
-    final_learning_rate=1e-6,
-    label_smoothing=0.1,
-    weight_decay=0.05,
-    mixup=0.8,
-    cutmix=1.0,
-    ema_decay=0.0,
+    recipe=Recipe(
+        batch_size=256,
+        learning_rate=1e-4,
+        warmup_epochs=1,
+        final_learning_rate=1e-6,
+        label_smoothing=0.1,
+        weight_decay=0.05,
+        mixup=0.8,
+        cutmix=1.0,
+        ema_decay=0.0,
+    ),
     search_learning_rate=2e-5,
     retention_learning_rate=2e-2,
     penalties=(1e-4, 1e-3, 1e-2),

@@ -18,6 +18,7 @@ Expected: 87.6 % plain, fine-tuned; at 0.135 GMACs of 0.374 PoWER-BERT 71.2 %, K
 """
 
 from experiments.presets import Preset, Variant
+from tokenpool.training.recipe import Recipe
 
 PRESET = Preset(
     name="cifar10_128",
@@ -32,16 +33,18 @@ PRESET = Preset(
     base_epochs=2,
     search_epochs=1,
     finetune_epochs=2,
-    batch_size=64,
-    learning_rate=1e-4,
-    warmup_epochs=0.2,
-    final_learning_rate=1e-6,
-    label_smoothing=0.1,
-    weight_decay=0.05,
-    crop_pct=1.0,
-    augmentation="light",
-    train_per_class=1000,
-    test_per_class=1000,
+    recipe=Recipe(
+        batch_size=64,
+        learning_rate=1e-4,
+        warmup_epochs=0.2,
+        final_learning_rate=1e-6,
+        label_smoothing=0.1,
+        weight_decay=0.05,
+        crop_pct=1.0,
+        augmentation="light",
+        train_per_class=1000,
+        test_per_class=1000,
+    ),
     search_learning_rate=2e-5,
     retention_learning_rate=2e-2,
     # Found by short trials: schedules from about 0.27 to 0.09 GMACs, of the plain model's 0.37.

@@ -7,6 +7,7 @@ Expected: 97.0 % top-1 (base), 97.4 % (fine-tuned), 96.1 % with PoWER-BERT or WK
 """
 
 from experiments.presets import Preset, Variant
+from tokenpool.training.recipe import Recipe
 
 PRESET = Preset(
     name="digits",
@@ -19,11 +20,13 @@ PRESET = Preset(
     base_epochs=50,
     search_epochs=12,
     finetune_epochs=12,
-    batch_size=32,
-    learning_rate=1e-3,
-    warmup_epochs=3,
-    label_smoothing=0.1,
-    weight_decay=0.05,
+    recipe=Recipe(
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_epochs=3,
+        label_smoothing=0.1,
+        weight_decay=0.05,
+    ),
     search_learning_rate=2e-4,
     retention_learning_rate=2e-2,
     penalties=(1e-4, 1e-3, 1e-2, 1e-1),

@@ -15,6 +15,7 @@ digits', scaled to the sum over 12 blocks of 196 tokens, and unproven. `imagenet
 """
 
 from experiments.presets import Preset, Variant
+from tokenpool.training.recipe import Recipe
 
 PRESET = Preset(
     name="imagenet",
@@ -29,17 +30,19 @@ PRESET = Preset(
     base_epochs=300,
     search_epochs=30,
     finetune_epochs=300,
-    batch_size=1024,
-    learning_rate=1e-3,  # 5e-4 x 1024 / 512
-    warmup_epochs=5,
-    final_learning_rate=1e-5,
-    label_smoothing=0.1,
-    weight_decay=0.05,
-    mixup=0.8,
-    cutmix=1.0,
-    repeats=3,
-    ema_decay=0.99996,
-    crop_pct=0.875,
+    recipe=Recipe(
+        batch_size=1024,
+        learning_rate=1e-3,  # 5e-4 x 1024 / 512
+        warmup_epochs=5,
+        final_learning_rate=1e-5,
+        label_smoothing=0.1,
+        weight_decay=0.05,
+        mixup=0.8,
+        cutmix=1.0,
+        repeats=3,
+        ema_decay=0.99996,
+        crop_pct=0.875,
+    ),
     search_learning_rate=1e-4,
     retention_learning_rate=1e-2,
     penalties=(1e-4, 3e-4, 1e-3, 3e-3),

@@ -10,8 +10,8 @@ import timm
 
 from experiments import protocol
 from experiments.protocol import Run
-from tokenpool.images import HUB, class_names, is_downloaded, open_images, part_folder
-from tokenpool.labels import outputs_of
+from tokenpool.training.images import HUB, class_names, is_downloaded, open_images, part_folder
+from tokenpool.training.labels import outputs_of
 
 
 def check_data(runs: Sequence[Run]) -> None:
@@ -24,7 +24,7 @@ def check_data(runs: Sequence[Run]) -> None:
     runs = [run for run in runs if run.data != "digits"]
     for root in sorted({protocol.image_source(run) for run in runs}):
         users = [run for run in runs if protocol.image_source(run) == root]
-        for part in ["train", "val"] if any(run.epochs for run in users) else ["val"]:
+        for part in ["train", "val"] if any(run.recipe.epochs for run in users) else ["val"]:
             classes = _class_names(root, part)
             for run in users:
                 expected = _classes(run)
@@ -61,11 +61,12 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
         raise ValueError(f"{template} has --ntasks: expected --ntasks-per-node, which says what runs where")
     nodes, tasks = nodes or 1, tasks or 1
     for run in runs:
-        pairs = 2 if run.mixup or run.cutmix else 1
-        if run.epochs and run.batch_size % (nodes * tasks * pairs):
+        recipe = run.recipe
+        pairs = 2 if recipe.mixup or recipe.cutmix else 1
+        if recipe.epochs and recipe.batch_size % (nodes * tasks * pairs):
             raise ValueError(
-                f"{template} asks for {nodes} x {tasks} tasks, which cannot share the batch of {run.batch_size} images "
-                f"of {run.name} equally{', in pairs for mixup' if pairs > 1 else ''}"
+                f"{template} asks for {nodes} x {tasks} tasks, which cannot share the batch of {recipe.batch_size} "
+                f"images of {run.name} equally{', in pairs for mixup' if pairs > 1 else ''}"
             )
 
 

@@ -20,7 +20,7 @@ from experiments import protocol, runner
 from experiments.protocol import Run
 from experiments.slurm import checks, queue
 from experiments.studies import TIMED, Study
-from tokenpool.images import HUB, is_downloaded
+from tokenpool.training.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
 _NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template
@@ -175,7 +175,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
     """What a template's placeholders stand for."""
     folder = study.folder.resolve()
     command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
-    trains = any(run.epochs for run in array.runs)
+    trains = any(run.recipe.epochs for run in array.runs)
     paths = {name: os.environ.get(name) for name in (protocol.DATA, protocol.WEIGHTS)}
     return {
         "job": array.name,

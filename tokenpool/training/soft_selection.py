@@ -1,6 +1,7 @@
 """PoWER-BERT's soft selection: a retention schedule is learned (Goyal et al. 2020, section 3.3, second stage)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +24,17 @@ class SoftSelection(Downsampler):
         self.retention = nn.Parameter(torch.ones(tokens))
 
     @classmethod
-    def for_blocks(cls, host: Host, keep: Sequence[int] | None = None) -> list["Downsampler | None"]:
+    def for_blocks(cls, host: Host, keep: Sequence[int] | None = None, **options: Any) -> list["Downsampler | None"]:
         if keep is not None:
             raise ValueError("soft selection takes no keep: it learns one")
-        return [cls(host.grid[0] * host.grid[1]) for _ in range(host.depth)]
+        return [cls(host.grid[0] * host.grid[1], **options) for _ in range(host.depth)]
 
     def acts_on(self, n: int) -> bool:
         return True
 
-    def forward(self, tokens: Tensor, scores: Tensor) -> Downsampled:
+    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor | None) -> Downsampled:
+        if scores is None:
+            raise ValueError("soft selection ranks tokens by their scores, got none")
         batch, n, _ = tokens.shape
         if n != len(self.retention):
             raise ValueError(f"soft selection was built for {len(self.retention)} tokens, got {n}")

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from tokenpool import results
+from tokenpool.analysis import results
 from tokenpool.downsampling import Column
 from tokenpool.tracing import Trace
 
@@ -166,21 +166,21 @@ def patches(image: np.ndarray, assignment: ArrayLike, grid: tuple[int, int], ax:
     Raises:
         ValueError: if the grid does not have as many patches as the assignment.
     """
-    assignment = np.asarray(assignment)
-    if assignment.size != grid[0] * grid[1]:
-        raise ValueError(f"assignment has {assignment.size} patches, but the grid {grid} has {grid[0] * grid[1]}")
+    tokens = np.asarray(assignment)
+    if tokens.size != grid[0] * grid[1]:
+        raise ValueError(f"assignment has {tokens.size} patches, but the grid {grid} has {grid[0] * grid[1]}")
     if ax is None:
         ax = plt.subplots(figsize=(3, 3), layout="constrained")[1]
     height, width = image.shape[:2]
     rows = np.arange(height) * grid[0] // height
     columns = np.arange(width) * grid[1] // width
-    labels = assignment.reshape(grid)[rows[:, None], columns[None, :]]  # (H, W)
+    labels = tokens.reshape(grid)[rows[:, None], columns[None, :]]  # (H, W)
     painted = np.zeros_like(image)
     for label in np.unique(labels[labels >= 0]):
         painted[labels == label] = image[labels == label].mean(0)
     ax.imshow(painted, interpolation="nearest", extent=(0, grid[1], grid[0], 0), vmin=0, vmax=1)
-    ax.add_collection(_borders(assignment.reshape(grid)))
-    for row, column in np.argwhere(assignment.reshape(grid) < 0):
+    ax.add_collection(_borders(tokens.reshape(grid)))
+    for row, column in np.argwhere(tokens.reshape(grid) < 0):
         ax.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor="#777777", linewidth=0))
     ax.set_xticks([])
     ax.set_yticks([])

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenpool import files
-from tokenpool.images import Images
+from tokenpool.training.images import Images
 
 READ_BYTES = 2**31  # so much of a data set's content is read; of a larger one, evenly spaced images
 
@@ -29,7 +29,7 @@ def of_images(images: Images) -> str:
     sizes and times of all files, so that nothing is read again while no file is touched.
 
     Args:
-        images: from `tokenpool.images.open_images`.
+        images: from `tokenpool.training.images.open_images`.
 
     Returns:
         Such as "1000 images of 1000 classes, 3fa9c1d2e0ab4c55".

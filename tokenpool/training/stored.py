@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from tokenpool import files
-from tokenpool.data import ImageFolderDataModule, shifted
-from tokenpool.images import Images, first_of_each_class, load_image
-from tokenpool.seeding import step_seed
+from tokenpool.training.data import ImageFolderDataModule, shifted
+from tokenpool.training.images import Images, first_of_each_class, load_image
+from tokenpool.training.seeding import step_seed
 
 _BATCH = 64  # images written at a time
 
@@ -40,10 +40,10 @@ class StoredImageDataModule(ImageFolderDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         tested = self._tested_images()
-        chosen = first_of_each_class(tested, self.test_per_class, f"val of {self.root}")
+        chosen = first_of_each_class(tested, self.recipe.test_per_class, f"val of {self.root}")
         if stage == "fit":
             trained = self._training_images(tested)
-            kept = first_of_each_class(trained, self.train_per_class, f"train of {self.root}")
+            kept = first_of_each_class(trained, self.recipe.train_per_class, f"train of {self.root}")
             self.train_set = self._stored(trained, kept)
         self.test_set = Subset(self._stored(tested, chosen), self._evaluated(len(chosen)))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from tokenpool import bits, results
+from tokenpool.analysis import bits, results
 
 Choice = str | Mapping[str, Any]
 Pair = tuple[int, dict[int, float]]  # row of a run, and the rows and weights of the runs that it is compared with
@@ -80,10 +80,11 @@ def compare(
     right = {row: _bits(frame.iloc[row]) for row in used}
     rows = [right[row] - sum(weight * right[other] for other, weight in partners.items()) for row, partners in found]
     differences = 100.0 * np.array(rows)  # (pairs, images)
-    seeds = frame["seed"].to_numpy()[[row for row, _ in found]]
-    by_seed = pd.DataFrame(differences).groupby(seeds).mean().to_numpy()  # (S, I)
+    of_pairs = frame["seed"].to_numpy()[[row for row, _ in found]]
+    by_seed = pd.DataFrame(differences).groupby(of_pairs).mean().to_numpy()  # (S, I)
     difference, low, high = map(float, _interval(by_seed, confidence))
-    return Comparison(difference, low, high, _mcnemar(differences), len(found), *by_seed.shape)
+    seeds, images = by_seed.shape
+    return Comparison(difference, low, high, _mcnemar(differences), len(found), seeds, images)
 
 
 def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:

@@ -17,17 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torchvision.transforms import Compose
 
-from tokenpool.fingerprint import of_arrays
-from tokenpool.images import Images, first_of_each_class, open_images
-from tokenpool.mixing import mixed
-from tokenpool.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset
-from tokenpool.seeding import step_seed
+from tokenpool.training.fingerprint import of_arrays
+from tokenpool.training.images import Images, first_of_each_class, open_images
+from tokenpool.training.mixing import mixed
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.sampling import EpochSampler, EvaluationSampler, ResumableLoader, SeededDataset, length
+from tokenpool.training.seeding import step_seed
 
 
 class _DataModule(LightningDataModule):
-    """Batches that depend on seed, epoch and step alone: not on the number of processes, nor on an interruption.
+    """Batches depend only on seed, epoch and step, not on the number of processes or on interruptions.
 
-    `batch_size` counts the images of one step of the optimiser, over all processes and accumulated batches.
+    The recipe's batch size counts the images of one step of the optimiser, over all processes and accumulated batches.
     """
 
     classes: Sequence[str]  # their names; label l is the l-th
@@ -35,21 +36,20 @@ class _DataModule(LightningDataModule):
     train_set: Dataset
     test_set: Dataset
 
-    def __init__(self, batch_size: int, workers: int, seed: int, mixup: float, cutmix: float, repeats: int) -> None:
+    def __init__(self, recipe: Recipe, workers: int, seed: int) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.recipe = recipe
         self.workers = workers
         self.seed = seed
-        self.mixup = mixup
-        self.cutmix = cutmix
-        self.repeats = repeats
 
     def train_dataloader(self) -> DataLoader:
         rank, ranks = self._processes
         batch = self._training_batch()
-        sampler = EpochSampler(self.train_set, batch, rank, ranks, self.seed, self.repeats)
-        # Lightning tells it of later epochs. Of the one that a resumed run begins with it tells too late for workers.
-        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0)
+        sampler = EpochSampler(self.train_set, batch, rank, ranks, self.seed, self.recipe.repeats)
+        if self.trainer:
+            # Lightning sets the epoch too, but for the first epoch of a resumed run when the workers already exist.
+            progress = self.trainer.fit_loop.epoch_progress.current
+            sampler.set_epoch(progress.processed)  # type: ignore[attr-defined]  # the declared type is a base class
         return self._loader(ResumableLoader, self.train_set, batch // ranks, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -57,10 +57,10 @@ class _DataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         rank, ranks = self._processes
-        if len(self.test_set) < ranks:
-            raise ValueError(f"{len(self.test_set)} images to evaluate are fewer than the {ranks} processes")
+        if length(self.test_set) < ranks:
+            raise ValueError(f"{length(self.test_set)} images to evaluate are fewer than the {ranks} processes")
         sampler = EvaluationSampler(self.test_set, rank, ranks)
-        return self._loader(DataLoader, self.test_set, max(self.batch_size // ranks, 1), sampler)
+        return self._loader(DataLoader, self.test_set, max(self.recipe.batch_size // ranks, 1), sampler)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = batch
@@ -70,9 +70,9 @@ class _DataModule(LightningDataModule):
         number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of this batch in the epoch
         step = self.trainer.global_step * accumulated + number % accumulated
         images = self._augmented(images, step)
-        if not self.mixup and not self.cutmix:
+        if not self.recipe.mixup and not self.recipe.cutmix:
             return images, labels
-        mixup = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.num_classes)
+        mixup = Mixup(self.recipe.mixup, self.recipe.cutmix, label_smoothing=0.0, num_classes=self.num_classes)
         return mixed(images, labels, mixup, self.seed, step, *self._processes)
 
     def _augmented(self, images: Tensor, step: int) -> Tensor:
@@ -87,17 +87,17 @@ class _DataModule(LightningDataModule):
         """Images a batch of all processes together, fewer where there are not so many."""
         _, ranks = self._processes
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
-        unit = ranks * (2 if self.mixup or self.cutmix else 1)
-        batch, rest = divmod(self.batch_size, accumulated)
+        unit = ranks * (2 if self.recipe.mixup or self.recipe.cutmix else 1)
+        batch, rest = divmod(self.recipe.batch_size, accumulated)
         if rest or batch % unit:
             pairs = ", in pairs for mixup" if unit > ranks else ""
             raise ValueError(
-                f"batch_size = {self.batch_size} cannot be shared out evenly among {ranks} processes and {accumulated} "
-                f"accumulated batches{pairs}"
+                f"batch_size = {self.recipe.batch_size} cannot be shared out evenly among {ranks} processes and "
+                f"{accumulated} accumulated batches{pairs}"
             )
-        batch = min(batch, len(self.train_set) // unit * unit)
+        batch = min(batch, length(self.train_set) // unit * unit)
         if not batch:
-            raise ValueError(f"{len(self.train_set)} training images are too few: expected at least {unit}")
+            raise ValueError(f"{length(self.train_set)} training images are too few: expected at least {unit}")
         return batch
 
     def _loader(self, kind: type[DataLoader], dataset: Dataset, batch: int, sampler: DistributedSampler) -> DataLoader:
@@ -113,7 +113,7 @@ class _DataModule(LightningDataModule):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals to all processes of a job must not end those that load data: the one that trains has them end."""
+    """Signals go to all processes of a job. A process that loads data ignores them; the training process ends it."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -121,18 +121,15 @@ def _ignore_signals(worker: int) -> None:
 class DigitsDataModule(_DataModule):
     """The 1,797 handwritten digits of scikit-learn's `load_digits`, enlarged from 8x8 to 16x16 pixels.
 
-    1,347 train, 450 are held out, with the same share of each digit; `split` chooses which. Training images are
-    shifted at random.
+    1,347 images are for training and 450 are held out, with the same share of each digit; `split` chooses them.
+    Training images are shifted at random.
 
     Args:
-        batch_size: images of one step of the optimiser, over all processes and accumulated batches.
+        recipe: its batch size, mixup, CutMix and repeats count here.
         split: random state of the split.
         shift: the most pixels that a training image is shifted in each direction.
         workers: processes that load data.
         seed: of order, shifts and mixing.
-        mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
-        cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
-        repeats: how many times in a row an image comes, see `EpochSampler`.
     """
 
     classes = tuple(map(str, range(10)))
@@ -141,22 +138,19 @@ class DigitsDataModule(_DataModule):
 
     def __init__(
         self,
-        batch_size: int = 32,
+        recipe: Recipe = Recipe(),
         split: int = 0,
         shift: int = 2,
         workers: int = 0,
         seed: int = 0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        repeats: int = 1,
     ) -> None:
-        super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
+        super().__init__(recipe, workers, seed)
         self.split = split
         self.shift = shift
 
     @staticmethod
     def fingerprint() -> str:
-        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.fingerprint`."""
+        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.training.fingerprint`."""
         digits = load_digits()
         return f"{len(digits.target)} handwritten digits, {of_arrays(digits.images, digits.target)}"
 
@@ -173,7 +167,7 @@ class DigitsDataModule(_DataModule):
         self.test_set = TensorDataset(images[test], labels[test])
 
     def _augmented(self, images: Tensor, step: int) -> Tensor:
-        # Drawn for the whole batch from the step's own seed, so that neither an interruption nor processes matter.
+        # Drawn for the whole batch from the step's own seed: the same after an interruption and with more processes.
         rank, ranks = self._processes
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         offsets = torch.randint(-self.shift, self.shift + 1, (len(images) * ranks, 2), generator=generator)
@@ -187,26 +181,22 @@ class ImageFolderDataModule(_DataModule):
 
     Args:
         root: folder that holds `train/<class>/*` (not needed to evaluate) and `val/<class>/*` (or `test`); or "hf:" and
-            what `datasets` can open, see `tokenpool.images.open_images`.
+            what `datasets` can open, see `tokenpool.training.images.open_images`.
         image_size: height and width in pixels, one number for both or two.
-        batch_size: images of one step of the optimiser, over all processes and accumulated batches.
+        recipe: its batch size, mixup, CutMix, repeats and images of a class count here, and its `crop_pct` unless that
+            is 0. The augmentation is that of the class of the data module.
         workers: processes that load data.
         seed: of order, augmentation and mixing.
         mean: of each channel, for normalisation.
         std: of each channel.
-        crop_pct: share of the resized image that evaluation crops.
+        crop_pct: share of the resized image that evaluation crops, if the recipe has none.
         limit: evaluate on so many images only, evenly spaced over the list of all; 0 for all.
         part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
-        train_per_class: train on the first so many images of each class only; 0 for all.
-        test_per_class: the same for evaluation.
-        mixup: alpha of mixup's ratio (Zhang et al. 2018); 0 for none.
-        cutmix: alpha of CutMix's (Yun et al. 2019); 0 for none. With both each batch gets one of them.
-        repeats: how many times in a row an image comes, see `EpochSampler`.
         interpolation: of resizing: "bicubic", "bilinear" and so on, as timm has it.
         crop_mode: of evaluation, as timm has it: "center" crops the middle, "squash" gives up the aspect ratio,
             "border" adds a border.
-        allow_empty: see `tokenpool.images.open_images`.
-        allow_truncated: see `tokenpool.images.load_image`.
+        allow_empty: see `tokenpool.training.images.open_images`.
+        allow_truncated: see `tokenpool.training.images.load_image`.
 
     Raises:
         FileNotFoundError: if a folder that is needed is missing or holds no image.
@@ -218,7 +208,7 @@ class ImageFolderDataModule(_DataModule):
         self,
         root: str | Path,
         image_size: int | tuple[int, int] = 224,
-        batch_size: int = 64,
+        recipe: Recipe = Recipe(batch_size=64),
         workers: int = 2,
         seed: int = 0,
         mean: tuple[float, ...] = (0.485, 0.456, 0.406),
@@ -226,34 +216,29 @@ class ImageFolderDataModule(_DataModule):
         crop_pct: float = 0.9,
         limit: int = 0,
         part: str = "",
-        train_per_class: int = 0,
-        test_per_class: int = 0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        repeats: int = 1,
         interpolation: str = "bicubic",
         crop_mode: str = "center",
         allow_empty: bool = False,
         allow_truncated: bool = False,
     ) -> None:
-        super().__init__(batch_size, workers, seed, mixup, cutmix, repeats)
+        super().__init__(recipe, workers, seed)
         self.root = root
         size = {"input_size": (3, *to_2tuple(image_size))}
-        self.transforms = size | {"mean": mean, "std": std, "interpolation": interpolation}
-        self.cropping = {"crop_pct": crop_pct, "crop_mode": crop_mode}
+        self.transforms: dict[str, Any] = size | {"mean": mean, "std": std, "interpolation": interpolation}
+        self.cropping: dict[str, Any] = {"crop_pct": recipe.crop_pct or crop_pct, "crop_mode": crop_mode}
         self.allowed = {"allow_empty": allow_empty, "allow_truncated": allow_truncated}
         self.limit = limit
         self.part = _part(part)
-        self.train_per_class = train_per_class
-        self.test_per_class = test_per_class
 
     def setup(self, stage: str | None = None) -> None:
         tested = self._tested_images(create_transform(**self.transforms, **self.cropping))
         if stage == "fit":
             folder = self._training_images(tested, training_transform(**self.transforms))
-            chosen = first_of_each_class(folder, self.train_per_class, f"train of {self.root}")
-            self.train_set = SeededDataset(Subset(folder, chosen) if self.train_per_class else folder, self.seed)
-        chosen = first_of_each_class(tested, self.test_per_class, f"val of {self.root}")
+            chosen = first_of_each_class(folder, self.recipe.train_per_class, f"train of {self.root}")
+            # An array, which workers share; torch declares a Sequence, and takes whatever has numbers by index.
+            part = Subset(folder, chosen)  # type: ignore[arg-type]
+            self.train_set = SeededDataset(part if self.recipe.train_per_class else folder, self.seed)
+        chosen = first_of_each_class(tested, self.recipe.test_per_class, f"val of {self.root}")
         self.test_set = Subset(tested, [chosen[index] for index in self._evaluated(len(chosen))])
 
     def _tested_images(self, transform: Any = None) -> Images:
@@ -272,7 +257,7 @@ class ImageFolderDataModule(_DataModule):
         return images
 
     def _evaluated(self, images: int) -> list[int]:
-        """Which of so many images are evaluated, by `limit` and `part`."""
+        """Indices of the images to evaluate, by `limit` and `part`."""
         order = list(range(images))
         if 0 < self.limit < images:
             order = torch.linspace(0, images - 1, self.limit).long().tolist()
@@ -289,7 +274,7 @@ def training_transform(**options: Any) -> Compose:
         **{"interpolation": "bicubic"} | options,
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
-        color_jitter=None,
+        color_jitter=None,  # type: ignore[arg-type]  # timm takes None for none
         re_prob=0.25,
         re_mode="pixel",
     )
@@ -302,7 +287,7 @@ def training_transform(**options: Any) -> Compose:
 
 
 def _part(text: str) -> slice:
-    """Every how manieth image: "2/3" is slice(1, None, 3)."""
+    """The images of a part, as a slice: "2/3" is slice(1, None, 3)."""
     if not text:
         return slice(None)
     index, slash, count = text.partition("/")
@@ -312,7 +297,7 @@ def _part(text: str) -> slice:
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (B, C, H, W) moved by offsets (B, 2) pixels, down and to the right; the edge fills what comes free."""
+    """Images (B, C, H, W) moved down and to the right by offsets (B, 2) in pixels. The edge is repeated."""
     batch, _, height, width = images.shape
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)  # (B, W)

@@ -1,30 +1,32 @@
 """The LightningModule: trains and tests any image classifier, and learns a retention schedule where there is one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from tokenpool import soft_selection, stochastic_depth
-from tokenpool.seeding import step_seed
+from tokenpool.training import soft_selection, stochastic_depth
+from tokenpool.training.recipe import Recipe
+from tokenpool.training.seeding import step_seed
 
 
 class ClassificationModule(LightningModule):
     """Train with cross-entropy, AdamW and a cosine schedule; test top-1 and top-5 accuracy.
 
-    Labels are classes (B,), or targets (B, classes) as mixup makes them. With soft selection in the model (PoWER-BERT's
-    second stage) the loss gains `retention_penalty` times `soft_selection.retention_loss`, and the retention weights
-    have their own learning rate.
+    Labels are classes (B,), or targets (B, classes) as mixup makes them. If the model has soft selection (PoWER-BERT's
+    second stage), the recipe's `retention_penalty` times `soft_selection.retention_loss` is added to the loss, and the
+    retention weights have their own learning rate.
 
     Every step is seeded by its number, and the sums behind the epoch's training loss are part of checkpoints, so that a
     run resumed in the middle of an epoch repeats what an uninterrupted one does.
@@ -32,19 +34,13 @@ class ClassificationModule(LightningModule):
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
         num_classes: number of classes of the data.
-        learning_rate: of AdamW, at its peak.
-        weight_decay: of AdamW; biases, norms and embeddings are spared.
-        warmup_epochs: over which the learning rate rises linearly.
-        label_smoothing: of the cross-entropy.
-        retention_penalty: the weight lambda of the retention loss.
-        retention_learning_rate: of the retention weights, at its peak.
+        recipe: hyper-parameters. The number of epochs is the Trainer's, and the data module sees to the images.
         seed: of stochastic layers, such as stochastic depth and random selection.
-        final_learning_rate: at which the cosine ends.
-        ema_decay: of the exponential moving average of the weights, by step; it is tested beside the model. 0: none.
-        outputs: the model's output for each class of the data, see `tokenpool.labels.outputs_of`; the other logits are
-            left out of loss and accuracy. None: all outputs, in their order.
+        outputs: the model's output for each class of the data, see `tokenpool.training.labels.outputs_of`. Loss and
+            accuracy leave out the other logits. None: all outputs, in their order.
 
     Attributes:
+        recipe: hyper-parameters.
         ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
         correct: after a test, whether each image is classified right, in the order of the data set: (images,) booleans
             in each process, if an `EvaluationSampler` has shared out the images. None before.
@@ -55,34 +51,18 @@ class ClassificationModule(LightningModule):
         self,
         model: nn.Module,
         num_classes: int,
-        learning_rate: float = 5e-4,
-        weight_decay: float = 0.05,
-        warmup_epochs: float = 5,
-        label_smoothing: float = 0.1,
-        retention_penalty: float = 0.0,
-        retention_learning_rate: float = 1e-2,
+        recipe: Recipe = Recipe(),
         seed: int = 0,
-        final_learning_rate: float = 0.0,
-        ema_decay: float = 0.0,
         outputs: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay = {ema_decay} must lie in [0, 1)")
-        if final_learning_rate > learning_rate:
-            raise ValueError(f"final_learning_rate = {final_learning_rate} is above learning_rate = {learning_rate}")
         self.model = model
+        self.outputs: Tensor | None
         self.register_buffer("outputs", None if outputs is None else torch.tensor(outputs), persistent=False)
-        self.learning_rate = learning_rate
-        self.final_learning_rate = final_learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_epochs = warmup_epochs
-        self.label_smoothing = label_smoothing
-        self.retention_penalty = retention_penalty
-        self.retention_learning_rate = retention_learning_rate
+        self.recipe = recipe
         self.seed = seed
-        self.ema = ModelEmaV3(model, decay=ema_decay).requires_grad_(False) if ema_decay else None
-        accuracy = {
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay).requires_grad_(False) if recipe.ema_decay else None
+        accuracy: dict[str, Metric | MetricCollection] = {
             name: MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
             for name, k in (("top1", 1), ("top5", 5))
         }
@@ -120,9 +100,9 @@ class ClassificationModule(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self._of_the_data(self(images))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         if self.searches:
-            loss = loss + self.retention_penalty * soft_selection.retention_loss(self.model)
+            loss = loss + self.recipe.retention_penalty * soft_selection.retention_loss(self.model)
         self._check_finite(loss.detach())
         classes = labels.argmax(-1) if labels.dim() == 2 else labels  # of a mixed image, the one of the larger share
         self.train_metrics["top1"].update(logits.detach(), classes)
@@ -165,7 +145,8 @@ class ClassificationModule(LightningModule):
         sums = {}
         for name, metric in self.train_metrics.items(keep_base=True):
             with metric.sync_context():
-                sums[name] = {key: value.clone() for key, value in metric.metric_state.items()}
+                state = metric.metric_state
+                sums[name] = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
         checkpoint["train_sums"] = sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -209,21 +190,21 @@ class ClassificationModule(LightningModule):
                 f"the loss is {value} at step {self.global_step}, at a learning rate of {rate:.3g}"
             )
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         retention = {id(layer.retention): layer.retention for layer in soft_selection.layers(self.model)}
-        spared = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
-        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=spared)
+        spared: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
+        groups = param_groups_weight_decay(self.model, self.recipe.weight_decay, no_weight_decay_list=spared)
         if retention:
             for group in groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in retention]
-            retention_group = {"params": list(retention.values()), "lr": self.retention_learning_rate}
+            retention_group = {"params": list(retention.values()), "lr": self.recipe.retention_learning_rate}
             groups.append(retention_group | {"weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe.learning_rate)
 
         total = self._total_steps()
-        warmup = self.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
+        warmup = self.recipe.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
 
-        end = self.final_learning_rate / self.learning_rate if self.learning_rate else 0.0
+        end = self.recipe.final_learning_rate / self.recipe.learning_rate if self.recipe.learning_rate else 0.0
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -239,9 +220,10 @@ class ClassificationModule(LightningModule):
         Lightning's own estimate would start the loader's workers before a resumed run knows its epoch.
         """
         trainer = self.trainer
-        if trainer.datamodule is None or trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
-            return trainer.estimated_stepping_batches
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        data = trainer.datamodule  # type: ignore[attr-defined]  # a property that Lightning adds later
+        if data is None or trainer.max_epochs in (None, -1) or trainer.max_steps != -1:
+            return int(trainer.estimated_stepping_batches)
+        batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
 

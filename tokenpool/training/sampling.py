@@ -9,7 +9,12 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from tokenpool.seeding import step_seed
+from tokenpool.training.seeding import step_seed
+
+
+def length(dataset: Dataset) -> int:
+    """Number of images of a data set."""
+    return len(dataset)  # type: ignore[arg-type]  # torch declares no length, for data sets that are iterated only
 
 
 class EpochSampler(DistributedSampler):
@@ -42,7 +47,7 @@ class EpochSampler(DistributedSampler):
         self.skipped = 0
 
     def __iter__(self) -> Iterator[int]:
-        images = len(self.dataset)
+        images = length(self.dataset)
         generator = torch.Generator().manual_seed(step_seed(self.seed, self.epoch))
         order = torch.randperm(images, generator=generator).repeat_interleave(self.repeats)[:images]
         if isinstance(self.dataset, SeededDataset):
@@ -54,7 +59,7 @@ class EpochSampler(DistributedSampler):
         return iter(mine.tolist())
 
     def __len__(self) -> int:
-        return len(self.dataset) // self.batch * self.batch // self.num_replicas
+        return length(self.dataset) // self.batch * self.batch // self.num_replicas
 
 
 class EvaluationSampler(DistributedSampler):
@@ -64,18 +69,19 @@ class EvaluationSampler(DistributedSampler):
         super().__init__(dataset, num_replicas=ranks, rank=rank)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(range(self.rank, length(self.dataset), self.num_replicas))
 
     def __len__(self) -> int:
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return len(range(self.rank, length(self.dataset), self.num_replicas))
 
 
 class ResumableLoader(DataLoader):
     """A loader with an `EpochSampler` whose place in the epoch Lightning keeps in checkpoints, and goes on from."""
 
+    sampler: EpochSampler
     _yielded = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's type is private
         self._yielded = self.sampler.skipped
         for batch in super().__iter__():
             self._yielded += 1
@@ -99,7 +105,7 @@ class SeededDataset(Dataset):
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return length(self.dataset)
 
     def __getitem__(self, number: int) -> Any:
         """The image that an `EpochSampler` means by a number."""
@@ -108,4 +114,4 @@ class SeededDataset(Dataset):
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            return self.dataset[number % len(self.dataset)]
+            return self.dataset[number % length(self.dataset)]

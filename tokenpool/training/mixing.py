@@ -8,7 +8,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from tokenpool.seeding import step_seed
+from tokenpool.training.seeding import step_seed
 
 PAIRS = 128  # that share a mixing ratio: DeiT's 256 images a GPU
 

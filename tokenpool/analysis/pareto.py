@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from tokenpool import results
+from tokenpool.analysis import results
 
 
 def front(frame: pd.DataFrame, cost: str = "gmacs", quality: str = "top1") -> pd.DataFrame:

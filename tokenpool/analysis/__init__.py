@@ -1,0 +1,5 @@
+"""Analysis of finished runs: tables, Pareto fronts, pictures and paired comparisons."""
+
+from tokenpool.extras import require
+
+require(__name__, "experiments", "matplotlib", "pandas", "scipy")
