@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tokenpool
-from tokenpool.moved import MOVED
+from tokenpool.moved import MOVED, MOVED_NAMES
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [name.removeprefix("tokenpool.") for name in MOVED if name.removeprefix("tokenpool.") in tokenpool.__all__]
@@ -57,3 +57,12 @@ def test_nothing_here_imports_an_old_name(folder: str) -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             assert not set(names) & set(MOVED), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module, name", [(module, name) for module in MOVED_NAMES for name in MOVED_NAMES[module]])
+def test_a_moved_function_warns_and_is_the_same(module: str, name: str) -> None:
+    new = MOVED_NAMES[module][name]
+    with pytest.warns(DeprecationWarning, match=f"^{module}.{name} has moved to {new}$"):
+        assert getattr(import_module(module), name) is getattr(import_module(new), name)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = import_module(module).nothing

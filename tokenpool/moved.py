@@ -1,11 +1,13 @@
-"""Old module names, which stay importable for one version.
+"""Old names of modules and of their content, which stay importable for one version.
 
-To move a module, add one line to `MOVED`. Importing the old name gives a DeprecationWarning.
+To move a module, add one line to `MOVED`; to move a function or class, add one line to `MOVED_NAMES`. The use of an old
+name gives a DeprecationWarning.
 """
 
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,6 +37,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokenpool.stored": ("tokenpool.training.stored",),
     "tokenpool.triton_kernels": ("tokenpool.gpu.kernels",),
     "tokenpool.vit": ("tokenpool.patching", "tokenpool.blocks"),
+}
+
+
+# Names that have left a module that stays: by module, from the name to the module that holds it now.
+MOVED_NAMES: dict[str, dict[str, str]] = {
+    "tokenpool.flops": {
+        "schedule_for": "tokenpool.budget",
+        "ScheduleCost": "tokenpool.budget",
+        "FlopsCallback": "tokenpool.training.callbacks",
+    },
+    "tokenpool.tracing": {"ReconstructionErrorCallback": "tokenpool.training.callbacks"},
 }
 
 
@@ -68,5 +81,16 @@ class MovedFinder(MetaPathFinder, Loader):
 
 def install() -> None:
     """Make the old names importable, once."""
-    if not any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, MovedFinder())  # first: another installed copy may still have the old files
+    if any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, MovedFinder())  # first: another installed copy may still have the old files
+    for module in MOVED_NAMES:
+        import_module(module).__getattr__ = partial(_moved_name, module)  # type: ignore[method-assign]  # PEP 562
+
+
+def _moved_name(module: str, name: str) -> Any:
+    new = MOVED_NAMES[module].get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(f"{module}.{name} has moved to {new}", DeprecationWarning, stacklevel=2)
+    return getattr(import_module(new), name)
