@@ -3,11 +3,12 @@
 import os
 import sys
 
+if __name__ == "__main__":  # before the imports below: Matplotlib refuses unknown backends when it is imported
+    os.environ["MPLBACKEND"] = "Agg"  # pictures go into files, whatever Jupyter has set
+
 from tokenpool.extras import require
 
-if __name__ == "__main__":  # before the imports below
-    # Matplotlib refuses unknown backends when it is imported. Pictures go into files, whatever Jupyter has set.
-    os.environ["MPLBACKEND"] = "Agg"
+if __name__ == "__main__":  # before the imports below: one line, not a traceback
     try:
         require("experiments", "experiments", "typer", "yaml", "tqdm", "pandas", "matplotlib", "lightning")
     except ModuleNotFoundError as error:

@@ -26,6 +26,7 @@ def test_a_backend_of_matplotlib_that_the_shell_names_is_not_used(tmp_path: Path
     assert (tmp_path / "digits" / "figure-2.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_notebook_keeps_its_backend() -> None:
     script = (
         "import experiments.__main__, experiments.figures, experiments.report, experiments.speed, matplotlib, os\n"

@@ -31,6 +31,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: int, tmp_path: Path) -> None:
     folder, one = alone
     many = train(tmp_path, processes)
@@ -52,6 +53,7 @@ def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: 
         assert all(np.allclose(first[key], second[key], atol=2e-4) for key in first)
 
 
+@pytest.mark.slow
 def test_an_evaluation_shared_out_unevenly_counts_each_image_once(alone, tmp_path: Path) -> None:
     """450 images on four processes, of which two have a batch more than the others."""
     folder, _ = alone

@@ -75,6 +75,7 @@ def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(protocol.weights_path(run.name, folder))
 
 
+@pytest.mark.slow
 def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     reproduce(preset, tmp_path, full=False, jobs=2)
     frame = results.load(tmp_path)
@@ -147,6 +148,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
     """SIGKILL in the middle; the workers end with their parent, the lock is free, and the study goes on."""
     code = (
@@ -187,6 +189,7 @@ def test_one_study_a_folder(tmp_path: Path) -> None:
         runner.exclusive(tmp_path).__enter__()
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
     broken = dataclasses.replace(preset, recipe=dataclasses.replace(preset.recipe, learning_rate=1e30))
     with pytest.raises(RuntimeError, match="run base-seed0 failed: the loss is"):
@@ -340,6 +343,7 @@ def test_help_lists_methods_models_and_presets(in_process, monkeypatch: pytest.M
         assert word in shown
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
     model = [f"--model-option={key}={value}" for key, value in TINY.items()]
     setting = ["--downsampler=wkmedoids", "--keep=9,4,0", "--option=iterations=3", *model]

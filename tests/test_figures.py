@@ -90,6 +90,7 @@ def drawn_means(study: Study, name: str, **conditions: object) -> np.ndarray:
     return means * [1000, 1]
 
 
+@pytest.mark.slow
 def test_curves_of_other_figures_are_their_runs(digits: Study) -> None:
     """Each of these once showed, or could show, the runs of its neighbour."""
     own = lines(figures.draw(digits, "6").axes[-1])
@@ -264,6 +265,7 @@ def test_throughput_alternates() -> None:
     assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
 
 
+@pytest.mark.slow
 def test_report_is_one_whole_page(tmp_path: Path) -> None:
     studies = [Study(presets.get(name), RESULTS / name) for name in COMMITTED]
     page = report.write(studies, tmp_path / "page.html").read_text()

@@ -92,6 +92,7 @@ def epochs(run: Run, folder: Path) -> list[dict]:
     [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 6, "max_epochs": 5}],
     ids=["plain", "accumulated", "limited"],
 )
+@pytest.mark.slow
 def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, kicked, options: dict) -> None:
     run = dataclasses.replace(RUN, trainer_options=options)
     protocol.execute(run, tmp_path / "whole")

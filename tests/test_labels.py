@@ -135,6 +135,7 @@ def test_a_part_of_imagenet_is_measured_among_its_classes(tmp_path: Path) -> Non
     assert agreement["divergences"] == pytest.approx(expected.tolist(), abs=2e-5)
 
 
+@pytest.mark.slow
 def test_training_on_a_part_of_imagenet_maps_as_its_evaluation(tmp_path: Path) -> None:
     folder = draw(tmp_path / "images", SOME, count=2)
     options = TINY | {"num_classes": 1000}
@@ -161,6 +162,7 @@ def test_hugging_face_names_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shift", [0, 5])
+@pytest.mark.slow
 def test_photographs_with_labels_that_are_wrong(shared: Path, tmp_path: Path, in_process, shift: int) -> None:
     """A trained model is warned of if labels are shifted, and not if they are right."""
     source = shared / "data" / "imagenet_sample" / "val"

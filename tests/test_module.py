@@ -21,6 +21,7 @@ def trainer(tmp_path, **options) -> Trainer:
     return Trainer(default_root_dir=tmp_path, enable_checkpointing=False, **silent, **options)
 
 
+@pytest.mark.slow
 def test_training_learns_and_metrics_are_right(tmp_path) -> None:
     data = DigitsDataModule(Recipe(batch_size=128))
     module = ClassificationModule(create("wkmedoids", [12, 6, 0]), 10, Recipe(learning_rate=5e-3, warmup_epochs=1))
@@ -40,6 +41,7 @@ def test_training_learns_and_metrics_are_right(tmp_path) -> None:
     assert measured["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_search_drives_late_ranks_out(tmp_path) -> None:
     model = create(SoftSelection)
     module = ClassificationModule(

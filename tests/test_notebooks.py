@@ -21,6 +21,7 @@ def test_there_are_four() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if WEIGHTS.exists():
         monkeypatch.setenv("TOKENPOOL_WEIGHTS", str(WEIGHTS))

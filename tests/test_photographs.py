@@ -47,6 +47,7 @@ def top1(model: torch.nn.Module, batches: list) -> float:
         ("kmeans", True, 64, 85),
     ],
 )
+@pytest.mark.slow
 def test_accuracy_without_fine_tuning(photographs, method: str, carry: bool, low: float, high: float) -> None:
     model, batches = photographs
     tokenpool.patch(model, method, None if method == "none" else LEVEL_3, carry=carry)

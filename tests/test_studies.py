@@ -256,6 +256,7 @@ def tiny() -> Preset:
     )
 
 
+@pytest.mark.slow
 def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
     """From nothing to the page: all runs are made, every figure is done, and a lost result is made again, the same."""
     study = Study(tiny, tmp_path)
