@@ -15,18 +15,13 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import tokenpool
+from experiments.data_sets import DATA, data_set
 from tokenpool.analysis import results
 from tokenpool.training import fingerprint
-from tokenpool.training.data import DigitsDataModule
 from tokenpool.training.images import check_no_url, open_images
 from tokenpool.training.recipe import Recipe
 
-DATA, WEIGHTS = "TOKENPOOL_DATA", "TOKENPOOL_WEIGHTS"  # environment variables, so that results hold no path
-NAMED = {  # data, and what messages call them
-    "imagenet": "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
-    "cifar10": "CIFAR-10: cifar10 to download it, a folder train/<class>/* and test/<class>/*, or hf:uoft-cs/cifar10",
-}
-
+WEIGHTS = "TOKENPOOL_WEIGHTS"  # names the pretrained weights, so that results hold no path
 _CONFIGURING = {"pretrained_cfg", "pretrained_cfg_overlay"}  # of timm.create_model, what changes the configuration
 _TITLES = {  # what messages call the parts of an identity
     "test_images": "test images",
@@ -43,10 +38,9 @@ class Run:
 
     Attributes:
         stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
-            of `measurements.MEASURES`.
+            of `measure.MEASURES`.
         label: tells runs of one stage and seed apart; part of the file's name.
-        data: "digits"; "imagenet" or "cifar10", the images that the environment variable TOKENPOOL_DATA names; or a
-            folder in ImageNet's layout.
+        data: name of a data set, see `experiments.data_sets`; or a folder in ImageNet's layout.
         model: name of the timm model.
         variant: name of the base model in its study, empty for the main one.
         downsampler: name of the method; "soft_selection" in a search.
@@ -59,8 +53,8 @@ class Run:
         start: weights to start from: the name of another run, or a path with a separator; None to start afresh.
         ema: whether a file of weights is asked for their moving average or the raw ones; see `tokenpool.load_weights`.
         recipe: hyper-parameters. In the stored setting its fields stand beside the others, not in a dictionary.
-        seed: of everything that is random, except the split of the digits.
-        split: of the digits into train and test.
+        seed: of everything that is random, except the split into train and test.
+        split: of embedded images into train and test.
         limit: evaluate on so many images of a folder only; 0 for all.
         allow_empty_classes: see `tokenpool.training.images.open_images`.
         allow_truncated: see `tokenpool.training.images.load_image`.
@@ -155,10 +149,24 @@ def is_finished(run: Run, folder: Path) -> bool:
     path = result_path(run, folder)
     if not path.exists():
         return False
-    outcome = results.read(path)
-    check_same(run, outcome["setting"], path)
-    check_identity(run, Identities(folder).of(run), outcome.get("identity"), path)
+    check_stored(run, results.read(path), Identities(folder).of(run), path)
     return True
+
+
+def check_stored(run: Run, stored: Mapping[str, Any], now: dict[str, str], path: Path) -> None:
+    """Compare a run with a stored result or checkpoint.
+
+    Args:
+        run: the run.
+        stored: what the file holds: "setting" and "identity".
+        now: what the run would be made from now, see `Identities.of`.
+        path: of the file.
+
+    Raises:
+        ValueError: as `check_same` and `check_identity`.
+    """
+    check_same(run, stored["setting"], path)
+    check_identity(run, now, stored.get("identity"), path)
 
 
 def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
@@ -205,7 +213,7 @@ def check_identity(run: Run, now: dict[str, str], before: dict[str, str] | None,
 
 def _required(run: Run) -> set[str]:
     """The fingerprints without which a result cannot be told from one of other images or weights."""
-    from_outside = {"test_images", "train_images"} if run.data != "digits" else set()
+    from_outside = set() if data_set(run.data).embedded else {"test_images", "train_images"}
     from_outside |= {"start_weights"} if is_path(run.start) else set()
     return from_outside | {"pretrained_weights"}
 
@@ -240,10 +248,11 @@ class Identities:
         return self._images(run) | self._weights(run) | {"preprocessing": prepared}
 
     def _images(self, run: Run) -> dict[str, str]:
-        if not knows_images(run) or (run.data in NAMED and not self.named):
+        found = data_set(run.data)
+        if not found.is_known or (found.must_be_named and not self.named):
             return {}
-        if run.data == "digits":
-            return {"test_images": self._once("digits", DigitsDataModule.fingerprint)}
+        if found.fingerprint is not None:
+            return {"test_images": self._once((run.data, run.split), partial(found.fingerprint, run.split))}
         root = image_source(run)
         parts = {"test_images": "val"} | ({"train_images": "train"} if run.recipe.epochs else {})
         allowed = {"allow_empty": run.allow_empty_classes, "allow_truncated": run.allow_truncated}
@@ -258,7 +267,7 @@ class Identities:
         file = os.environ.get(WEIGHTS) if self.named else None
         if run.pretrained and file:
             found["pretrained_weights"] = self._once(file, lambda: fingerprint.of_weights(file))
-        elif run.pretrained and self.named and knows_images(run):
+        elif run.pretrained and self.named and data_set(run.data).is_known:
             found["pretrained_weights"] = self._once(run.model, lambda: _of_timm(run.model))
         if is_path(run.start):
             found["start_weights"] = self._once(run.start, lambda: fingerprint.of_weights(run.start))
@@ -284,11 +293,6 @@ class Identities:
         return self._taken[key]
 
 
-def knows_images(run: Run) -> bool:
-    """Whether the run's images are known now: those of a preset may be named by a variable only."""
-    return run.data not in NAMED or bool(os.environ.get(DATA))
-
-
 def is_path(start: str | None) -> bool:
     """Whether the weights to start from are a file, not those of another run."""
     return start is not None and os.sep in start
@@ -304,7 +308,7 @@ def _of_timm(model: str) -> str:
 
 
 def preprocessing(run: Run) -> dict[str, Any]:
-    """How the run's images become what its model takes, as JSON values; nothing for digits.
+    """How the run's images become what its model takes, as JSON values; nothing for embedded images.
 
     What timm's `resolve_model_data_config` says of the model: `input_size` (C, H, W), `interpolation`, `mean`, `std`,
     `crop_pct` and `crop_mode`. The run's `crop_pct` goes before the model's, and its `img_size` before `input_size`.
@@ -312,7 +316,7 @@ def preprocessing(run: Run) -> dict[str, Any]:
     Raises:
         ValueError: if timm knows no such model.
     """
-    if run.data == "digits":
+    if data_set(run.data).embedded:
         return {}
     config = timm.get_pretrained_cfg(run.model)
     size = run.model_options.get("img_size")
@@ -343,10 +347,10 @@ def image_source(run: Run) -> str:
     Raises:
         ValueError: if nothing names them, or a URL does.
     """
-    root = os.environ.get(DATA) if run.data in NAMED else run.data
+    found = data_set(run.data)
+    root = os.environ.get(DATA) if found.must_be_named else run.data
     if not root:
-        wanted = NAMED.get(run.data, "a folder in ImageNet's layout")
-        raise ValueError(f"no images: --data or the variable {DATA} must name {wanted}")
+        raise ValueError(f"no images: --data or the variable {DATA} must name {found.title}")
     check_no_url(root)  # here, before weights are fetched
     return root
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import check_data
-from experiments.check_data import check_data as checked
+from experiments.extras import check_data
+from experiments.extras.check_data import check_data as checked
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tokenpool
-from experiments.protocol import Run, build_model, training_module
+from experiments.execute import build_model, training_module
+from experiments.run import Run
 from tokenpool.downsampling import PowerBert
 from tokenpool.training.recipe import Recipe
 

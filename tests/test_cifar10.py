@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from experiments import protocol
+from experiments import data_sets
+from experiments.run import Run
 from experiments.slurm import checks, submit
 from tokenpool.training.images import first_of_each_class, is_downloaded, open_images
 from tokenpool.training.recipe import Recipe
@@ -104,8 +105,8 @@ def test_it_trains(downloaded: Path) -> None:
 
 def test_the_name_reaches_the_cluster(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert submit._absolute("cifar10") == "cifar10"
-    monkeypatch.setenv(protocol.DATA, "cifar10")
-    run = protocol.Run(
+    monkeypatch.setenv(data_sets.DATA, "cifar10")
+    run = Run(
         "base", "", "cifar10", "deit_tiny_patch16_224", recipe=Recipe(epochs=1), model_options={"num_classes": 10}
     )
     checks.check_data([run])

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import tokenpool
-from experiments import claims, presets, tables
-from experiments.claims import CONTRADICTED, MIXED, NO_DATA, OPEN, REPRODUCED, Estimate, Target
-from experiments.studies import Study, needs
+from experiments import artifacts, presets
+from experiments.artifacts import needs
+from experiments.show import claims, estimates
+from experiments.show.estimates import CONTRADICTED, MIXED, NO_DATA, OPEN, REPRODUCED, Estimate, Target
+from experiments.study import Study
 
 RESULTS = Path(__file__).parents[1] / "results"
 NUMBERS = st.floats(-100, 100)
@@ -25,7 +27,7 @@ def study(name: str, folder: Path = RESULTS) -> Study:
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
-    return claims.table([study(name) for name in ("cifar10_128", "pretrained", "digits")])
+    return claims.table([(study(name), needed(name)) for name in ("cifar10_128", "pretrained", "digits")])
 
 
 @given(st.tuples(NUMBERS, NUMBERS).map(sorted), st.tuples(NUMBERS, NUMBERS).map(sorted), st.sampled_from([None, 1, 3]))
@@ -41,11 +43,11 @@ def test_the_rule(target: list[float], interval: list[float], seeds: int | None)
 
 
 def test_over_data_sets_a_contradiction_is_never_hidden() -> None:
-    assert claims.overall([REPRODUCED, OPEN, NO_DATA]) == REPRODUCED
-    assert claims.overall([REPRODUCED, CONTRADICTED]) == MIXED
-    assert claims.overall([CONTRADICTED, OPEN]) == CONTRADICTED
-    assert claims.overall([OPEN, NO_DATA]) == OPEN
-    assert claims.overall([NO_DATA]) == NO_DATA
+    assert estimates.overall([REPRODUCED, OPEN, NO_DATA]) == REPRODUCED
+    assert estimates.overall([REPRODUCED, CONTRADICTED]) == MIXED
+    assert estimates.overall([CONTRADICTED, OPEN]) == CONTRADICTED
+    assert estimates.overall([OPEN, NO_DATA]) == OPEN
+    assert estimates.overall([NO_DATA]) == NO_DATA
 
 
 def test_differences_are_those_of_paired_tests() -> None:
@@ -54,7 +56,7 @@ def test_differences_are_those_of_paired_tests() -> None:
     ours, theirs = (frame[frame["downsampler"] == name] for name in ("wkmedoids", "power_bert"))
     ours, theirs = (each[(each["stage"] == "finetune") & ~each["carry"].astype(bool)] for each in (ours, theirs))
     ours = ours[ours["options"].map(len) == 0]
-    found = claims.difference(ours, theirs)
+    found = estimates.difference(ours, theirs)
     expected = tokenpool.compare(pd.concat([ours, theirs]), "wkmedoids", "power_bert")
     assert found == (expected.difference, expected.low, expected.high, expected.seeds)
 
@@ -65,12 +67,12 @@ def test_differences_are_those_of_paired_tests() -> None:
         ).assign(top1=top1, top1_error=1.5, gmacs=1.0)
         for side, top1 in zip("ab", values, strict=True)
     ]
-    found = claims.difference(*several)
+    found = estimates.difference(*several)
     interval = stats.ttest_rel(*values).confidence_interval(0.95)
     assert found == pytest.approx((np.diff(values[::-1], axis=0).mean(), interval.low, interval.high, 3))
-    one = claims.difference(*(each[:1] for each in several))
+    one = estimates.difference(*(each[:1] for each in several))
     assert one.high - one.low == pytest.approx(2 * stats.norm.ppf(0.975) * 1.5 * 2**0.5) and one.seeds == 1
-    assert claims.difference(several[0], several[1].assign(level=2)) is None
+    assert estimates.difference(several[0], several[1].assign(level=2)) is None
 
 
 def needed(name: str) -> pd.DataFrame:
@@ -106,8 +108,8 @@ def test_at_equal_cost_clustering_is_paid_for(rows: pd.DataFrame) -> None:
 
 
 def test_a_study_without_runs_reproduces_nothing(tmp_path: Path) -> None:
-    assert tables.claims_section([study("cifar10_128", tmp_path)]) == []
-    part = tables.claims_section([study("cifar10_128", tmp_path), study("digits")])[0]
+    assert artifacts.sections([study("cifar10_128", tmp_path)], "claims") == []
+    part = artifacts.sections([study("cifar10_128", tmp_path), study("digits")], "claims")[0]
     assert part.name == "digits" and "CIFAR" not in part.markdown()
 
 

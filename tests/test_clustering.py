@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from experiments.throughput import peak_memory
+from experiments.timing import peak_memory
 from tokenpool import clustering, micro_batch
 from tokenpool.clustering import kmeans, kmedoids, means, squared_distances, stable_topk, ward_init
 from tokenpool.clustering.algorithm import alternate

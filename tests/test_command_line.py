@@ -29,7 +29,7 @@ def test_a_backend_of_matplotlib_that_the_shell_names_is_not_used(tmp_path: Path
 @pytest.mark.slow
 def test_a_notebook_keeps_its_backend() -> None:
     script = (
-        "import experiments.__main__, experiments.figures, experiments.report, experiments.speed, matplotlib, os\n"
+        "import experiments.__main__, experiments.show.report, experiments.benchmark, matplotlib, os\n"
         "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
     )
     environment = os.environ | {"MPLBACKEND": "svg"}

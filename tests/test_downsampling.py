@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenpool
-from experiments import figures, presets, studies, tables
+from experiments import artifacts, presets
+from experiments.needed import protocol_runs
 from experiments.run import Run
-from experiments.studies import Study
+from experiments.show import tables
+from experiments.study import Study
 from tokenpool import downsampling, flops
 from tokenpool.analysis import plotting
 from tokenpool.downsampling import METHODS, REGISTRY, BipartiteMatching, Convolution, Downsampled, Method
@@ -234,7 +236,7 @@ def test_a_registered_method_is_in_the_study(first: Method, tmp_path: Path) -> N
     """Runs, figures and tables of its kind, drawn from results that are made from the shipped ones of PoWER-BERT."""
     study = Study(presets.get("digits"), tmp_path)
     tuned = {run.name for run in study.finetunes(["first"], study.seeds)}
-    for runs in (studies.protocol_runs(study), studies.everything(study), *needed(study, "table 3", "figure 5a")):
+    for runs in (protocol_runs(study), artifacts.everything(study), *needed(study, "table 3", "figure 5a")):
         assert tuned <= {run.name for run in runs}
     for runs in needed(study, "figure 3a", "figure 9", "figure reconstruction"):
         assert any(run.downsampler == "first" for run in runs)
@@ -242,10 +244,10 @@ def test_a_registered_method_is_in_the_study(first: Method, tmp_path: Path) -> N
         assert not any(run.downsampler == "first" for run in runs)
     with_results_of_power_bert(study, ROOT / "results" / "digits")
     for name in ("5a", "9", "reconstruction"):
-        assert "First tokens" in legend(figures.draw(study, name)), name
-    shown = tables.sections(study, "3")[-1].shown
+        assert "First tokens" in legend(artifacts.draw(study, name)), name
+    shown = artifacts.sections([study], "3")[-1].shown
     assert (shown["method"] == "first").sum() == len(study.levels) == (shown["method"] == "power_bert").sum()
-    found = study.points(studies.protocol_runs(study))
+    found = study.points(protocol_runs(study))
     ax = plotting.cost_accuracy(tables.cost_accuracy(found[found["stage"] == "finetune"]))
     assert "First tokens" in ax.get_legend_handles_labels()[1]
     assert "first" in tables.differences_markdown(tables.differences(found))
@@ -262,7 +264,7 @@ def test_a_registered_method_that_merges_is_beside_the_clusterings(first: Method
 
 
 def needed(study: Study, *names: str) -> list[list[Run]]:
-    return [studies.needs(study, name) for name in names]
+    return [artifacts.needs(study, name) for name in names]
 
 
 def legend(figure: object) -> list[str]:

@@ -15,9 +15,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from experiments import figures, presets, protocol, runner, studies, tables
+from experiments import artifacts, execute, needed, pool, presets
 from experiments.presets import Preset
-from experiments.protocol import Run
+from experiments.run import Run, is_finished, result_path, weights_path
+from experiments.show import curves, tables
+from experiments.study import Study
 from tokenpool.analysis import bits, results
 from tokenpool.downsampling import REGISTRY, Downsampler
 
@@ -49,8 +51,8 @@ def preset() -> Preset:
 
 
 def reproduce(preset: Preset, folder: Path, full: bool, jobs: int) -> None:
-    study = studies.Study(preset, folder, full)
-    study.execute(studies.everything(study), jobs)
+    study = Study(preset, folder, full)
+    pool.make(study, artifacts.everything(study), jobs)
 
 
 def training_run(**changes) -> Run:
@@ -72,7 +74,7 @@ def stop_after_two() -> Callable[[], None]:
 
 
 def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(protocol.weights_path(run.name, folder))
+    return safetensors.torch.load_file(weights_path(run.name, folder))
 
 
 @pytest.mark.slow
@@ -92,12 +94,12 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     for row in frame.itertuples():  # searches, base models and fine-tuned ones: which images were right
         assert row.top1 == 100 * (bits.decode(row.correct, 450).sum() / 450)
 
-    study = studies.Study(preset, tmp_path, full=False)
-    table = tables.cost_accuracy(study.points(studies.protocol_runs(study)))
+    study = Study(preset, tmp_path, full=False)
+    table = tables.cost_accuracy(study.points(needed.protocol_runs(study)))
     assert len(table) == 6 and (table["seeds"] == 1).all()
     text = tables.markdown(table)
     assert "none, base" in text and f"1: {', '.join(map(str, strong))}" in text
-    for picture in figures.pareto_picture(table, tmp_path / "pareto"):
+    for picture in curves.pareto_picture(table, tmp_path / "pareto"):
         assert picture.stat().st_size > 5000
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
@@ -108,13 +110,13 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     lost = tmp_path / "finetune-wkmedoids-level0-seed0.json"
     top1 = results.read(lost)["metrics"]["top1"]
     lost.unlink()
-    protocol.weights_path("base-seed0", tmp_path).unlink()
+    weights_path("base-seed0", tmp_path).unlink()
     reproduce(preset, tmp_path, full=False, jobs=1)
     assert results.read(lost)["metrics"]["top1"] == top1
 
-    study = studies.Study(preset, tmp_path)  # the full one; tests/test_studies.py runs all the rest of it
-    study.execute(studies.protocol_runs(study), jobs=2)
-    table = tables.cost_accuracy(study.points(studies.protocol_runs(study)))
+    study = Study(preset, tmp_path)  # the full one; tests/test_studies.py runs all the rest of it
+    pool.make(study, needed.protocol_runs(study), jobs=2)
+    table = tables.cost_accuracy(study.points(needed.protocol_runs(study)))
     placements = table[table["downsampler"] == "convolution"]["options"]
     assert [options["at"] for options in placements] == [[2], [1], [0]]
     assert set(table[table["downsampler"] == "power_bert"]["seeds"]) == {2}
@@ -135,14 +137,14 @@ def test_differences_are_paired() -> None:
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     run = training_run()
-    protocol.execute(run, tmp_path / "whole")
+    execute.execute(run, tmp_path / "whole")
 
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        protocol.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
-    assert not protocol.is_finished(run, tmp_path / "cut")
+        execute.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
+    assert not is_finished(run, tmp_path / "cut")
     assert (tmp_path / "cut" / "checkpoints" / f"{run.name}.ckpt").exists()
     epochs: list[int] = []
-    protocol.execute(run, tmp_path / "cut", on_epoch=lambda: epochs.append(1))
+    execute.execute(run, tmp_path / "cut", on_epoch=lambda: epochs.append(1))
     assert len(epochs) < 3  # it went on instead of starting anew
     whole, cut = weights(run, tmp_path / "whole"), weights(run, tmp_path / "cut")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -153,7 +155,8 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
     """SIGKILL in the middle; the workers end with their parent, the lock is free, and the study goes on."""
     code = (
         "import dataclasses, pathlib, sys\n"
-        "from experiments import presets, studies, runner\n"
+        "from experiments import artifacts, pool, presets\n"
+        "from experiments.study import Study\n"
         "from tokenpool.training.recipe import Recipe\n"
         "if __name__ == '__main__':\n"
         "    preset = dataclasses.replace(presets.get('digits'), base_epochs=2, search_epochs=1, finetune_epochs=2,\n"
@@ -161,8 +164,8 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
         "        clustered_level=0,\n"
         f"        depth=3, grid=4, model_options={TINY!r})\n"
         "    folder = pathlib.Path(sys.argv[1])\n"
-        "    with runner.exclusive(folder):\n"
-        "        study = studies.Study(preset, folder, False); study.execute(studies.everything(study), 2)\n"
+        "    with pool.exclusive(folder):\n"
+        "        study = Study(preset, folder, False); pool.make(study, artifacts.everything(study), 2)\n"
     )
     script = tmp_path / "study.py"
     script.write_text(code)
@@ -185,8 +188,8 @@ def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
 
 
 def test_one_study_a_folder(tmp_path: Path) -> None:
-    with runner.exclusive(tmp_path), pytest.raises(RuntimeError, match="another study is writing to"):
-        runner.exclusive(tmp_path).__enter__()
+    with pool.exclusive(tmp_path), pytest.raises(RuntimeError, match="another study is writing to"):
+        pool.exclusive(tmp_path).__enter__()
 
 
 @pytest.mark.slow
@@ -213,37 +216,37 @@ def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type
 
 def test_processes_of_a_study_know_a_method_of_a_users_own(own_method: type[Downsampler], tmp_path: Path) -> None:
     run = training_run(downsampler="own", epochs=1)
-    with runner.Runner(tmp_path, 1, lambda run: 1.0, 1.0) as pool:
-        pool.run_all([run], lambda run, unfinished: run)
-    assert protocol.is_finished(run, tmp_path)
+    with pool.Runner(tmp_path, 1, lambda run: 1.0, 1.0) as runner:
+        runner.run_all([run], lambda run, unfinished: run)
+    assert is_finished(run, tmp_path)
 
 
 def test_a_method_that_other_processes_cannot_import_is_named(own_method: type[Downsampler], tmp_path: Path) -> None:
     own_method.__module__ = "<run_path>"  # that of a class in the file of a preset
     with pytest.raises(ValueError, match="method 'own': other processes cannot import its class from <run_path>; move"):
-        runner.Runner(tmp_path, 1, lambda run: 1.0, 1.0)
+        pool.Runner(tmp_path, 1, lambda run: 1.0, 1.0)
 
 
 def test_other_settings_and_broken_files_are_named(tmp_path: Path) -> None:
     run = training_run(epochs=1)
-    protocol.execute(run, tmp_path)
-    assert protocol.is_finished(run, tmp_path)
+    execute.execute(run, tmp_path)
+    assert is_finished(run, tmp_path)
     with pytest.raises(ValueError, match=r"another setting \(epochs was 1, now 2\)"):
-        protocol.is_finished(training_run(epochs=2), tmp_path)
-    protocol.result_path(run, tmp_path).write_text("{")
+        is_finished(training_run(epochs=2), tmp_path)
+    result_path(run, tmp_path).write_text("{")
     with pytest.raises(ValueError, match="train-x-seed0.json is no JSON file of a run"):
-        protocol.is_finished(run, tmp_path)
+        is_finished(run, tmp_path)
     broken = tmp_path / "checkpoints" / "train-y-seed0.ckpt"
     broken.write_bytes(b"half a checkpoint")
     with pytest.raises(ValueError, match="cannot read checkpoint .*train-y-seed0.ckpt"):
-        protocol.execute(training_run(label="y"), tmp_path)
+        execute.execute(training_run(label="y"), tmp_path)
 
 
 def test_a_checkpoint_of_another_setting_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        protocol.execute(training_run(), tmp_path, on_epoch=stop_after_two())
+        execute.execute(training_run(), tmp_path, on_epoch=stop_after_two())
     with pytest.raises(ValueError, match=r"train-x-seed0.ckpt holds another setting \(split was 0, now 3\)"):
-        protocol.execute(training_run(split=3), tmp_path)
+        execute.execute(training_run(split=3), tmp_path)
 
 
 def test_image_folders_resume_exactly(tmp_path: Path) -> None:
@@ -259,10 +262,10 @@ def test_image_folders_resume_exactly(tmp_path: Path) -> None:
     run = training_run(
         data=str(tmp_path / "images"), model="deit_tiny_patch16_224", model_options=model_options, batch_size=4
     )
-    protocol.execute(run, tmp_path / "whole")
+    execute.execute(run, tmp_path / "whole")
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        protocol.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
-    protocol.execute(run, tmp_path / "cut")
+        execute.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
+    execute.execute(run, tmp_path / "cut")
     whole, cut = weights(run, tmp_path / "whole"), weights(run, tmp_path / "cut")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
@@ -282,52 +285,52 @@ def test_stored_images_resume_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
     options |= {"model_options": model_options, "augmentation": "light", "train_per_class": 8}
     run = training_run(**options)
     with pytest.raises(ValueError, match="val of .*images: expected 10 images of each class, but a has 9, b has 9"):
-        protocol.prepare_data([run, training_run(**options, test_per_class=10)])
-    protocol.prepare_data([training_run(**options, epochs=0, stage="evaluate"), run])
+        execute.prepare_data([run, training_run(**options, test_per_class=10)])
+    execute.prepare_data([training_run(**options, epochs=0, stage="evaluate"), run])
     monkeypatch.setattr("tokenpool.training.stored.load_image", lambda *source: pytest.fail(f"decodes {source}"))
-    whole = protocol.execute(run, tmp_path / "whole")
+    whole = execute.execute(run, tmp_path / "whole")
     assert whole["metrics"]["images"] == 18 and len(whole["epochs"]) == 3
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        protocol.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
-    assert protocol.execute(run, tmp_path / "cut")["metrics"] == whole["metrics"]
+        execute.execute(run, tmp_path / "cut", on_epoch=stop_after_two())
+    assert execute.execute(run, tmp_path / "cut")["metrics"] == whole["metrics"]
     first, second = weights(run, tmp_path / "whole"), weights(run, tmp_path / "cut")
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_fine_tuning_with_learned_alpha_starts_from_a_plain_model(tmp_path: Path) -> None:
     plain = training_run(label="plain", downsampler="none", keep=None, epochs=1)
-    protocol.execute(plain, tmp_path)
+    execute.execute(plain, tmp_path)
     search = training_run(label="s", downsampler="soft_selection", keep=None, epochs=1, start=plain.name)
-    protocol.execute(search, tmp_path)
+    execute.execute(search, tmp_path)
     tuned = training_run(qk_norm="l2", learn_alpha=True, alpha=2.0, start=search.name)
-    assert protocol.build_model(tuned, tmp_path).blocks[0].attn.alpha.item() == 2.0
+    assert execute.build_model(tuned, tmp_path).blocks[0].attn.alpha.item() == 2.0
 
 
 def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
-    protocol.execute(training_run(epochs=1), tmp_path)
-    path = protocol.weights_path("train-x-seed0", tmp_path)
+    execute.execute(training_run(epochs=1), tmp_path)
+    path = weights_path("train-x-seed0", tmp_path)
     wider = training_run(start=str(path), model_options=TINY | {"embed_dim": 16})
     with pytest.raises(ValueError, match="train-x-seed0.safetensors holds the weights of another model"):
-        protocol.build_model(wider, tmp_path)
+        execute.build_model(wider, tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights at .*nothing.safetensors"):
-        protocol.build_model(training_run(start="nothing"), tmp_path)
+        execute.build_model(training_run(start="nothing"), tmp_path)
     path.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot read weights .*train-x-seed0.safetensors"):
-        protocol.build_model(training_run(start=str(path)), tmp_path)
+        execute.build_model(training_run(start=str(path)), tmp_path)
 
 
 def test_checkpoints_with_code_in_them_are_refused(tmp_path: Path) -> None:
     torch.save({"model": Path("somewhere")}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot read weights .*evil.pth"):
-        protocol.build_model(training_run(start=str(tmp_path / "evil.pth")), tmp_path)
+        execute.build_model(training_run(start=str(tmp_path / "evil.pth")), tmp_path)
     torch.save(torch.ones(3), tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="cannot read weights .*bare.pth"):
-        protocol.build_model(training_run(start=str(tmp_path / "bare.pth")), tmp_path)
+        execute.build_model(training_run(start=str(tmp_path / "bare.pth")), tmp_path)
 
 
 def test_classes_are_compared_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the data have 10 classes, but the model has 7"):
-        protocol.execute(training_run(model_options=TINY | {"num_classes": 7}), tmp_path)
+        execute.execute(training_run(model_options=TINY | {"num_classes": 7}), tmp_path)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import tokenpool
-from experiments.explain import _likely, explain
+from experiments.extras.explain import _likely, explain
 
 ROOT = Path(__file__).parents[1]
 MODEL = "test_vit"  # timm's smallest

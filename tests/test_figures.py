@@ -1,4 +1,3 @@
-import itertools
 import re
 import shutil
 import warnings
@@ -13,8 +12,10 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from matplotlib.collections import LineCollection
 
-from experiments import figures, illustrations, presets, published, report, throughput
-from experiments.studies import Study, needs, status
+from experiments import artifacts, presets, timing
+from experiments.artifacts import needs, status
+from experiments.show import curves, illustrations, published, report
+from experiments.study import Study
 from tokenpool.analysis import plotting
 from tokenpool.tracing import reconstruction_error
 
@@ -45,22 +46,22 @@ def lines(ax: plt.Axes) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("preset", COMMITTED)
-@pytest.mark.parametrize("name", figures.NAMES)
+@pytest.mark.parametrize("name", artifacts.names("figure"))
 def test_every_figure_is_drawn_from_the_committed_runs(preset: str, name: str, tmp_path: Path) -> None:
     study = Study(presets.get(preset), RESULTS / preset)
     state, _ = status(study, f"figure {name}")
     assert state in ("done", "none")
-    figure = figures.draw(study, name)
+    figure = artifacts.draw(study, name)
     if state == "none" and figure is None:
         return
     for ax in figure.axes:
         assert name == "1c" or (ax.get_xlabel() and ax.get_ylabel())
-    files = figures.save(figure, tmp_path / f"figure-{name}")
+    files = curves.save(figure, tmp_path / f"figure-{name}")
     assert [file.suffix for file in files] == [".png", ".pdf"] and all(file.stat().st_size > 5000 for file in files)
 
 
 def test_curves_are_the_data(digits: Study) -> None:
-    paper, own = figures.draw(digits, "5a").axes
+    paper, own = artifacts.draw(digits, "5a").axes
     printed = published.accuracies()
     expected = printed[(printed["model"] == "deit_small") & (printed["downsampler"] == "wkmedoids")]
     drawn = lines(paper)["Token Pooling, WK-Medoids"]
@@ -72,7 +73,7 @@ def test_curves_are_the_data(digits: Study) -> None:
     assert "ImageNet" in paper.get_title() and "450 test images, 3 seeds" in own.get_title()
 
 
-@pytest.mark.parametrize("name", [name for name in figures.NAMES if name not in ("2", "12")])
+@pytest.mark.parametrize("name", [name for name in artifacts.names("figure") if name not in ("2", "12")])
 def test_all_points_of_a_figure_have_the_same_seeds(name: str, digits: Study) -> None:
     """Otherwise one curve could be better than another for its seeds alone."""
     seeds: dict[str, set[int]] = {}
@@ -93,31 +94,31 @@ def drawn_means(study: Study, name: str, **conditions: object) -> np.ndarray:
 @pytest.mark.slow
 def test_curves_of_other_figures_are_their_runs(digits: Study) -> None:
     """Each of these once showed, or could show, the runs of its neighbour."""
-    own = lines(figures.draw(digits, "6").axes[-1])
+    own = lines(artifacts.draw(digits, "6").axes[-1])
     random = [{"init": "random"}, {}]
     for label, options in zip(
         ("Token Pooling, K-Medoids, random centres", "Token Pooling, K-Medoids"), random, strict=True
     ):
         assert own[label] == pytest.approx(drawn_means(digits, "6", downsampler="kmedoids", options=options))
-    own = lines(figures.draw(digits, "7").axes[-1])
+    own = lines(artifacts.draw(digits, "7").axes[-1])
     assert own["DeiT, base model"] == pytest.approx(_plain(digits, "base"))
     assert own["DeiT, fine-tuned as long as the others"] == pytest.approx(_plain(digits, "finetune"))
-    without, carried = (lines(ax) for ax in figures.draw(digits, "9").axes)
+    without, carried = (lines(ax) for ax in artifacts.draw(digits, "9").axes)
     for drawn, carry in ((without, False), (carried, True)):
         expected = drawn_means(digits, "9", downsampler="wkmeans", carry=carry)
         assert drawn["Token Pooling, WK-Means"] == pytest.approx(expected)
     for name, variant in (("10a", "alpha1"), ("10b", "alpha")):
-        own = lines(figures.draw(digits, name).axes[-1])
+        own = lines(artifacts.draw(digits, name).axes[-1])
         expected = drawn_means(digits, name, downsampler="power_bert", variant=variant)
         assert own["PoWER-BERT, normalised"] == pytest.approx(expected)
         assert own["PoWER-BERT, not normalised"] == pytest.approx(
             drawn_means(digits, name, downsampler="power_bert", variant="")
         )
-    own = lines(figures.draw(digits, "8").axes[-1])
+    own = lines(artifacts.draw(digits, "8").axes[-1])
     assert sum(len(own[f"{count} convolution{'s' if count > 1 else ''}"]) for count in (1, 2, 3)) == 27
     front = own["Convolution, best placements"]
     assert (np.diff(front, axis=0) > 0).all()
-    own = lines(figures.draw(digits, "12").axes[-1])
+    own = lines(artifacts.draw(digits, "12").axes[-1])
     times = digits.points([run for run in needs(digits, "figure 12") if run.stage == "throughput"])
     speed = times[times["downsampler"] == "power_bert"].set_index("level")["speed_up"]
     expected = (speed * times["plain_images_per_second"].median()).to_numpy()
@@ -132,9 +133,9 @@ def _plain(study: Study, stage: str) -> np.ndarray:
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("preset", COMMITTED)
-@pytest.mark.parametrize("name", figures.NAMES)
+@pytest.mark.parametrize("name", artifacts.names("figure"))
 def test_no_text_leaves_its_figure(name: str, preset: str, stacked: bool) -> None:
-    figure = figures.draw(Study(presets.get(preset), RESULTS / preset), name, stacked)
+    figure = artifacts.draw(Study(presets.get(preset), RESULTS / preset), name, stacked)
     if figure is None:
         return
     figure.canvas.draw()  # tick labels beyond the axes' limits are not shown; they do not count
@@ -154,7 +155,7 @@ def test_every_figure_copes_with_one_study(pattern: str, tmp_path: Path) -> None
     for path in (RESULTS / "digits").glob(f"{pattern}.json"):
         shutil.copy(path, tmp_path)
     study = Study(presets.get("digits"), tmp_path)
-    drawn = {name for name in figures.NAMES if figures.draw(study, name) is not None}
+    drawn = {name for name in artifacts.names("figure") if artifacts.draw(study, name) is not None}
     assert {"1b", "2", "3a", "3b"} <= drawn and "9" not in drawn
     assert study.missing(needs(study, "figure 5a"))
 
@@ -175,23 +176,23 @@ def test_a_curve_of_ambiguous_rows_is_refused() -> None:
 
 def test_figure_1b_has_the_papers_saving(digits: Study) -> None:
     """Abstract: "the same ImageNet top-1 accuracy using 42 % fewer computations"."""
-    texts = [text.get_text() for text in figures.draw(digits, "1b").axes[0].texts]
+    texts = [text.get_text() for text in artifacts.draw(digits, "1b").axes[0].texts]
     assert "\N{MINUS SIGN}42 %" in texts
 
 
 def test_the_paper_is_drawn_without_any_run(empty: Study) -> None:
-    assert len(figures.draw(empty, "3b").axes) == 1
-    assert figures.draw(empty, "9") is None and figures.draw(empty, "1c") is None
-    assert {"DynamicViT", "HVT"} <= lines(figures.draw(empty, "3b").axes[0]).keys()
+    assert len(artifacts.draw(empty, "3b").axes) == 1
+    assert artifacts.draw(empty, "9") is None and artifacts.draw(empty, "1c") is None
+    assert {"DynamicViT", "HVT"} <= lines(artifacts.draw(empty, "3b").axes[0]).keys()
 
 
 def test_stacked_panels(digits: Study) -> None:
-    wide, narrow = figures.draw(digits, "5a"), figures.draw(digits, "5a", stacked=True)
+    wide, narrow = artifacts.draw(digits, "5a"), artifacts.draw(digits, "5a", stacked=True)
     assert wide.get_figwidth() > 1.5 * narrow.get_figwidth() and narrow.get_figheight() > wide.get_figheight()
 
 
 def test_the_same_runs_give_the_same_file(digits: Study, tmp_path: Path) -> None:
-    one, other = (figures.save(figures.draw(digits, "5b"), tmp_path / name) for name in ("a", "b"))
+    one, other = (curves.save(artifacts.draw(digits, "5b"), tmp_path / name) for name in ("a", "b"))
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
 
 
@@ -207,7 +208,7 @@ def test_figure_2_is_what_section_3_2_says(digits: Study) -> None:
         reaches[type(method)] = bool((kept.tokens > 0.55).any())
     assert reaches == {illustrations.PowerBert: False, illustrations.KMeans: True}
     assert errors[illustrations.KMeans] < errors[illustrations.PowerBert] / 10
-    titles = "".join(ax.get_title() for ax in figures.draw(digits, "2").axes)
+    titles = "".join(ax.get_title() for ax in artifacts.draw(digits, "2").axes)
     assert all(f"{error:.3f}" in titles for error in errors.values())
 
 
@@ -239,7 +240,7 @@ def test_clusters_are_parted_and_dropped_patches_hatched() -> None:
 
 def test_an_unknown_figure_lists_the_known_ones(digits: Study) -> None:
     with pytest.raises(ValueError, match="unknown figure '13'; known are 1b, 1c, 2, 3a"):
-        figures.draw(digits, "13")
+        artifacts.draw(digits, "13")
 
 
 def test_styles_differ_without_colour() -> None:
@@ -259,7 +260,7 @@ def test_throughput_alternates() -> None:
         def forward(self, images: torch.Tensor) -> None:
             order.append(self.name)
 
-    found = throughput.measure(Spy("model"), Spy("plain"), torch.zeros(4, 1, 2, 2), repeats=3, warm_up=1)
+    found = timing.measure(Spy("model"), Spy("plain"), torch.zeros(4, 1, 2, 2), repeats=3, warm_up=1)
     assert order == ["model", "plain"] * 4
     assert found["measured_batch"] == 4 and found["speed_up"] > 0
     assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
@@ -269,9 +270,7 @@ def test_throughput_alternates() -> None:
 def test_report_is_one_whole_page(tmp_path: Path) -> None:
     studies = [Study(presets.get(name), RESULTS / name) for name in COMMITTED]
     page = report.write(studies, tmp_path / "page.html").read_text()
-    for kind, name in itertools.chain(
-        (("table", name) for name in report.TABLE_TITLES), (("figure", name) for name in figures.NAMES)
-    ):
+    for kind, name in (key.split() for key in artifacts.ARTIFACTS):
         assert page.count(f'id="{kind}-{name}"') == 1 and f'href="#{kind}-{name}"' in page
     assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)[^"]*"', page)  # nothing from elsewhere
     assert "<script" not in page and "viewport" in page and "@media print" in page

@@ -13,9 +13,11 @@ import timm
 import torch
 from PIL import Image
 
-from experiments import presets, protocol
-from experiments.run import DATA, WEIGHTS, Run
-from experiments.studies import Study, needs
+from experiments import execute, presets
+from experiments.artifacts import needs
+from experiments.data_sets import DATA
+from experiments.run import WEIGHTS, Run, is_finished, result_path, weights_path
+from experiments.study import Study
 from tokenpool import files
 from tokenpool.analysis import results
 from tokenpool.training import fingerprint
@@ -188,7 +190,7 @@ def test_runs_of_different_images_are_not_mixed(small: object, tmp_path: Path) -
     named = dataclasses.replace(presets.get("digits"), data="cifar10")
     mixed = Study(named, tmp_path)
     for run in needs(mixed, "figure 7")[:2]:
-        path = protocol.result_path(run, tmp_path)
+        path = result_path(run, tmp_path)
         found = results.read(path)
         found["setting"]["data"] = "cifar10"
         results.save(found, path)
@@ -204,7 +206,7 @@ def test_the_penalty_names_a_schedule_not_the_level(tmp_path: Path) -> None:
     assert run.name == full.finetunes(["power_bert"], [0])[1].name and run.schedule == "lambda0.001"
     found = results.read(ROOT / "results" / "digits" / f"{run.name}.json")
     found["setting"] |= {"schedule": run.schedule}
-    results.save(found, protocol.result_path(run, tmp_path))
+    results.save(found, result_path(run, tmp_path))
     assert len(Study(digits, tmp_path, full=False).points([run])) == 1
     other = Study(digits, tmp_path).finetunes(["power_bert"], [0])[1]
     assert other.keep is None  # it teaches the full study nothing
@@ -223,36 +225,36 @@ def digits_run(stage: str, **changes) -> Run:
 def test_a_run_knows_the_weights_that_it_started_from(tmp_path: Path) -> None:
     base = digits_run("base", epochs=1, warmup_epochs=0)
     tuned = digits_run("finetune", epochs=1, warmup_epochs=0, start=base.name)
-    ended = protocol.execute(base, tmp_path)["trained_weights"]
-    assert protocol.execute(tuned, tmp_path)["identity"]["start_weights"] == ended
-    assert protocol.is_finished(tuned, tmp_path)
+    ended = execute.execute(base, tmp_path)["trained_weights"]
+    assert execute.execute(tuned, tmp_path)["identity"]["start_weights"] == ended
+    assert is_finished(tuned, tmp_path)
 
-    path = protocol.weights_path(base.name, tmp_path)
+    path = weights_path(base.name, tmp_path)
     whole = path.read_bytes()
-    shutil.copy(protocol.weights_path(tuned.name, tmp_path), path)
+    shutil.copy(weights_path(tuned.name, tmp_path), path)
     with pytest.raises(ValueError, match=r"base-seed0\.safetensors holds other weights"):
-        protocol.is_finished(tuned, tmp_path)
+        is_finished(tuned, tmp_path)
     path.write_bytes(whole)
 
     # The base model is trained anew by another recipe: what was tuned from the old one is not its.
-    protocol.result_path(base, tmp_path).unlink()
-    protocol.execute(digits_run("base", epochs=1, warmup_epochs=0, learning_rate=1e-2), tmp_path)
+    result_path(base, tmp_path).unlink()
+    execute.execute(digits_run("base", epochs=1, warmup_epochs=0, learning_rate=1e-2), tmp_path)
     with pytest.raises(ValueError, match="made with other weights to start from"):
-        protocol.is_finished(tuned, tmp_path)
+        is_finished(tuned, tmp_path)
 
 
 def test_a_base_model_made_again_must_end_the_same(tmp_path: Path) -> None:
     base = digits_run("base", epochs=1, warmup_epochs=0)
-    protocol.execute(base, tmp_path)
-    result, weights = protocol.result_path(base, tmp_path), protocol.weights_path(base.name, tmp_path)
+    execute.execute(base, tmp_path)
+    result, weights = result_path(base, tmp_path), weights_path(base.name, tmp_path)
     weights.unlink()
-    protocol.execute(base, tmp_path)  # lost, and made again
+    execute.execute(base, tmp_path)  # lost, and made again
     assert weights.exists()
     weights.unlink()
     found = results.read(result) | {"trained_weights": "0123456789abcdef"}  # as another machine may have it
     results.save(found, result)
     with pytest.raises(ValueError, match="trained again, base-seed0 ends with other weights"):
-        protocol.execute(base, tmp_path)
+        execute.execute(base, tmp_path)
     assert results.read(result) == found and not weights.exists()
 
 
@@ -266,10 +268,10 @@ def test_a_checkpoint_does_not_go_on_with_other_images(tmp_path: Path) -> None:
         raise RuntimeError("pulled the plug")
 
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        protocol.execute(run, tmp_path, on_epoch=lambda calls=[]: calls.append(1) or (len(calls) == 2 and stop()))
+        execute.execute(run, tmp_path, on_epoch=lambda calls=[]: calls.append(1) or (len(calls) == 2 and stop()))
     make_images(data, seed=1)
     with pytest.raises(ValueError, match=r"train-x-seed0\.ckpt was made with other test images"):
-        protocol.execute(run, tmp_path)
+        execute.execute(run, tmp_path)
 
 
 def test_a_notebook_shows_shipped_results_whatever_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from experiments import presets, protocol
-from experiments.studies import Study, needs
+from experiments import data_sets, execute, presets
+from experiments.artifacts import needs
+from experiments.study import Study
 from tokenpool import schedules
 from tokenpool.training.module import ClassificationModule
 
@@ -50,11 +51,11 @@ def test_the_documented_recipe_is_the_preset(name: str, value: object) -> None:
 
 
 def test_the_recipe_reaches_data_module_and_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(protocol.DATA, str(tmp_path))
+    monkeypatch.setenv(data_sets.DATA, str(tmp_path))
     run = Study(PRESET, tmp_path).base(0)
-    data = protocol.data_module(run)
+    data = execute.data_module(run)
     assert data.recipe == run.recipe and data.cropping["crop_pct"] == 0.875
-    module = protocol.training_module(run, protocol.build_model(run, tmp_path))
+    module = execute.training_module(run, execute.build_model(run, tmp_path))
     assert module.ema.decay == 0.99996 and module.recipe == run.recipe
     assert [round(block.drop_path1.drop_prob, 3) for block in module.model.blocks[1:]] == [
         round(0.1 * index / 11, 3) for index in range(1, 12)

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 
-from experiments import protocol
-from experiments.protocol import Run
+from experiments import execute, record, trainer
+from experiments.run import Run, checkpoint_path, result_path, weights_path
 from tokenpool.analysis import results
 from tokenpool.training import interruption
 from tokenpool.training.interruption import Interrupted, InterruptibleCheckpoint, listening, slurm_job
@@ -64,27 +64,27 @@ def kicked(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.delenv(variable, raising=False)
 
     def execute(run: Run, folder: Path, number: int, steps: set[int]) -> int:
-        make, kicker, attempts = protocol._trainer, Kicker(number, steps), 0
-        monkeypatch.setattr(protocol, "_trainer", lambda run, folder, callbacks, *rest: make(
+        make, kicker, attempts = trainer.create, Kicker(number, steps), 0
+        monkeypatch.setattr(trainer, "create", lambda run, folder, callbacks, *rest: make(
             run, folder, [kicker, *callbacks], *rest
         ))  # fmt: skip
         while True:
             attempts += 1
             try:
-                protocol.execute(run, folder)
+                execute.execute(run, folder)
                 return attempts
             except Interrupted:
-                assert protocol.checkpoint_path(run, folder).exists()
+                assert checkpoint_path(run, folder).exists()
 
     return execute
 
 
 def weights(run: Run, folder: Path) -> list[dict[str, torch.Tensor]]:
-    return [load_file(protocol.weights_path(name, folder)) for name in (run.name, f"{run.name}.ema")]
+    return [load_file(weights_path(name, folder)) for name in (run.name, f"{run.name}.ema")]
 
 
 def epochs(run: Run, folder: Path) -> list[dict]:
-    return results.read(protocol.result_path(run, folder))["epochs"]
+    return results.read(result_path(run, folder))["epochs"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def epochs(run: Run, folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, kicked, options: dict) -> None:
     run = dataclasses.replace(RUN, trainer_options=options)
-    protocol.execute(run, tmp_path / "whole")
+    execute.execute(run, tmp_path / "whole")
     # In the middle of epochs, at the first batch, at the last one of an epoch, and at the very last one.
     last = 30 // options.get("accumulate_grad_batches", 1)
     steps = {1, 2, 5, 9, 10, 11, 12, 13, 14, last}
@@ -104,10 +104,10 @@ def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, ki
         assert whole.keys() == resumed.keys()
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert epochs(run, tmp_path / "whole") == epochs(run, tmp_path / "kicked")
-    first, second = (results.read(protocol.result_path(run, tmp_path / name)) for name in ("whole", "kicked"))
+    first, second = (results.read(result_path(run, tmp_path / name)) for name in ("whole", "kicked"))
     assert first["metrics"] == second["metrics"] and first["processes"] == second["processes"] == 1
     assert second["restarts"] == len(steps) and first["restarts"] == 0
-    assert not protocol.checkpoint_path(run, tmp_path / "kicked").exists()
+    assert not checkpoint_path(run, tmp_path / "kicked").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,21 +116,21 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
             if trainer.current_epoch == 1:
                 module.model.head.bias.data[0] = torch.nan
 
-    make = protocol._trainer
+    make = trainer.create
     monkeypatch.setattr(
-        protocol, "_trainer", lambda run, folder, callbacks, *rest: make(run, folder, [Poison(), *callbacks], *rest)
+        trainer, "create", lambda run, folder, callbacks, *rest: make(run, folder, [Poison(), *callbacks], *rest)
     )
     with pytest.raises(
         FloatingPointError, match=r"not finite after step 20; the last checkpoint with finite weights is"
     ):
-        protocol.execute(RUN, tmp_path)
-    state = torch.load(protocol.checkpoint_path(RUN, tmp_path), weights_only=True)
+        execute.execute(RUN, tmp_path)
+    state = torch.load(checkpoint_path(RUN, tmp_path), weights_only=True)
     assert state["global_step"] == 10 and state["state_dict"]["model.head.bias"].isfinite().all()
 
 
 def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -> None:
     run = Run.from_setting(RUN.setting | {"epochs": 4, "trainer_options": {"check_val_every_n_epoch": 2}})
-    protocol.execute(run, tmp_path)
+    execute.execute(run, tmp_path)
     assert ["val_top1" in epoch for epoch in epochs(run, tmp_path)] == [False, True, False, True]
     assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
 
@@ -138,7 +138,7 @@ def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -
 def test_a_run_that_tests_no_image_is_refused(tmp_path: Path) -> None:
     run = Run.from_setting(RUN.setting | {"epochs": 1, "trainer_options": {"limit_test_batches": 0}})
     with pytest.raises(ValueError, match="no image was tested .*limit_test_batches"):
-        protocol.execute(run, tmp_path)
+        execute.execute(run, tmp_path)
 
 
 def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: py
     again = dataclasses.replace(RUN, seed=1)
     with pytest.raises(RuntimeError, match="Slurm does not requeue job 12_3 .Access denied.; its state is saved in"):
         kicked(again, tmp_path / "runs", signal.SIGUSR1, {4})
-    assert protocol.checkpoint_path(again, tmp_path / "runs").exists()
+    assert checkpoint_path(again, tmp_path / "runs").exists()
 
 
 def test_the_name_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +234,11 @@ def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytes
     saved = []
     monkeypatch.setenv("TOKENPOOL_MINUTES", "0")
     monkeypatch.setattr(InterruptibleCheckpoint, "_save", lambda self, trainer: saved.append(trainer.global_step))
-    protocol.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path)
+    execute.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path)
     assert saved == list(range(1, 11))
     monkeypatch.setenv("TOKENPOOL_MINUTES", "soon")
     with pytest.raises(ValueError, match="TOKENPOOL_MINUTES = 'soon' must be a number"):
-        protocol.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path / "other")
+        execute.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path / "other")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def devices(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     run = dataclasses.replace(RUN, trainer_options={"accelerator": "cpu"})
-    return protocol._trainer(run, folder, [], None, False).world_size
+    return trainer.create(run, folder, [], None, False).world_size
 
 
 @pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}])
@@ -296,4 +296,4 @@ def test_peak_memory_is_in_gib_on_every_system(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", system)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    assert protocol._peak_memory() == pytest.approx(used, rel=0.1)
+    assert record.peak_memory() == pytest.approx(used, rel=0.1)

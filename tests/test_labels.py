@@ -13,8 +13,9 @@ from timm.data import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import tokenpool
-from experiments import protocol
-from experiments.measurements import measure_agreement
+from experiments import execute
+from experiments.measure import measure_agreement
+from experiments.run import Run, weights_path
 from experiments.slurm import checks
 from tokenpool.analysis import results
 from tokenpool.training.data import ImageFolderDataModule
@@ -110,11 +111,9 @@ def test_imagenet_decides_by_wordnet_ids() -> None:
 
 def test_a_part_of_imagenet_is_measured_among_its_classes(tmp_path: Path) -> None:
     folder, path = draw(tmp_path / "images", SOME, count=10), weights(tmp_path / "weights.safetensors")
-    run = protocol.Run(
-        "evaluate", "x", str(folder), "deit_tiny_patch16_224", start=str(path), model_options=TINY, limit=33
-    )
+    run = Run("evaluate", "x", str(folder), "deit_tiny_patch16_224", start=str(path), model_options=TINY, limit=33)
     checks.check_data([run])
-    outcome = protocol.execute(run, tmp_path)
+    outcome = execute.execute(run, tmp_path)
     data = ImageFolderDataModule(folder, image_size=32, limit=33, workers=0)
     data.setup("test")
     images, labels = (torch.stack(list(map(torch.as_tensor, part))) for part in zip(*data.test_set, strict=True))
@@ -140,15 +139,15 @@ def test_training_on_a_part_of_imagenet_maps_as_its_evaluation(tmp_path: Path) -
     folder = draw(tmp_path / "images", SOME, count=2)
     options = TINY | {"num_classes": 1000}
     setting = {"data": str(folder), "model": "deit_tiny_patch16_224", "model_options": options}
-    run = protocol.Run("train", "x", **setting, recipe=Recipe(epochs=2, batch_size=8, mixup=0.1))
-    trained = protocol.execute(run, tmp_path)
-    path = protocol.weights_path(run.name, tmp_path)
+    run = Run("train", "x", **setting, recipe=Recipe(epochs=2, batch_size=8, mixup=0.1))
+    trained = execute.execute(run, tmp_path)
+    path = weights_path(run.name, tmp_path)
     assert trained["among_classes"] == [3, 250, 251, 998] and trained["epochs"][0]["train_loss"] < 3  # not log 1000
-    outcome = protocol.execute(protocol.Run("evaluate", "y", **setting, start=str(path)), tmp_path)
+    outcome = execute.execute(Run("evaluate", "y", **setting, start=str(path)), tmp_path)
     assert outcome["metrics"]["loss"] == pytest.approx(trained["metrics"]["loss"], rel=1e-4)
     setting |= {"model_options": TINY | {"num_classes": 4}, "recipe": Recipe(epochs=1, batch_size=8)}
-    own = protocol.Run("train", "own", **setting)
-    assert "among_classes" not in protocol.execute(own, tmp_path)
+    own = Run("train", "own", **setting)
+    assert "among_classes" not in execute.execute(own, tmp_path)
 
 
 def test_hugging_face_names_of_classes(tmp_path: Path) -> None:
@@ -203,5 +202,5 @@ def test_photographs_with_labels_that_are_wrong(shared: Path, tmp_path: Path, in
     ],
 )
 def test_what_is_no_better_than_a_guess(changes: dict, metrics: dict, classes: int, warned: bool) -> None:
-    run = protocol.Run("evaluate", "x", "imagenet", "deit_tiny_patch16_224", **changes)
-    assert ("warning" in protocol._doubts(run, metrics, classes)) == warned
+    run = Run("evaluate", "x", "imagenet", "deit_tiny_patch16_224", **changes)
+    assert ("warning" in execute._doubts(run, metrics, classes)) == warned

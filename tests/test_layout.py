@@ -1,11 +1,14 @@
-"""How the library is laid out: no import circle, no long file, no file without a subject."""
+"""The layout of the library and of the experiments: no import circle, no long file, no file without a subject."""
 
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("tokenpool", "experiments")
 MOST_LINES = 400
 NAMELESS = {"utils", "util", "common", "misc", "helpers", "shared"}
 
@@ -43,8 +46,9 @@ def circle(package: str, root: Path = ROOT) -> list[str]:
     return []
 
 
-def test_no_import_circle() -> None:
-    assert not circle("tokenpool")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_circle(package: str) -> None:
+    assert not circle(package)
 
 
 def test_a_circle_within_functions_is_found(tmp_path: Path) -> None:
@@ -59,8 +63,9 @@ def test_a_circle_within_functions_is_found(tmp_path: Path) -> None:
     assert set(circle("package", tmp_path)) == {"package.a", "package.b"}
 
 
-def test_files_are_short_and_have_a_subject() -> None:
-    for path in files("tokenpool").values():
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_are_short_and_have_a_subject(package: str) -> None:
+    for path in files(package).values():
         name = path.relative_to(ROOT).as_posix()
         assert path.stem not in NAMELESS, name
         assert len(path.read_text().splitlines()) <= MOST_LINES, name
@@ -73,3 +78,16 @@ def test_only_adapters_name_the_parts_of_a_model() -> None:
         tree = ast.parse((ROOT / "tokenpool" / f"{module}.py").read_text())
         named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert not named & parts, module
+
+
+def test_only_the_registry_names_data_sets() -> None:
+    """A data set is one entry of `experiments.data_sets`. Presets say which of them they use."""
+    from experiments.data_sets import DATA_SETS
+
+    allowed = {ROOT / "experiments" / "data_sets.py", *(ROOT / "experiments" / "presets").glob("*.py")}
+    paths = [path for package in PACKAGES for path in files(package).values() if path not in allowed]
+    assert len(paths) > 50
+    for path in paths:
+        compared = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare)]
+        texts = {part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)}
+        assert not texts & (DATA_SETS.keys() - {"cifar10"}), path

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from experiments import loggers, protocol
-from experiments.protocol import Run
+from experiments import execute, loggers
+from experiments.run import Run
 from tokenpool.analysis import results
 from tokenpool.training.recipe import Recipe
 
@@ -32,7 +32,7 @@ def test_what_is_unknown_or_not_installed_is_named(in_process, tmp_path: Path, m
     )
     monkeypatch.setenv(loggers.VARIABLE, "tensorboard")
     with pytest.raises(ValueError, match="needs the package tensorboard: pip install tensorboard"):
-        protocol.execute(RUN, tmp_path)
+        execute.execute(RUN, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,6 +64,6 @@ def test_each_run_has_a_log_of_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv(loggers.VARIABLE, "wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    protocol.execute(RUN, tmp_path)
+    execute.execute(RUN, tmp_path)
     assert wandb.run is None and list((tmp_path / "logs" / RUN.name).rglob("offline-run-*/*.wandb"))
     assert "wandb" in sys.modules

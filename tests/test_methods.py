@@ -5,7 +5,7 @@ import timm
 import torch
 
 import tokenpool
-from experiments.throughput import peak_memory
+from experiments.timing import peak_memory
 from tokenpool.downsampling import METHODS
 
 KEEP = [30, 17, 5, 2]

@@ -10,17 +10,20 @@ import pytest
 import torch
 
 import tokenpool
-from experiments import off_the_shelf, presets, protocol, studies, tables
-from experiments.measurements import measure_agreement
+from experiments import artifacts, execute, presets
+from experiments.extras import off_the_shelf
+from experiments.measure import measure_agreement
+from experiments.run import Run, result_path
+from experiments.study import Study
 from tokenpool import flops
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> studies.Study:
-    return studies.Study(dataclasses.replace(presets.get("pretrained"), budgets=(0.8, 0.65)), tmp_path)
+def study(tmp_path: Path) -> Study:
+    return Study(dataclasses.replace(presets.get("pretrained"), budgets=(0.8, 0.65)), tmp_path)
 
 
-def write(study: studies.Study, run: protocol.Run, correct: list[int], divergences: list[float]) -> None:
+def write(study: Study, run: Run, correct: list[int], divergences: list[float]) -> None:
     metrics = {
         "top1": 100 * float(np.mean(correct)),
         "top1_error": 1.0,
@@ -31,11 +34,11 @@ def write(study: studies.Study, run: protocol.Run, correct: list[int], divergenc
     }
     cost = {"gmacs": run.budget - 0.001, "backbone_gmacs": 0.5, "clustering_gmacs": 0.01, "parts": {}}
     outcome = {"setting": run.setting, "metrics": metrics, "cost": cost, "seconds": 1.0, "environment": {}}
-    protocol.result_path(run, study.folder).write_text(json.dumps(outcome))
+    result_path(run, study.folder).write_text(json.dumps(outcome))
 
 
-def test_halves_share_no_setting_twice(study: studies.Study) -> None:
-    runs = studies.needs(study, "table off_the_shelf")
+def test_halves_share_no_setting_twice(study: Study) -> None:
+    runs = artifacts.needs(study, "table off_the_shelf")
     assert len({run.name for run in runs}) == len(runs)
     finalists = [candidate for candidate in off_the_shelf.CANDIDATES if candidate.finalist]
     assert len(runs) == 2 * (len(off_the_shelf.CANDIDATES) + len(finalists))
@@ -43,8 +46,8 @@ def test_halves_share_no_setting_twice(study: studies.Study) -> None:
     assert len(set(labels)) == len(labels) and off_the_shelf.REFERENCE in labels
 
 
-def test_differences_are_paired_by_image(study: studies.Study) -> None:
-    runs = {run.name: run for run in studies.needs(study, "table off_the_shelf")}
+def test_differences_are_paired_by_image(study: Study) -> None:
+    runs = {run.name: run for run in artifacts.needs(study, "table off_the_shelf")}
     ours, reference = (runs[f"agreement-{name}-0.65gmacs-half2-seed0"] for name in ("key_medoids", "tome"))
     write(study, ours, [1, 1, 1, 0], [0.1, 0.2, 0.3, 0.4])
     write(study, reference, [1, 0, 1, 0], [0.2, 0.2, 0.2, 0.6])
@@ -58,21 +61,21 @@ def test_differences_are_paired_by_image(study: studies.Study) -> None:
     write(study, other_seed, [1, 0, 1, 0], [0.2, 0.2, 0.2, 0.6])
     with pytest.raises(ValueError, match="differences cannot be made of rows of label tome.* seed is 0 or 1"):
         off_the_shelf.compared(study.points([ours, reference, other_seed]))
-    (section,) = tables.sections(study, "off_the_shelf")
+    (section,) = artifacts.sections([study], "off_the_shelf")
     assert section.name == "pretrained-half2" and "+25.0 ± 25.0" in section.markdown()
 
 
-def test_without_the_reference_there_is_no_difference(study: studies.Study) -> None:
-    run = studies.needs(study, "table off_the_shelf")[0]
+def test_without_the_reference_there_is_no_difference(study: Study) -> None:
+    run = artifacts.needs(study, "table off_the_shelf")[0]
     write(study, run, [1, 0], [0.1, 0.3])
     rows = off_the_shelf.compared(study.points([run]))
     assert np.isnan(rows.loc[0, "top1_difference"]) and rows.loc[0, "top1"] == 50
-    assert "| - " in tables.sections(study, "off_the_shelf")[0].markdown()
+    assert "| - " in artifacts.sections([study], "off_the_shelf")[0].markdown()
 
 
-def test_a_run_meets_its_budget(study: studies.Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = next(run for run in studies.needs(study, "table off_the_shelf") if run.label.startswith("tome-step-0.65"))
-    model = protocol.build_model(dataclasses.replace(run, pretrained=False), study.folder)
+def test_a_run_meets_its_budget(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = next(run for run in artifacts.needs(study, "table off_the_shelf") if run.label.startswith("tome-step-0.65"))
+    model = execute.build_model(dataclasses.replace(run, pretrained=False), study.folder)
     steps = -np.diff([196, *model.blocks.setting.keep])
     assert 0.63 < flops.count(model).gmacs <= 0.65 and steps.max() - steps.min() <= 1
 
@@ -97,8 +100,8 @@ def test_agreement(small, photos) -> None:
 def test_the_tables_of_the_readme_are_the_runs() -> None:
     """The finalists' rows, on the half that had no part in the choice."""
     root = Path(__file__).parents[1]
-    study = studies.Study(presets.get("pretrained"), root / "results" / "pretrained")
-    rows = off_the_shelf.compared(study.points(studies.needs(study, "table off_the_shelf")))
+    study = Study(presets.get("pretrained"), root / "results" / "pretrained")
+    rows = off_the_shelf.compared(study.points(artifacts.needs(study, "table off_the_shelf")))
     rows = rows[rows["part"] == "2/2"].set_index(["candidate", "gmacs"])
     readme = (root / "README.md").read_text()
     for candidate in off_the_shelf.CANDIDATES:

@@ -13,8 +13,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from experiments import protocol
-from experiments.protocol import Run
+from experiments import data_sets, execute
+from experiments.run import Run, empty_model, preprocessing
 from tokenpool.training.data import ImageFolderDataModule
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -26,8 +26,8 @@ def run(name: str, data: str = "imagenet", **changes) -> Run:
 
 def transform(run: Run, monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:
     """Of the images that the run evaluates."""
-    monkeypatch.setenv(protocol.DATA, str(folder))
-    data = protocol.data_module(run)
+    monkeypatch.setenv(data_sets.DATA, str(folder))
+    data = execute.data_module(run)
     data.setup("test")
     return data.test_set.dataset.transform
 
@@ -63,7 +63,7 @@ def test_every_configuration_of_timm(folder: Path, monkeypatch: pytest.MonkeyPat
         config = resolve_model_data_config(model)
         assert str(transform(run(name), monkeypatch, folder)) == str(create_transform(**config)), name
         assert config["input_size"][1:] == tuple(model.patch_embed.img_size), name
-        assert json.loads(json.dumps(found := protocol.preprocessing(run(name)))) == found
+        assert json.loads(json.dumps(found := preprocessing(run(name)))) == found
         modes.add(config["crop_mode"]), interpolations.add(config["interpolation"])
     assert modes == {"center", "squash"} and interpolations == {"bicubic", "bilinear"}
 
@@ -75,7 +75,7 @@ def test_committed_results_were_preprocessed_so(folder: Path, monkeypatch: pytes
     )
     for name in ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_e252_patch16_224"):
         assert str(transform(run(name), monkeypatch, folder)) == str(before)
-    assert protocol.preprocessing(run("deit_tiny_patch16_224")) == {
+    assert preprocessing(run("deit_tiny_patch16_224")) == {
         "input_size": [3, 224, 224],
         "interpolation": "bicubic",
         "mean": [0.485, 0.456, 0.406],
@@ -86,7 +86,7 @@ def test_committed_results_were_preprocessed_so(folder: Path, monkeypatch: pytes
     data = ImageFolderDataModule(folder)  # by default
     data.setup("test")
     assert str(data.test_set.dataset.transform) == str(before)
-    assert protocol.preprocessing(run("deit_digits_patch2_16", data="digits")) == {}
+    assert preprocessing(run("deit_digits_patch2_16", data="digits")) == {}
 
 
 def test_what_a_run_says_comes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,12 +95,12 @@ def test_what_a_run_says_comes_first(folder: Path, monkeypatch: pytest.MonkeyPat
     wanted = resolve_model_data_config(timm.create_model(name, **TINY), {"crop_pct": 0.8, "input_size": (3, 96, 96)})
     assert wanted["crop_mode"] == "squash"
     assert str(transform(given, monkeypatch, folder)) == str(create_transform(**wanted))
-    oblong = protocol.preprocessing(run("deit_tiny_patch16_224", model_options={"img_size": [96, 64]}))
+    oblong = preprocessing(run("deit_tiny_patch16_224", model_options={"img_size": [96, 64]}))
     assert oblong["input_size"] == [3, 96, 64]
     overlay = {"crop_mode": "border", "mean": [0.1, 0.2, 0.3]}
-    overlaid = protocol.preprocessing(run("deit_tiny_patch16_224", model_options={"pretrained_cfg_overlay": overlay}))
+    overlaid = preprocessing(run("deit_tiny_patch16_224", model_options={"pretrained_cfg_overlay": overlay}))
     dynamic = {"model_options": {"pretrained_cfg_overlay": overlay, "dynamic_img_size": True, "img_size": 96}}
-    assert protocol.preprocessing(run("deit_tiny_patch16_224", **dynamic))["input_size"] == [3, 96, 96]
+    assert preprocessing(run("deit_tiny_patch16_224", **dynamic))["input_size"] == [3, 96, 96]
     assert (overlaid["crop_mode"], overlaid["mean"], overlaid["crop_pct"]) == ("border", [0.1, 0.2, 0.3], 0.9)
 
 
@@ -116,8 +116,8 @@ def test_a_folder_that_timm_has_saved(tmp_path: Path, folder: Path, monkeypatch:
     (tmp_path / "saved" / "config.json").write_text(json.dumps(saved))
     wanted = create_transform(**resolve_model_data_config(model) | {"input_size": (3, 64, 64)})
     assert str(transform(run(name), monkeypatch, folder)) == str(wanted)
-    assert protocol.empty_model(run(name)).num_classes == 7
-    assert next(protocol.empty_model(run(name)).parameters()).is_meta
-    data = protocol.data_module(run(name))
+    assert empty_model(run(name)).num_classes == 7
+    assert next(empty_model(run(name)).parameters()).is_meta
+    data = execute.data_module(run(name))
     data.setup("test")
     assert timm.create_model(name).eval()(data.test_set[0][0][None]).shape == (1, 7)

@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
 import tokenpool
-from experiments import figures, presets, protocol, tables
-from experiments.studies import Study, everything, needs, placements, status
+from experiments import artifacts, data_sets, execute, presets
+from experiments.artifacts import everything, needs, status
+from experiments.run import WEIGHTS, result_path, weights_path
+from experiments.stages import placements
+from experiments.study import Study
 from tokenpool.analysis import bits, results
 from tokenpool.training.recipe import Recipe
 
@@ -32,7 +35,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             folder.mkdir(parents=True)
             for index in range(count):
                 Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    monkeypatch.setenv(protocol.DATA, str(tmp_path / "images"))
+    monkeypatch.setenv(data_sets.DATA, str(tmp_path / "images"))
     return tmp_path / "images"
 
 
@@ -40,7 +43,7 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
     """Base model, search and fine-tuning in small, from weights for 1000 classes."""
     pretrained = timm.create_model("deit_tiny_patch16_224", **SMALL)
     tokenpool.save(pretrained, tmp_path / "pretrained.safetensors")
-    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "pretrained.safetensors"))
+    monkeypatch.setenv(WEIGHTS, str(tmp_path / "pretrained.safetensors"))
     preset = presets.get("cifar10")
     preset = dataclasses.replace(
         preset,
@@ -60,19 +63,19 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
     study = Study(preset, folder)
     (base,), (search,) = study.prerequisites(needs(study, "figure 5a"))
     assert base.pretrained and base.model_options["num_classes"] == 10 and search.start == base.name
-    protocol.execute(base, folder)
+    execute.execute(base, folder)
     # At so low a learning rate the weights are still those of the pretrained model; the classifier is another one.
-    trained = load_file(protocol.weights_path(base.name, folder))
+    trained = load_file(weights_path(base.name, folder))
     start = pretrained.state_dict()["blocks.0.attn.qkv.weight"]
     assert trained["blocks.0.attn.qkv.weight"].sub(start).abs().max() < 1e-4 and trained["head.weight"].shape[0] == 10
-    protocol.execute(search, folder)
+    execute.execute(search, folder)
     study = Study(preset, folder)
     runs = [run for run in study.missing(needs(study, "figure 5a")) if run.downsampler == "wkmedoids"]
-    learned = results.read(protocol.result_path(search, folder))["metrics"]["learned_keep"]
+    learned = results.read(result_path(search, folder))["metrics"]["learned_keep"]
     assert [run.keep for run in runs] == [tuple(learned)]
-    outcome = protocol.execute(runs[0], folder)
+    outcome = execute.execute(runs[0], folder)
     assert outcome["metrics"]["images"] == 20 and outcome["setting"]["trainer_options"]["precision"] == "bf16-mixed"
-    assert str(tmp_path) not in protocol.result_path(runs[0], folder).read_text()
+    assert str(tmp_path) not in result_path(runs[0], folder).read_text()
 
 
 def test_cifar10_128_starts_from_weights_for_larger_images(
@@ -81,7 +84,7 @@ def test_cifar10_128_starts_from_weights_for_larger_images(
     """Base model and plain fine-tuning in small, on lists of images that are stored once."""
     pretrained = timm.create_model("deit_tiny_patch16_224", **SMALL | {"img_size": 48})
     tokenpool.save(pretrained, tmp_path / "pretrained.safetensors")
-    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "pretrained.safetensors"))
+    monkeypatch.setenv(WEIGHTS, str(tmp_path / "pretrained.safetensors"))
     monkeypatch.setenv("TOKENPOOL_CACHE", str(tmp_path / "cache"))
     preset, folder = presets.get("cifar10_128"), tmp_path / "runs"
     recipe = dataclasses.replace(preset.recipe, train_per_class=3, test_per_class=2, learning_rate=2e-6)
@@ -89,13 +92,13 @@ def test_cifar10_128_starts_from_weights_for_larger_images(
     study = Study(dataclasses.replace(preset, model_options=preset.model_options | SMALL, **changes), folder)
     tuned = study.plain([0])[0]
     for run in study.missing([tuned]):
-        outcome = protocol.execute(run, folder)
+        outcome = execute.execute(run, folder)
         correct = bits.decode(outcome["metrics"]["correct"], 20)
         assert outcome["metrics"]["top1"] == 100 * (correct.sum() / 20) and run.recipe.epochs == 2
     assert outcome["setting"]["start"] == "base-seed0" and outcome["training_images_per_second"] > 0
     assert len(list((tmp_path / "cache" / "images").glob("*.npy"))) == 2  # 30 and 20 images, for both runs
     expected = resample_abs_pos_embed(pretrained.pos_embed, [2, 2])
-    found = load_file(protocol.weights_path("base-seed0", folder))["pos_embed"]
+    found = load_file(weights_path("base-seed0", folder))["pos_embed"]
     assert torch.allclose(found, expected, atol=1e-4)
 
 
@@ -162,7 +165,7 @@ def test_a_broken_preset_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", presets.NAMES)
 def test_every_table_and_figure_of_every_preset_knows_its_runs(name: str, full: bool, tmp_path: Path) -> None:
     study = Study(presets.get(name), tmp_path, full)
-    for item in [*(f"table {one}" for one in tables.NAMES), *(f"figure {one}" for one in figures.NAMES)]:
+    for item in artifacts.ARTIFACTS:
         missing = study.missing(needs(study, item))
         assert bool(missing) == (status(study, item)[0] == "missing")
         assert study.with_awaited(missing) and study.seconds(missing) > 0 if missing else True

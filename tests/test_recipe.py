@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from experiments import presets, protocol
+from experiments import data_sets, presets
 from experiments.__main__ import app
-from experiments.run import DEFAULTS, Run, plain
-from experiments.studies import Study, everything
+from experiments.artifacts import everything
+from experiments.run import DEFAULTS, Run, check_same, plain
+from experiments.study import Study
 from tokenpool.analysis import results
 from tokenpool.training.recipe import Recipe
 
@@ -42,7 +43,7 @@ def test_what_is_given_to_train_reaches_the_run_and_the_rest_is_the_presets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process
 ) -> None:
     seen = []
-    monkeypatch.setattr("experiments.__main__._execute", lambda run, folder: seen.append(run))
+    monkeypatch.setattr("experiments.commands.single.make", lambda run, folder: seen.append(run))
     given = {name: value for name, value in OTHER.items() if name != "learning_rate"}
     in_process(
         "train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), f"--output={tmp_path}"
@@ -103,7 +104,7 @@ def test_a_value_out_of_range_is_refused(changes: dict, complaint: str) -> None:
 
 
 def test_every_augmentation_has_a_data_module() -> None:
-    assert tuple(protocol.AUGMENTATIONS) == FIELDS["augmentation"].metadata["choices"]
+    assert tuple(data_sets.AUGMENTATIONS) == FIELDS["augmentation"].metadata["choices"]
     assert not FIELDS.keys() & {each.name for each in fields(Run)}
 
 
@@ -111,8 +112,8 @@ def test_the_recipe_of_a_checkpoint_is_compared(tmp_path: Path) -> None:
     run = Run("train", "x", "digits", "", recipe=Recipe(**OTHER))
     results.save({"setting": run.setting, "metrics": {}, "cost": {}}, tmp_path / "x.json")
     stored = results.read(tmp_path / "x.json")["setting"]
-    protocol.check_same(run, stored, tmp_path)
+    check_same(run, stored, tmp_path)
     for name, value in asdict(Recipe()).items():
         changed = Run.from_setting(stored | {name: value})
         with pytest.raises(ValueError, match=re.escape(f"({name} was {OTHER[name]!r}, now {value!r})")):
-            protocol.check_same(changed, stored, tmp_path)
+            check_same(changed, stored, tmp_path)

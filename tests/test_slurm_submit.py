@@ -16,10 +16,12 @@ import pytest
 import timm
 
 import tokenpool
-from experiments import presets, protocol, runner
+from experiments import data_sets, execute, pool, presets
 from experiments.__main__ import app
+from experiments.artifacts import everything, needs
+from experiments.run import WEIGHTS, Run, result_path, weights_path
 from experiments.slurm import checks, queue, status, submit
-from experiments.studies import Study, everything, needs
+from experiments.study import Study
 from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("SLURM", str(folder))
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    for variable in (protocol.DATA, protocol.WEIGHTS):
+    for variable in (data_sets.DATA, WEIGHTS):
         monkeypatch.delenv(variable, raising=False)
     return folder
 
@@ -77,9 +79,9 @@ def finish(study: Study, name: str) -> None:
     run = next(run for run in study.with_awaited(everything(study)) if run.name == name)
     found = results.read(ROOT / "results" / "digits" / f"{name}.json")
     found["setting"] |= {"level": run.level, "epochs": run.recipe.epochs}
-    results.save(found, protocol.result_path(run, study.folder))
+    results.save(found, result_path(run, study.folder))
     if run.stage == "base":
-        weights = protocol.weights_path(name, study.folder)
+        weights = weights_path(name, study.folder)
         weights.parent.mkdir(exist_ok=True)
         weights.touch()
 
@@ -296,16 +298,16 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "my images"
 
 
-def some(images: Path, **changes) -> list[protocol.Run]:
+def some(images: Path, **changes) -> list[Run]:
     setting = {"stage": "evaluate", "label": "x", "data": "imagenet", "model": "deit_tiny_patch16_224"}
-    return [protocol.Run.from_setting(setting | {"model_options": {"num_classes": 3}} | changes)]
+    return [Run.from_setting(setting | {"model_options": {"num_classes": 3}} | changes)]
 
 
 def test_images_are_checked(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(protocol.DATA, raising=False)
+    monkeypatch.delenv(data_sets.DATA, raising=False)
     with pytest.raises(ValueError, match="no images: --data or the variable"):
         checks.check_data(some(images))
-    monkeypatch.setenv(protocol.DATA, str(images))
+    monkeypatch.setenv(data_sets.DATA, str(images))
     checks.check_data(some(images))
     (images / "val" / ".ipynb_checkpoints").mkdir()
     checks.check_data(some(images))
@@ -322,11 +324,11 @@ def test_images_are_checked(images: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_weights_are_checked(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"num_classes": 3, "embed_dim": 24, "depth": 2, "num_heads": 2}
     runs = some(images, pretrained=True, model_options=small, downsampler="wkmedoids", keep=(9, 4))
-    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "none.safetensors"))
+    monkeypatch.setenv(WEIGHTS, str(tmp_path / "none.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"no weights at .*none\.safetensors"):
         checks.check_weights(runs)
     tokenpool.save(timm.create_model("deit_tiny_patch16_224", **small), tmp_path / "small.safetensors")
-    monkeypatch.setenv(protocol.WEIGHTS, str(tmp_path / "small.safetensors"))
+    monkeypatch.setenv(WEIGHTS, str(tmp_path / "small.safetensors"))
     checks.check_weights(runs)
     with pytest.raises(ValueError, match="weights of another model"):
         checks.check_weights(some(images, pretrained=True, model_options=small | {"depth": 3}))
@@ -335,7 +337,7 @@ def test_weights_are_checked(images: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_data_and_weights_reach_the_run(slurm: Path, images: Path, tmp_path: Path, monkeypatch) -> None:
     preset = dataclasses.replace(presets.get("pretrained"), model_options={"num_classes": 3})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(protocol.DATA, images.name)
+    monkeypatch.setenv(data_sets.DATA, images.name)
     study = Study(preset, tmp_path / "pretrained")
     list(submit.submit(study, study.evaluations(("none", "kmedoids"), carry=True)))
     text = (study.folder / "slurm" / "scripts" / "pretrained-evaluate-1.sh").read_text()
@@ -395,11 +397,11 @@ def test_the_command_line(
     command("run", "finetune-none-seed0", refused="finetune-none-seed0 starts from base-seed0, which is not finished")
     finish(quick, "base-seed0")
     model = tokenpool.create_model(quick.preset.model, **quick.preset.model_options)
-    protocol.save_weights(model, protocol.weights_path("base-seed0", quick.folder))
+    execute.save_weights(model, weights_path("base-seed0", quick.folder))
     evaluation = "evaluate-power_bert-level6-seed0"
     command("run", evaluation, refused=f"{evaluation} needs the schedule that search-lambda0.1-seed0 learns")
     finish(Study(quick.preset, quick.folder), "search-lambda0.1-seed0")
-    with runner.exclusive_run(evaluation, quick.folder):
+    with pool.exclusive_run(evaluation, quick.folder):
         command("run", evaluation, refused=f"another process is making run {evaluation}")
     assert f"{evaluation}: top-1 " in command("run", evaluation)
     outcome = results.read(quick.folder / f"{evaluation}.json")
@@ -410,10 +412,10 @@ def test_the_command_line(
 
 def test_a_file_system_without_locks_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments) -> None:
-        raise OSError(runner.errno.ENOLCK, "No locks available")
+        raise OSError(pool.errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runner.fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match="No locks available"), runner.exclusive_run("x", tmp_path):
+    monkeypatch.setattr(pool.fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="No locks available"), pool.exclusive_run("x", tmp_path):
         pass
 
 

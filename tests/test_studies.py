@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures, presets, protocol, report, runner, studies, tables
+from experiments import artifacts, data_sets, durations, execute, pool, presets
+from experiments.artifacts import everything, needs, status
 from experiments.presets import Preset
-from experiments.run import Run
-from experiments.studies import Study, everything, needs, placements, status
+from experiments.run import WEIGHTS, Run, result_path
+from experiments.show import report
+from experiments.stages import placements
+from experiments.study import Study
 from tokenpool.analysis import results
 from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 COMMITTED = ("digits", "pretrained")  # presets whose results are part of the repository
-NAMES = [f"table {name}" for name in tables.NAMES] + [f"figure {name}" for name in figures.NAMES]
+NAMES = list(artifacts.ARTIFACTS)
 
 
 def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
@@ -54,7 +57,7 @@ def test_placements_of_appendix_d(depth: int, grid: int, count: int) -> None:
 def test_runs_are_shared(preset: str) -> None:
     """One setting is trained once: runs of the same name are the same, and so is everything's union."""
     study = Study(presets.get(preset), RESULTS / preset)
-    by_name: dict[str, protocol.Run] = {}
+    by_name: dict[str, Run] = {}
     for name in NAMES:
         for run in needs(study, name):
             assert by_name.setdefault(run.name, run) == run
@@ -94,7 +97,7 @@ def test_status_of_one_study(one_study: Study) -> None:
     assert status(one_study, "figure 9")[0] == "missing"
     assert status(one_study, "figure 2")[0] == status(one_study, "table 1")[0] == "done"
     assert status(Study(presets.get("pretrained"), one_study.folder), "figure 3a")[0] == "none"
-    assert figures.draw(one_study, "5a") is not None and figures.draw(one_study, "9") is None
+    assert artifacts.draw(one_study, "5a") is not None and artifacts.draw(one_study, "9") is None
 
 
 def test_missing_counts_what_runs_need_in_turn(one_study: Study) -> None:
@@ -110,7 +113,7 @@ def test_missing_counts_what_runs_need_in_turn(one_study: Study) -> None:
 
 def test_schedules_come_from_finished_runs_where_the_search_is_gone(one_study: Study) -> None:
     for run in one_study.finetunes(["wkmedoids"], [0]):
-        other = protocol.result_path(one_study.finetunes(["power_bert"], [0])[run.level], one_study.folder)
+        other = result_path(one_study.finetunes(["power_bert"], [0])[run.level], one_study.folder)
         assert list(run.keep) == results.read(other)["setting"]["keep"]
     assert not any(run.stage == "search" for run in one_study.missing(needs(one_study, "figure 5a")))
 
@@ -122,7 +125,7 @@ def test_missing_goes_on_after_a_broken_file(stage: str, tmp_path: Path) -> None
     study = Study(presets.get("digits"), tmp_path)
     broken = {"base": study.base(0), "search": study.searches(study.preset.main)[2]}
     broken = broken.get(stage) or study.finetunes(["random"], [1])[3]
-    protocol.result_path(broken, tmp_path).write_text("{")
+    result_path(broken, tmp_path).write_text("{")
     study = Study(presets.get("digits"), tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -135,10 +138,10 @@ def test_a_search_of_another_setting_teaches_nothing(tmp_path: Path) -> None:
     study = Study(presets.get("digits"), tmp_path)
     search = study.searches(study.preset.main)[1]
     found = results.read(RESULTS / "digits" / f"{search.name}.json")
-    results.save(found, protocol.result_path(search, tmp_path))
+    results.save(found, result_path(search, tmp_path))
     assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep == tuple(found["metrics"]["learned_keep"])
     found["setting"]["epochs"] = 1
-    results.save(found, protocol.result_path(search, tmp_path))
+    results.save(found, result_path(search, tmp_path))
     with pytest.warns(UserWarning, match="epochs was 1, now 12"):
         assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep is None
 
@@ -159,7 +162,7 @@ def test_estimates_follow_finished_runs(one_study: Study) -> None:
     pooled = dataclasses.replace(fresh, preset=dataclasses.replace(fresh.preset, pooled_effort=0.5))
     assert pooled.seconds([run]) == fresh.seconds([run]) / 2
     assert pooled.seconds([pooled.base(0)]) == fresh.seconds([fresh.base(0)])  # of as many tokens as before
-    assert [studies.duration(seconds) for seconds in (99, 600, 36_000)] == ["99 s", "10 minutes", "10.0 hours"]
+    assert [durations.duration(seconds) for seconds in (99, 600, 36_000)] == ["99 s", "10 minutes", "10.0 hours"]
 
 
 def test_other_kinds_of_runs_are_expected_to_go_as_fast_as_finished_ones(one_study: Study) -> None:
@@ -187,7 +190,7 @@ def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> No
     messages = " ".join(str(warning.message) for warning in caught)
     assert f"{broken} is no JSON file of a run" in messages and "epochs was 3, now 12" in messages
     with pytest.warns(UserWarning, match="is no JSON file of a run"):
-        assert figures.draw(one_study, "5a") is not None
+        assert artifacts.draw(one_study, "5a") is not None
 
 
 def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path, in_process) -> None:
@@ -212,26 +215,26 @@ def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Pa
 
 
 def test_pretrained_without_images_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(protocol.DATA, raising=False)
+    monkeypatch.delenv(data_sets.DATA, raising=False)
     study = Study(presets.get("pretrained"), tmp_path)
     with pytest.raises(ValueError, match="no images: --data or the variable TOKENPOOL_DATA must name ImageNet"):
-        protocol.execute(everything(study)[0], tmp_path)
+        execute.execute(everything(study)[0], tmp_path)
 
 
 def test_pretrained_on_photographs(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preset's own path, data and weights by variable, on ten photographs; and nothing of the path is recorded."""
-    monkeypatch.setenv(protocol.DATA, str(shared / "data" / "imagenet_sample"))
-    monkeypatch.setenv(protocol.WEIGHTS, str(shared / "data" / "deit_tiny_patch16_224.safetensors"))
+    monkeypatch.setenv(data_sets.DATA, str(shared / "data" / "imagenet_sample"))
+    monkeypatch.setenv(WEIGHTS, str(shared / "data" / "deit_tiny_patch16_224.safetensors"))
     preset = dataclasses.replace(presets.get("pretrained"), recipe=Recipe(batch_size=10), redundancy_images=10)
     study = Study(preset, tmp_path)
     merged = dataclasses.replace(study.evaluations(["kmedoids"], carry=True)[3], limit=10)
-    outcome = protocol.execute(merged, tmp_path)
+    outcome = execute.execute(merged, tmp_path)
     errors = outcome["metrics"]["relative_error"]
     assert len(errors) == 12 and errors[0] == 0 and errors[-1] is None and 0 < errors[6] < 1
     assert outcome["metrics"]["images"] == 10 and outcome["metrics"]["top1"] >= 50
-    found = protocol.execute(study.redundancies()[0], tmp_path)["metrics"]
+    found = execute.execute(study.redundancies()[0], tmp_path)["metrics"]
     assert len(found["leading_energy_before"]) == 12 and found["gaussian_difference"] < 1e-12
-    assert found["images"] == 10 and len(protocol.execute(study.clusters()[0], tmp_path)["metrics"]["assignments"]) == 2
+    assert found["images"] == 10 and len(execute.execute(study.clusters()[0], tmp_path)["metrics"]["assignments"]) == 2
     assert not any(str(shared) in path.read_text() for path in tmp_path.glob("*.json"))
 
 
@@ -260,20 +263,20 @@ def tiny() -> Preset:
 def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
     """From nothing to the page: all runs are made, every figure is done, and a lost result is made again, the same."""
     study = Study(tiny, tmp_path)
-    study.execute(everything(study), jobs=2)
+    pool.make(study, everything(study), jobs=2)
     study = Study(tiny, tmp_path)
     assert study.missing(everything(study)) == []
     for name in NAMES:
         expected = "none" if name in ("table 4", "figure 11b", "table off_the_shelf") else "done"
         assert status(study, name)[0] == expected, name
     page = report.write([study], tmp_path / "page.html").read_text()
-    assert page.count("data:image/svg+xml") == 2 * len(figures.NAMES)
+    assert page.count("data:image/svg+xml") == 2 * len(artifacts.names("figure"))
 
-    lost = protocol.result_path(study.finetunes(["kmedoids"], [0], init="random")[0], tmp_path)
+    lost = result_path(study.finetunes(["kmedoids"], [0], init="random")[0], tmp_path)
     before = results.read(lost)["metrics"]
     lost.unlink()
     assert status(study, "figure 6")[0] == "partial"
-    study.execute(needs(study, "figure 6"), jobs=1)
+    pool.make(study, needs(study, "figure 6"), jobs=1)
     assert results.read(lost)["metrics"] == before
 
 
@@ -299,7 +302,7 @@ def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
             waiting, running = list(runs), []
             while waiting or running:
                 while len(running) < (1 if alone else self.jobs):
-                    run = runner._next(waiting, {run.name for run in [*waiting, *running]}, prepared)
+                    run = pool._next(waiting, {run.name for run in [*waiting, *running]}, prepared)
                     if run is None:
                         break
                     running.append(run)
@@ -307,11 +310,11 @@ def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
                 finished = running.pop(0)
                 outcome = results.read(RESULTS / "digits" / "base-seed0.json") | {"setting": finished.setting}
                 outcome["metrics"] = outcome["metrics"] | {"learned_keep": [8, 4]}
-                results.save(outcome, protocol.result_path(finished, tmp_path))
+                results.save(outcome, result_path(finished, tmp_path))
 
-    monkeypatch.setattr(studies, "Runner", Pool)
+    monkeypatch.setattr(pool, "Runner", Pool)
     study = Study(dataclasses.replace(tiny, full_seeds=(0, 1)), tmp_path)
-    study.execute(everything(study), jobs=2)
+    pool.make(study, everything(study), jobs=2)
     names = [run.name for run in started]
     # While the first base model is made, the second one is; nothing else can start.
     assert names[:2] == ["base-seed0", "base-e252-seed0"]
@@ -334,11 +337,11 @@ def test_carried_sizes_change_nothing_where_tokens_are_dropped(tmp_path: Path) -
     runs = [
         dataclasses.replace(common, label=str(carry), carry=carry, model_options=options) for carry in (False, True)
     ]
-    plain, carried = (protocol.execute(run, tmp_path)["metrics"] for run in runs)
+    plain, carried = (execute.execute(run, tmp_path)["metrics"] for run in runs)
     assert plain == carried
 
 
 def test_unknown_presets_are_named() -> None:
     with pytest.raises(ValueError, match="unknown preset 'imagenette'; known are digits, pretrained"):
         presets.get("imagenette")
-    assert studies.WITHOUT_RUNS == ("table 1", "figure 2")
+    assert [key for key, one in artifacts.ARTIFACTS.items() if one.needs is None] == ["table 1", "figure 2"]

@@ -4,8 +4,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import presets, published, tables
-from experiments.studies import Study, protocol_runs
+from experiments import artifacts, presets
+from experiments.needed import protocol_runs
+from experiments.show import published, tables
+from experiments.study import Study
 from tokenpool import flops, schedules
 from tokenpool.analysis import results
 
@@ -78,7 +80,7 @@ def test_the_stored_counts_are_those_of_the_models() -> None:
 
 def test_table_2_is_the_front_of_tables_3_to_5(digits: Study) -> None:
     """With the two exceptions in print that its note names."""
-    section = tables.sections(digits, "2")[0]
+    section = artifacts.sections([digits], "2")[0]
     wide, printed = section.raw, published.best_trade_offs()
     for method in ("power_bert", "kmedoids", "wkmedoids"):
         found = wide[[f"{method}_gmacs", f"{method}_top1"]].dropna().round(2)
@@ -102,9 +104,9 @@ def test_best_keeps_what_nothing_cheaper_beats() -> None:
     assert wide["a_top1"].isna().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("name", tables.NAMES)
+@pytest.mark.parametrize("name", artifacts.names("table"))
 def test_tables_are_written(name: str, digits: Study, pretrained: Study, tmp_path: Path) -> None:
-    parts = tables.sections(pretrained if name == "off_the_shelf" else digits, name)
+    parts = artifacts.sections([pretrained if name == "off_the_shelf" else digits], name)
     expected = {"1": ["paper"], "off_the_shelf": ["pretrained-half1", "pretrained-half2"]}
     assert [part.name for part in parts] == expected.get(name, ["paper", "digits"])
     files = tables.write(parts, name, tmp_path)
@@ -119,7 +121,7 @@ def test_tables_are_written(name: str, digits: Study, pretrained: Study, tmp_pat
 
 
 def test_ours_stand_beside_print(digits: Study) -> None:
-    paper, own = tables.sections(digits, "3")
+    paper, own = artifacts.sections([digits], "3")
     first = paper.shown.iloc[0]
     assert first["level: K"].startswith("0: 196, 196") and first["top-1 (%), printed"] == "81.2"
     assert len(own.raw) == 1 + 7 * 7 and "seeds" in own.shown and "450 test images" in own.notes[0]
@@ -127,7 +129,7 @@ def test_ours_stand_beside_print(digits: Study) -> None:
 
 def test_an_unknown_table_lists_the_known_ones(digits: Study) -> None:
     with pytest.raises(ValueError, match=r"unknown table '9'; known are 1, 2, 3, 4, 5, off_the_shelf, all"):
-        tables.sections(digits, "9")
+        artifacts.sections([digits], "9")
 
 
 def test_levels_of_the_schedules() -> None:

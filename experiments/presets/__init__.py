@@ -10,6 +10,7 @@ from experiments.presets.checks import OF_A_STAGE, check
 from tokenpool.training.recipe import Recipe
 
 NAMES = ("digits", "pretrained", "cifar10", "cifar10_128", "imagenet", "imagenet_printed")
+DEFAULT = NAMES[0]  # of commands
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Preset:
     Attributes:
         name: of the preset.
         title: of its data, as figures state it.
-        data: "digits"; "imagenet" or "cifar10", the images that `--data` names; or a folder in ImageNet's layout.
+        data: name of a data set, see `experiments.data_sets`; or a folder in ImageNet's layout.
         model: name of the timm model.
         pretrained: start from the weights that `--weights` names, or from timm's, instead of training afresh.
         recipe: hyper-parameters of stages 1, 3 and 4. The fields below set its epochs, and what is special in stage 2.
@@ -56,7 +57,7 @@ class Preset:
         penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
         full_penalties: the same for the full study.
         methods: fine-tuned with every schedule in the quick study; in the full one all are.
-        seeds: of the study; each has its own base model and its own split of the data.
+        seeds: of the study; each has its own base model, and its own split of data that are split by seed.
         full_seeds: of the full study.
         extra_seeds: of the full study's runs with other base models, initial centres, several convolutions, or
             without fine-tuning.

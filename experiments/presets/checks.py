@@ -1,29 +1,30 @@
-"""What makes a preset contradict itself is said when it is made, not in the middle of a study."""
+"""Checks that the choices of a preset go together, when the preset is made.
+
+The functions take a `Preset` or `Variant` of `experiments.presets`, which imports this module.
+"""
 
 import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from experiments.data_sets import data_set
 from tokenpool.downsampling import with_schedule
 from tokenpool.schedules import LEVELS, MODELS, paper
 from tokenpool.training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from experiments.presets import Preset, Variant
 
 _NOT_NEGATIVE = ("search_learning_rate", "retention_learning_rate", "epoch_seconds", "evaluation_seconds")
 OF_A_STAGE = ("epochs", "retention_penalty", "retention_learning_rate")  # of the recipe; other fields set them
 _FIGURES = ("10a", "10b")  # of models with normalised queries and keys
 
 
-def check(preset: "Preset") -> None:
+def check(preset: Any) -> None:
     """Whether all choices of a preset go together.
 
     Raises:
@@ -34,7 +35,7 @@ def check(preset: "Preset") -> None:
         raise ValueError(f"preset {preset.name}: {'; '.join(wrong)}")
 
 
-def _wrong(preset: "Preset") -> Iterator[str]:
+def _wrong(preset: Any) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9_]+", preset.name):
         yield f"the name {preset.name!r} must consist of letters, digits and _"
     yield from _wrong_ranges(preset)
@@ -44,7 +45,7 @@ def _wrong(preset: "Preset") -> Iterator[str]:
     yield from dict.fromkeys(found for variant in _all(preset) for found in _wrong_shape(preset, variant))
 
 
-def _wrong_ranges(preset: "Preset") -> Iterator[str]:
+def _wrong_ranges(preset: Any) -> Iterator[str]:
     least = {"depth": 1, "grid": 1, "processes": 1}
     least |= dict.fromkeys(("base_epochs", "search_epochs", "finetune_epochs", "redundancy_images"), 0)
     for name, minimum in least.items():
@@ -60,7 +61,7 @@ def _wrong_ranges(preset: "Preset") -> Iterator[str]:
             yield f"recipe has {name} = {value!r}, which has no effect: the preset's own fields say it of each stage"
 
 
-def _wrong_lists(preset: "Preset") -> Iterator[str]:
+def _wrong_lists(preset: Any) -> Iterator[str]:
     for name in ("penalties", "full_penalties", "budgets"):
         values = getattr(preset, name)
         if any(not value > 0 for value in values):
@@ -86,7 +87,7 @@ def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
         yield f"{name} has the same twice: {', '.join(map(str, values))}"
 
 
-def _wrong_variants(preset: "Preset") -> Iterator[str]:
+def _wrong_variants(preset: Any) -> Iterator[str]:
     if preset.main.name:
         yield f"the name of main is {preset.main.name!r}, but must be empty: runs of the main model bear none"
     yield from _repeated("the names of family and normalised", [variant.name for variant in _all(preset)[1:]])
@@ -108,7 +109,7 @@ def _wrong_variants(preset: "Preset") -> Iterator[str]:
             yield f"the schedules of {variant.schedules} are for {blocks} blocks, not for {preset.depth}"
 
 
-def _wrong_stages(preset: "Preset") -> Iterator[str]:
+def _wrong_stages(preset: Any) -> Iterator[str]:
     pooled = [preset.main, *(variant for name, variant in preset.family.items() if name != "deit_tiny")]
     printed = [variant.schedules is not None for variant in pooled]
     levels = {"penalties": LEVELS, "full_penalties": LEVELS}
@@ -132,11 +133,13 @@ def _wrong_stages(preset: "Preset") -> Iterator[str]:
         if preset.processes and preset.recipe.batch_size % unit:
             pairs = ", in pairs for mixup" if unit > preset.processes else ""
             yield f"batch_size = {preset.recipe.batch_size} cannot be shared by {preset.processes} processes{pairs}"
-    if preset.data == "digits" and preset.redundancy_images:
-        yield f"redundancy_images = {preset.redundancy_images}, but only image folders can be limited, not the digits"
+    found = data_set(preset.data)
+    if found.embedded and preset.redundancy_images:
+        limited = f"only image folders can be limited, not {found.title}"
+        yield f"redundancy_images = {preset.redundancy_images}, but {limited}"
 
 
-def _wrong_shape(preset: "Preset", variant: "Variant") -> Iterator[str]:
+def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
     name = variant.model or preset.model
     options = preset.model_options | variant.model_options
     try:
@@ -159,5 +162,5 @@ def _shape(name: str, options: str) -> tuple[int, int] | None:
     return (len(model.blocks), min(model.patch_embed.grid_size)) if isinstance(model, VisionTransformer) else None
 
 
-def _all(preset: "Preset") -> list["Variant"]:
+def _all(preset: Any) -> list[Any]:
     return [preset.main, *preset.family.values(), *preset.normalised.values()]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import timm
 
-from experiments import protocol
-from experiments.protocol import Run
+from experiments.data_sets import data_set
+from experiments.execute import build_model
+from experiments.run import WEIGHTS, Run, empty_model, image_source
 from tokenpool.training.images import HUB, class_names, is_downloaded, open_images, part_folder
 from tokenpool.training.labels import outputs_of
 
@@ -21,9 +22,9 @@ def check_data(runs: Sequence[Run]) -> None:
         FileNotFoundError: if a folder is missing.
         ValueError: if no images are named, if they cannot be opened, or if their classes are others.
     """
-    runs = [run for run in runs if run.data != "digits"]
-    for root in sorted({protocol.image_source(run) for run in runs}):
-        users = [run for run in runs if protocol.image_source(run) == root]
+    runs = [run for run in runs if not data_set(run.data).embedded]
+    for root in sorted({image_source(run) for run in runs}):
+        users = [run for run in runs if image_source(run) == root]
         for part in ["train", "val"] if any(run.recipe.epochs for run in users) else ["val"]:
             classes = _class_names(root, part)
             for run in users:
@@ -42,12 +43,12 @@ def check_weights(runs: Sequence[Run]) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is of another model.
     """
-    if not os.environ.get(protocol.WEIGHTS):
+    if not os.environ.get(WEIGHTS):
         return
     models = {(run.variant, run.model): run for run in runs if run.pretrained}
     for run in models.values():
         plain = replace(run, downsampler="none", keep=None, budget=None, carry=False, options={})
-        protocol.build_model(plain, Path())
+        build_model(plain, Path())
 
 
 def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
@@ -78,7 +79,7 @@ def _class_names(root: str, part: str) -> list[str]:
 
 
 def _classes(run: Run) -> int:
-    config = timm.get_pretrained_cfg(run.model) or protocol.empty_model(run)
+    config = timm.get_pretrained_cfg(run.model) or empty_model(run)
     return run.model_options.get("num_classes", config.num_classes)
 
 

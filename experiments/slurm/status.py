@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from experiments.protocol import Run
+from experiments.run import Run
 from experiments.slurm import queue
-from experiments.studies import Study
+from experiments.study import Study
 
 STATES = ("done", "running", "queued", "failed", "unknown", "missing")
 _FIRST = {"base": 0, "search": 1, "finetune": 2}

@@ -16,10 +16,11 @@ import jinja2
 import jinja2.meta
 from tabulate import tabulate
 
-from experiments import protocol, runner
-from experiments.protocol import Run
+from experiments import pool
+from experiments.data_sets import DATA
+from experiments.run import WEIGHTS, Run
 from experiments.slurm import checks, queue
-from experiments.studies import TIMED, Study
+from experiments.study import TIMED, Study
 from tokenpool.training.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
@@ -60,7 +61,7 @@ def submit(
             unless Slurm refuses an array after it has taken others: those are remembered.
     """
     scripts = study.folder / "slurm" / "scripts"
-    with runner.exclusive(study.folder / "slurm"):
+    with pool.exclusive(study.folder / "slurm"):
         # Before it is seen what is finished: a run that ends meanwhile must not look as if it were neither.
         known = queue.submitted(study.folder)
         try:
@@ -176,7 +177,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
     folder = study.folder.resolve()
     command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
     trains = any(run.recipe.epochs for run in array.runs)
-    paths = {name: os.environ.get(name) for name in (protocol.DATA, protocol.WEIGHTS)}
+    paths = {name: os.environ.get(name) for name in (DATA, WEIGHTS)}
     return {
         "job": array.name,
         "array": f"0-{len(array.runs) - 1}",

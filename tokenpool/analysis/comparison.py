@@ -75,7 +75,7 @@ def compare(
     if "test_images" in both and both["test_images"].isna().any():
         raise ValueError(f"run {both[both['test_images'].isna()]['run'].iloc[0]} does not tell its test images")
     same = ["data", "test_images", "part", "limit", "images"]
-    same += ["split"] if "data" in both and (both["data"] == "digits").any() else []  # only the digits are split
+    same += ["split"] if _may_be_split(both) else []
     results.check_alike(both, same, "a paired comparison")
     right = {row: _bits(frame.iloc[row]) for row in used}
     rows = [right[row] - sum(weight * right[other] for other, weight in partners.items()) for row, partners in found]
@@ -85,6 +85,15 @@ def compare(
     difference, low, high = map(float, _interval(by_seed, confidence))
     seeds, images = by_seed.shape
     return Comparison(difference, low, high, _mcnemar(differences), len(found), seeds, images)
+
+
+def _may_be_split(runs: pd.DataFrame) -> bool:
+    """Whether `split` may decide which images some of the runs were tested on.
+
+    Image folders, whose runs store how images are preprocessed, are not split. Their test images are a folder.
+    """
+    stored = runs.get("preprocessing", pd.Series(None, index=runs.index, dtype=object))
+    return bool(stored.fillna("{}").eq("{}").any())
 
 
 def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:

@@ -13,20 +13,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import tokenpool
-from experiments import figures, protocol, tables
-from experiments.studies import Study, command, needs, status
+from experiments import artifacts
+from experiments.artifacts import Artifact
+from experiments.environment import commit
+from experiments.run import result_path
+from experiments.study import Study
 from tokenpool import files
 from tokenpool.analysis import results
-
-TABLE_TITLES = {
-    "claims": "The paper's claims, and what data say",
-    "1": "Where the computation goes",
-    "2": "Best trade-offs over widths and schedules",
-    "3": "Methods and schedules on DeiT-S",
-    "4": "Methods and schedules on DeiT-e318",
-    "5": "Methods and schedules on DeiT-e252",
-    "off_the_shelf": "Best without fine-tuning",
-}
 
 
 def write(studies: Sequence[Study], path: Path) -> Path:
@@ -36,74 +29,71 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         studies: whose runs to show, the first one first.
         path: of the file to write.
     """
-    names = [("table", name) for name in tables.NAMES] + [("figure", name) for name in figures.NAMES]
-    items = [_item(studies, kind, name) for kind, name in tqdm(names, unit="picture", leave=False)]
+    items = [_item(studies, each) for each in tqdm(artifacts.ARTIFACTS.values(), unit="picture", leave=False)]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         items=items,
         studies=[{"title": study.preset.title} for study in studies],
         command="python -m experiments report",
         version=tokenpool.__version__,
-        commit=protocol.commit(),
+        commit=commit(),
     )
     with files.whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _item(studies: Sequence[Study], kind: str, name: str) -> dict[str, Any]:
-    build = _table_parts if kind == "table" else _figure_parts
-    titles = TABLE_TITLES if kind == "table" else figures.TITLES
-    parts = build(studies, name)
-    notes = [_provenance(study, kind, name) for study in studies]
+def _item(studies: Sequence[Study], artifact: Artifact) -> dict[str, Any]:
+    build = _table_parts if artifact.kind == "table" else _figure_parts
+    parts = build(studies, artifact)
+    notes = [_provenance(study, artifact) for study in studies]
     parts.append({"notes": list(dict.fromkeys(filter(None, notes)))})
+    kind, name = artifact.kind, artifact.name
     return {
         "kind": kind,
         "name": f"{kind.capitalize()}{'' if name[0].isdigit() else ':'} {name}",
         "anchor": f"{kind}-{name}",
-        "title": titles[name],
-        "states": [_state(study, f"{kind} {name}") for study in studies],
+        "title": artifact.title,
+        "states": [_state(study, artifact) for study in studies],
         "parts": parts,
     }
 
 
-def _state(study: Study, name: str) -> dict[str, str]:
-    state, _ = status(study, name)
-    runs = needs(study, name)
+def _state(study: Study, artifact: Artifact) -> dict[str, str]:
+    state, _ = artifacts.status(study, artifact.key)
+    runs = artifact.runs(study)
     short = {"none": "-", "partial": f"partial, {len(study.finished(runs))}/{len(runs)}"}.get(state, state)
     return {"status": state, "short": short}
 
 
-def _table_parts(studies: Sequence[Study], name: str) -> list[dict[str, Any]]:
-    parts: dict[str, dict[str, Any]] = {}
-    sections = (
-        tables.claims_section(studies)
-        if name == "claims"
-        else [section for study in studies for section in tables.sections(study, name)]
-    )
-    for section in sections:
-        html = Markup(section.shown.to_html(index=False, border=0, escape=True))
-        parts[section.name] = {"heading": section.title, "table": html, "notes": section.notes}
-    return list(parts.values())
+def _table_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str, Any]]:
+    return [
+        {
+            "heading": section.title,
+            "table": Markup(section.shown.to_html(index=False, border=0, escape=True)),
+            "notes": section.notes,
+        }
+        for section in artifacts.sections(studies, artifact.name)
+    ]
 
 
-def _figure_parts(studies: Sequence[Study], name: str) -> list[dict[str, Any]]:
+def _figure_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str, Any]]:
     parts = []
     for study in studies:
-        has_runs = bool(needs(study, f"figure {name}"))
-        if not has_runs and study is not studies[0]:
+        runs = artifact.runs(study)
+        if not runs and study is not studies[0]:
             continue  # the paper's own part is shown once
-        wide = figures.draw(study, name)
+        wide = artifacts.draw(study, artifact.name)
         if wide is None:
-            if has_runs and study.finished(needs(study, f"figure {name}")):
+            if runs and study.finished(runs):
                 parts.append({"notes": [f"{study.preset.title}: not enough of its runs are there to draw it."]})
             continue
         alt = _described(wide)
         parts.append(
             {
-                "heading": study.preset.title if has_runs else None,
+                "heading": study.preset.title if runs else None,
                 "picture": _embedded(wide),
-                "narrow_picture": _embedded(figures.draw(study, name, stacked=True)),
+                "narrow_picture": _embedded(artifacts.draw(study, artifact.name, stacked=True)),
                 "alt": alt,
                 "notes": [],
             }
@@ -113,20 +103,19 @@ def _figure_parts(studies: Sequence[Study], name: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _provenance(study: Study, kind: str, name: str) -> str | None:
+def _provenance(study: Study, artifact: Artifact) -> str | None:
     """What a part was made from, and the command that makes it; None if it is not part of the study."""
-    runs = needs(study, f"{kind} {name}")
-    preset = study.preset
-    state, text = status(study, f"{kind} {name}")
+    runs = artifact.runs(study)
+    state, text = artifacts.status(study, artifact.key)
     if state == "none":
         return None
     if not runs:
-        return f"Needs no runs. Command: python -m experiments {kind} {name}"
-    line = command(study, f"{kind} {name}", *([] if state == "done" else ["--run"]))
-    found = [results.read(protocol.result_path(run, study.folder)) for run in study.finished(runs)]
+        return f"Needs no runs. Command: python -m experiments {artifact.key}"
+    line = study.command(artifact.key, *([] if state == "done" else ["--run"]))
+    found = [results.read(result_path(run, study.folder)) for run in study.finished(runs)]
     commits = sorted({str(each.get("environment", {}).get("commit")) for each in found})
     made = f", made at commit {' and '.join(commits)}" if commits else ""
-    return f"{preset.title}: {text}{made}. Command: {line}"
+    return f"{study.preset.title}: {text}{made}. Command: {line}"
 
 
 def _described(figure: Figure) -> str:

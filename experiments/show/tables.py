@@ -1,4 +1,4 @@
-"""Tables 1 to 5 and the paper's claims as queries over finished runs, and the best methods off the shelf."""
+"""Tables 1 to 5 and the best methods without fine-tuning, from finished runs and from the paper's printed numbers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import claims, off_the_shelf, published
+from experiments.extras import off_the_shelf
 from experiments.run import DEFAULTS
-from experiments.studies import Study, needs
+from experiments.show import published
+from experiments.study import Study
 from tokenpool.analysis import pareto, plotting, results
 
-NAMES = ("claims", "1", "2", "3", "4", "5", "off_the_shelf")
-_MODEL_OF = {"3": "deit_small", "4": "deit_e318", "5": "deit_e252"}
-_MISPRINTS = {"3": ", but for K-Means at level 0: printed 4.7, counted 4.62"}
+Source = tuple[Study, pd.DataFrame]  # a study, and its finished runs that a table needs
+_TABLE_OF = {"deit_small": "3", "deit_e318": "4", "deit_e252": "5"}
+_MISPRINTS = {"deit_small": ", but for K-Means at level 0: printed 4.7, counted 4.62"}
 _PER_CENT = "top-1 (%)"
 _SETTING = tuple(DEFAULTS)
 _OF_A_SEED = ("split", "start")  # what runs of one seed share
@@ -50,27 +51,17 @@ class Section:
         return "".join([f"% {self.title}\n", tabular, *(f"% {note}\n" for note in self.notes)])
 
 
-def sections(study: Study, name: str) -> list[Section]:
-    """The parts of table `name`: the paper's, and the study's if any of its runs are there.
+def each(build: Callable[[Study, pd.DataFrame], list[Section]]) -> Callable[[Sequence[Source]], list[Section]]:
+    """How to make a table of one study, as the registry of artifacts takes it; several studies stand one after another.
 
-    Raises:
-        ValueError: for an unknown table; the message lists the known ones.
+    Args:
+        build: gives the parts of one study, from its finished runs. The paper's part is the same for all studies.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown table {name!r}; known are {', '.join(NAMES)}, all")
-    return _TABLES[name](study)
 
+    def sections(sources: Sequence[Source]) -> list[Section]:
+        return list({part.name: part for study, found in sources for part in build(study, found)}.values())
 
-def claims_section(studies: Sequence[Study]) -> list[Section]:
-    """The table of the paper's claims, from several studies at once; empty where none of them has runs."""
-    rows = claims.table(studies)
-    found = rows[rows["verdict"] != claims.NO_DATA]["data"].unique() if len(rows) else []
-    if not len(found):
-        return []
-    titles = {study.preset.name: study.preset.title for study in studies if study.preset.name in found}
-    rows = rows[rows["data"].isin(found)].reset_index(drop=True)
-    name = found[0] if len(found) == 1 else "all"
-    return [Section(name, "The paper's claims", claims.shown(rows, titles), rows, (claims.RULE,))]
+    return sections
 
 
 def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
@@ -215,7 +206,8 @@ def best(table: pd.DataFrame, models: Iterable[str]) -> pd.DataFrame:
     return wide.assign(cost=costs, order=wide["model"].map(order)).sort_values(["cost", "order"]).reset_index(drop=True)
 
 
-def _table_1(study: Study) -> list[Section]:
+def breakdown(study: Study, found: pd.DataFrame) -> list[Section]:
+    """Table 1: multiply-adds of the parts of four models, counted and printed. It needs no runs."""
     counted, printed = published.counted_breakdown(), published.breakdown()
     names = {
         "softmax_attention": "softmax-attention",
@@ -236,7 +228,8 @@ def _table_1(study: Study) -> list[Section]:
     return [Section("paper", "Where the computation goes (Table 1)", text, raw.reset_index(names="part"), (note,))]
 
 
-def _table_2(study: Study) -> list[Section]:
+def trade_offs(study: Study, found: pd.DataFrame) -> list[Section]:
+    """Table 2: for each method the best configurations over widths and schedules."""
     paper = pd.concat([published.plain_models(), published.accuracies()])
     methods = ("none", "power_bert", "kmedoids", "wkmedoids")
     paper = paper[paper["downsampler"].isin(methods)]
@@ -247,7 +240,6 @@ def _table_2(study: Study) -> list[Section]:
         "leaves out WK-Medoids on DeiT-e318, level 5 (1.14 GFLOPs, 76.8 %), which is on the front.",
     )
     parts = [Section("paper", f"Best trade-offs (Table 2). {published.SOURCE}", _wide_text(wide, methods), wide, notes)]
-    found = study.points(needs(study, "table 2"))
     if len(found):
         own = with_models(study, cost_accuracy(found))
         own = own.sort_values("downsampler", key=lambda column: column.map(methods.index))
@@ -269,10 +261,11 @@ def _wide_text(wide: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
     return text
 
 
-def _table_by_method(name: str) -> Callable[[Study], list[Section]]:
-    model = _MODEL_OF[name]
+def by_method(model: str) -> Callable[[Study, pd.DataFrame], list[Section]]:
+    """Tables 3 to 5: methods and schedules on one of the paper's models."""
+    name = _TABLE_OF[model]
 
-    def build(study: Study) -> list[Section]:
+    def build(study: Study, found: pd.DataFrame) -> list[Section]:
         rows = published.accuracies()
         rows = rows[rows["model"] == model].reset_index(drop=True)
         text = pd.DataFrame(
@@ -293,11 +286,10 @@ def _table_by_method(name: str) -> Callable[[Study], list[Section]]:
         note = (
             "\"Counted\" follows the paper's rule, which counts K-Medoids' distance matrix at all blocks; the last "
             "column counts clustering only where it runs. The totals come out to the printed digit"
-            f"{_MISPRINTS.get(name, '')}; the printed shares of clustering are rounded now up, now down."
+            f"{_MISPRINTS.get(model, '')}; the printed shares of clustering are rounded now up, now down."
         )
         title = f"{published.MODELS[model]} (Table {name}). {published.SOURCE}"
         parts = [Section("paper", title, text, rows, (note,))]
-        found = study.points(needs(study, f"table {name}"))
         if len(found):
             own = cost_accuracy(found)
             title = f"Stand-in for {published.MODELS[model]} (Table {name}). {study.preset.title}"
@@ -307,8 +299,8 @@ def _table_by_method(name: str) -> Callable[[Study], list[Section]]:
     return build
 
 
-def _table_off_the_shelf(study: Study) -> list[Section]:
-    found = study.points(needs(study, "table off_the_shelf"))
+def without_fine_tuning(study: Study, found: pd.DataFrame) -> list[Section]:
+    """Each setting at each budget, beside ToMe's matching: see `experiments.extras.off_the_shelf`."""
     if found.empty:
         return []
     rows = off_the_shelf.compared(found)
@@ -341,15 +333,6 @@ _OFF_THE_SHELF = (
 def _with_error(rows: pd.DataFrame, name: str, digits: int) -> list[str]:
     differences = zip(rows[f"{name}_difference"], rows[f"{name}_difference_error"], strict=True)
     return ["-" if pd.isna(value) else f"{value:+.{digits}f} ± {error:.{digits}f}" for value, error in differences]
-
-
-_TABLES: dict[str, Callable[[Study], list[Section]]] = {
-    "claims": lambda study: claims_section([study]),
-    "1": _table_1,
-    "2": _table_2,
-    **{name: _table_by_method(name) for name in _MODEL_OF},
-    "off_the_shelf": _table_off_the_shelf,
-}
 
 
 def with_models(study: Study, table: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The paper's published numbers, and what its models cost when counted.
 
-python -m experiments.published    # counts anew: some minutes
+python -m experiments.show.published    # counts anew: some minutes
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from tqdm import tqdm
 import tokenpool
 from tokenpool import flops, schedules
 
-FOLDER = Path(__file__).parent / "paper"
+FOLDER = Path(__file__).parents[1] / "paper"
 MODELS = {"deit_tiny": "DeiT-Ti", "deit_e252": "DeiT-e252", "deit_e318": "DeiT-e318", "deit_small": "DeiT-S"}
 SOURCE = "Marin et al. 2021, ImageNet"
 BREAKDOWN_MODELS = {

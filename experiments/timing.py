@@ -27,7 +27,7 @@ def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
     """What the times in a stored result depend on beside the setting, as far as it tells: machine and software.
 
     Args:
-        outcome: a result with "environment" (see `experiments.protocol.environment`), and `device` in "metrics".
+        outcome: a result with "environment" (see `experiments.environment.environment`), and `device` in "metrics".
 
     Returns:
         `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where it does not tell.

@@ -1,4 +1,4 @@
-"""Many runs at once, each in a process of its own that outlives it, with one bar of progress for all."""
+"""Many runs at once in several processes, with one progress bar."""
 
 import errno
 import fcntl
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -19,17 +20,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from experiments import protocol
-from experiments.protocol import Run
+from experiments import execute
+from experiments.durations import duration
+from experiments.run import Run
+from experiments.slurm import checks
+from experiments.study import TIMED, Study
 from tokenpool.downsampling import METHODS
 
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what file systems say that have none
-_finished_epochs = None  # in a worker: the queue that tells the main process of each finished epoch
+_finished_epochs = None  # in a worker, the queue for the names of runs that have finished an epoch
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that no second study writes into it.
+    """Lock the folder, so that no second study writes into it.
 
     Raises:
         RuntimeError: if another process holds it.
@@ -41,7 +45,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive_run(name: str, folder: Path) -> Iterator[None]:
-    """Hold one run of the folder, so that no second process makes it, too. Other runs can be made meanwhile.
+    """Lock one run of the folder, so that no second process makes it. Other runs can be made in the meantime.
 
     Raises:
         RuntimeError: if another process holds it.
@@ -53,9 +57,9 @@ def exclusive_run(name: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file. The system lets go of it if this process dies.
+    """Lock a file. The system unlocks it if this process dies.
 
-    Of the processes of one distributed training only the first one holds it.
+    In a distributed training only the first process locks the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank_zero_only.rank != 0:
@@ -73,17 +77,66 @@ def _locked(path: Path, refusal: str) -> Iterator[None]:
         yield
 
 
+def make(study: Study, runs: Sequence[Run], jobs: int) -> None:
+    """Make the unfinished ones of the runs, and the runs that they need, in `jobs` processes.
+
+    The runs of the first seed come first, so that a study that is stopped early has all of them.
+
+    Args:
+        study: of the runs.
+        runs: to make.
+        jobs: number of processes.
+
+    Raises:
+        FileNotFoundError, ValueError: before anything is trained, if data or weights are missing or wrong.
+        RuntimeError: if a run fails; the message names it.
+    """
+    bases, searches = study.prerequisites(runs)
+    for run in [*bases, *searches]:
+        study.check_finished(run)
+    rest = [run for run in runs if not study.check_finished(run) and run not in bases]
+    order = {"base": 0, "search": 1}
+    todo = sorted([*bases, *searches, *rest], key=lambda run: (run.seed, order.get(run.stage, 2)))
+    seconds = study.seconds(todo)
+    trained = sum(run.stage == "base" for run in todo)
+    print(
+        f"{study.preset.name} in {study.folder}: {trained} base models, {len(searches)} searches for a schedule and "
+        f"{len(todo) - trained - len(searches)} other runs to go, about {duration(seconds / jobs)} in "
+        f"{jobs} processes",
+        flush=True,
+    )
+    if not todo:
+        return
+    checks.check_data(todo)
+    checks.check_weights(todo)
+    execute.prepare_data(todo)
+    for run in todo:  # takes each fingerprint once; all processes then find it in the cache
+        study.identities.of(run)
+
+    def prepared(run: Run, unfinished: set[str]) -> Run | None:
+        """The run with its schedule; None while it waits for another run."""
+        if any(other.name in unfinished for other in study.awaited(run)):
+            return None
+        if run.level is None or run.keep is not None or run.stage == "search":
+            return run
+        return replace(study).with_schedule(run)  # a new study reads the schedules learned in the meantime
+
+    with Runner(study.folder, jobs, study.durations.of, seconds) as runner:
+        runner.run_all([run for run in todo if run.stage not in TIMED], prepared)
+        runner.run_all([run for run in todo if run.stage in TIMED], prepared, alone=True)
+
+
 class Runner:
     """Executes runs in `jobs` processes of one thread each.
 
-    One thread, because for small models two processes of one thread beat one process of two, and because results then
-    do not depend on the number of jobs.
+    Two processes of one thread are faster than one process of two threads for small models. With one thread, results do
+    not depend on the number of jobs.
 
     Args:
         folder: for results, weights, checkpoints and logs.
         jobs: number of processes.
-        seconds: that a run is expected to take one process; their ratios decide what the bar says of the time left.
-        total: of these, over all runs.
+        seconds: estimate of the time of a run in one process. The progress bar moves by it.
+        total: estimate for all runs.
     """
 
     def __init__(self, folder: Path, jobs: int, seconds: Callable[[Run], float], total: float) -> None:
@@ -111,20 +164,20 @@ class Runner:
             return
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.kill()  # whatever they are at goes on from its last checkpoint next time
+            process.kill()  # their runs go on from their last checkpoints next time
 
     def run_all(
         self, runs: Sequence[Run], prepared: Callable[[Run, set[str]], Run | None], alone: bool = False
     ) -> None:
-        """Execute the runs, each as soon as a process is free and those before it in the list run or have to wait.
+        """Execute the runs. A free process takes the first run of the list that need not wait.
 
-        The first error ends the study; finished runs stay finished.
+        The first error ends the study. Finished runs stay finished.
 
         Args:
             runs: to execute, the most urgent ones first.
-            prepared: gives the run as it is to be executed, or None while it waits for others; it gets the names of
-                those of the runs that are not finished.
-            alone: one at a time, for those that measure time.
+            prepared: function of a run and of the names of the unfinished runs. It returns the run to execute, or None
+                while the run waits for others.
+            alone: one at a time, for runs that measure time.
 
         Raises:
             RuntimeError: if a run fails; the message names it.
@@ -149,7 +202,7 @@ class Runner:
                 self.bar.write(f"{run.name}: {summary(outcome)}")
 
     def _show_epochs(self, running: dict[str, Run]) -> None:
-        """Move the bar by the epochs that have ended meanwhile. The test after the last one counts as an epoch."""
+        """Move the bar by the epochs that have ended. The test after the last epoch counts as one epoch."""
         while not self.queue.empty():
             run = running[self.queue.get()]
             share = self.seconds(run) / (run.recipe.epochs + 1)
@@ -161,7 +214,7 @@ class Runner:
 
 
 def _next(waiting: list[Run], unfinished: set[str], prepared: Callable[[Run, set[str]], Run | None]) -> Run | None:
-    """Take the first run out of the list that need not wait; None if all have to."""
+    """Remove the first run that need not wait from the list; None if all must wait."""
     for index, run in enumerate(waiting):
         ready = prepared(run, unfinished)
         if ready is not None:
@@ -171,7 +224,7 @@ def _next(waiting: list[Run], unfinished: set[str], prepared: Callable[[Run, set
 
 
 def summary(outcome: dict) -> str:
-    """What came out of a run, in short."""
+    """The outcome of a run in a few words."""
     metrics = outcome["metrics"]
     found = f"top-1 {metrics['top1']:.1f} %" if "top1" in metrics else "measured"
     doubts = f"; warning: {outcome['warning'].partition('. ')[0]}" if "warning" in outcome else ""
@@ -180,14 +233,14 @@ def summary(outcome: dict) -> str:
 
 def _execute(run: Run, folder: Path) -> dict:
     with exclusive_run(run.name, folder):
-        return protocol.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
+        return execute.execute(run, folder, on_epoch=lambda: _finished_epochs.put(run.name))
 
 
 def _modules_of_methods() -> list[str]:
-    """Modules that a new process imports, so that the methods of a user's own are registered there, too.
+    """Modules that a new process imports, so that it knows the methods that users have registered.
 
     Raises:
-        ValueError: for a method whose class is in no such module but, for instance, in the file of a preset.
+        ValueError: for a method whose class is not in a module but, for example, in the file of a preset.
     """
     modules = {}
     for name, method in METHODS.items():
@@ -214,7 +267,7 @@ def _start_worker(queue: object, parent: int, modules: Sequence[str]) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, even by SIGKILL: a new study must not race with an orphan."""
+    """End this process when its parent has ended, even by SIGKILL, so that it does not disturb a new study."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

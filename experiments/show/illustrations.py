@@ -1,6 +1,7 @@
-"""Figures that are no curves of cost and accuracy: Figures 1c and 2, and two that go beyond the paper."""
+"""Figures other than curves of cost and accuracy: Figures 1c and 2, and two that go beyond the paper.
 
-from collections.abc import Callable
+Each function takes the study, its finished runs, and whether panels are stacked. It returns None if runs are missing.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,8 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments import measurements, protocol
-from experiments.studies import Study, dropping, needs
+from experiments import measure
+from experiments.data_sets import data_set
+from experiments.execute import data_module
+from experiments.stages import dropping
+from experiments.study import Study
 from tokenpool import tracing
 from tokenpool.analysis import plotting, results
 from tokenpool.analysis.plotting import STYLES
@@ -48,17 +52,17 @@ def two_lobes(tokens: int = 60) -> tuple[Tensor, Tensor]:
     return positions[index][None, :, None], scores[index][None]
 
 
-def figure_2(study: Study, stacked: bool = False) -> Figure:
-    """Score-based selection against Token Pooling, K = 4, with the reconstruction error of both."""
+def lobes(study: Study, found: pd.DataFrame, stacked: bool = False) -> Figure:
+    """Figure 2: score-based selection against Token Pooling, K = 4, with the reconstruction error of both."""
     tokens, scores = two_lobes()
     figure, axes = _axes(2, stacked, (4.5, 3.6), sharey=True)
     for ax, method, title in (
         (axes[0], PowerBert(4), "(a) the four tokens of highest score"),
         (axes[1], KMeans(4, iterations=50), "(b) four clusters"),
     ):
-        found = method(tokens, scores)
-        _draw_lobes(ax, tokens, scores, found)
-        error = tracing.reconstruction_error(tokens, found).item()
+        reduced = method(tokens, scores)
+        _draw_lobes(ax, tokens, scores, reduced)
+        error = tracing.reconstruction_error(tokens, reduced).item()
         ax.set_title(f"{title}\nreconstruction error (9): {error:.3f}", fontsize=10)
         ax.set_xlabel("token value (one dimension)")
     for ax in axes:
@@ -93,10 +97,8 @@ def _draw_lobes(ax: Axes, tokens: Tensor, scores: Tensor, found: Downsampled) ->
     ax.set_ylim(0, 1.12)
 
 
-def figure_1c(study: Study, stacked: bool = False) -> Figure | None:
-    """Images, and their clusters at half of the depth: the 6th of 12 blocks."""
-    runs = study.clusters()
-    found = study.points(runs)
+def clusters(study: Study, found: pd.DataFrame, stacked: bool = False) -> Figure | None:
+    """Figure 1c: images, and their clusters at half of the depth, which is the 6th of 12 blocks."""
     if found.empty:
         return None
     row, depth = found.iloc[0], study.preset.depth
@@ -123,21 +125,20 @@ def figure_1c(study: Study, stacked: bool = False) -> Figure | None:
 
 def clustered_pictures(study: Study) -> list[np.ndarray]:
     """The images of Figure 1c to look at, (H, W, 3) with values in 0..1."""
-    if study.preset.data != "digits":
-        return [picture.permute(1, 2, 0).clamp(0, 1).numpy() for picture in measurements.photographs(224)]
-    data = protocol.data_module(study.clusters()[0])
+    if not data_set(study.preset.data).embedded:
+        return [picture.permute(1, 2, 0).clamp(0, 1).numpy() for picture in measure.photographs(224)]
+    data = data_module(study.clusters()[0])
     data.setup("test")
-    images = data.test_set[: measurements.CLUSTERED_DIGITS][0]  # (B, 1, H, W)
+    images = data.test_set[: measure.CLUSTERED_DIGITS][0]  # (B, 1, H, W)
     images = (images - images.amin()) / (images.amax() - images.amin())
     return [image.expand(3, -1, -1).permute(1, 2, 0).numpy() for image in images]
 
 
-def figure_reconstruction(study: Study, stacked: bool = False) -> Figure | None:
-    """Does a lower reconstruction error go with a higher accuracy? Models that are not fine-tuned."""
-    runs = study.points(needs(study, "figure reconstruction"))
-    if "relative_error" not in runs:
+def reconstruction(study: Study, found: pd.DataFrame, stacked: bool = False) -> Figure | None:
+    """Reconstruction error against accuracy, of models that are not fine-tuned."""
+    if "relative_error" not in found:
         return None
-    runs = runs[runs["level"].notna() & runs["relative_error"].map(lambda value: isinstance(value, list))]
+    runs = found[found["level"].notna() & found["relative_error"].map(lambda value: isinstance(value, list))]
     if runs.empty:
         return None
     runs = runs.assign(error=[_mean_error(errors) for errors in runs["relative_error"]])
@@ -215,9 +216,8 @@ def _mean_error(errors: list[float | None]) -> float:
     return float(np.mean(acting)) if acting else float("nan")
 
 
-def figure_redundancy(study: Study, stacked: bool = False) -> Figure | None:
-    """How redundant the tokens of a trained plain model are before and after attention, block by block."""
-    runs = study.points(study.redundancies())
+def redundancy(study: Study, runs: pd.DataFrame, stacked: bool = False) -> Figure | None:
+    """Redundancy of the tokens of a trained plain model before and after attention, block by block."""
     if runs.empty:
         return None
     figure, axes = _axes(len(_MEASURES), stacked, (4, 4.1))
@@ -243,11 +243,3 @@ def _axes(count: int, stacked: bool, size: tuple[float, float], **options: bool)
     """A figure with axes of that size in inches, side by side or one below the other."""
     rows, columns = (count, 1) if stacked else (1, count)
     return plt.subplots(rows, columns, figsize=(columns * size[0], rows * size[1]), layout="constrained", **options)
-
-
-FIGURES: dict[str, Callable[[Study, bool], Figure | None]] = {
-    "1c": figure_1c,
-    "2": figure_2,
-    "reconstruction": figure_reconstruction,
-    "redundancy": figure_redundancy,
-}

@@ -1,7 +1,10 @@
-"""The paper's curves as pictures of finished runs, beside its printed numbers. None of them trains anything."""
+"""Figures of cost and accuracy, from finished runs and from the paper's printed numbers.
+
+`of` makes one function that draws a figure out of the panels of a study and the panels of the paper.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,34 +12,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import illustrations, published
-from experiments.studies import Study, dropping, merging, needs
-from experiments.tables import cost_accuracy, how_many, with_models
+from experiments.show import published
+from experiments.show.tables import cost_accuracy, how_many, with_models
+from experiments.stages import dropping, merging
+from experiments.study import Study
 from tokenpool.analysis import pareto, plotting
 from tokenpool.analysis.plotting import STYLES, Series, faded
 
-TITLES = {
-    "1b": "Token Pooling with the best width at each cost, against DeiT",
-    "1c": "Which patches become one token",
-    "2": "Selection by score against clustering, in one dimension",
-    "3a": "Downsampling methods on one model",
-    "3b": "Best trade-offs, against other methods",
-    "4": "Token Pooling on models of different width",
-    "5a": "Methods that use significance scores",
-    "5b": "Clustering algorithms",
-    "6": "Initial cluster centres: by score, and at random",
-    "7": "Training once and twice, and distillation",
-    "8": "Convolution at all placements",
-    "9": "Without fine-tuning",
-    "10a": "Normalised queries and keys, alpha = 1",
-    "10b": "Normalised queries and keys, alpha learned",
-    "11a": "DeiT-e252",
-    "11b": "DeiT-e318",
-    "12": "Throughput",
-    "reconstruction": "Reconstruction error by block, and accuracy",
-    "redundancy": "Redundancy of tokens before and after attention",
-}
-NAMES = tuple(TITLES)
 _TWICE = STYLES["none"] | {"label": "DeiT, trained twice", "linestyle": "-"}
 _ONCE = {"label": "DeiT, trained once", "color": "#999999", "linestyle": "--"}
 _TUNED = _TWICE | {"label": "DeiT, fine-tuned as long as the others"}
@@ -64,27 +46,32 @@ class Panel:
     annotate_saving: bool = False
 
 
-def draw(study: Study, name: str, stacked: bool = False) -> Figure | None:
-    """Figure `name` from the finished runs of the study, and the paper's numbers; None where there is neither.
+def of(
+    own: Callable[[Study, pd.DataFrame], list[Panel]], printed: Callable[[], list[Panel]] | None = None
+) -> Callable[[Study, pd.DataFrame, bool], Figure | None]:
+    """How to draw a figure of cost and accuracy, as the registry of artifacts takes it.
 
     Args:
-        study: whose runs to draw.
-        name: of the figure.
-        stacked: panels one below the other, for narrow screens.
+        own: gives the panels of a study, from the table of `cost_accuracy`.
+        printed: gives the panels of the paper's printed numbers; None where the paper prints none.
 
-    Raises:
-        ValueError: for an unknown figure; the message lists the known ones.
+    Returns:
+        A function of the study, its finished runs, and whether panels are stacked. It returns None where there is
+        nothing to draw.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown figure {name!r}; known are {', '.join(NAMES)}, all")
-    if name in illustrations.FIGURES:
-        return illustrations.FIGURES[name](study, stacked)
-    runs = study.points([run for run in needs(study, f"figure {name}") if run.stage != "throughput"])
-    table = cost_accuracy(runs) if len(runs) else pd.DataFrame()
-    panels = _PAPER[name]() if name in _PAPER else []
-    if len(table):
-        panels += _OWN[name](study, table)
-    panels = [Panel(p.title, [s for s in p.series if len(s.rows)], p.cost, p.annotate_saving) for p in panels]
+
+    def draw(study: Study, found: pd.DataFrame, stacked: bool = False) -> Figure | None:
+        panels = printed() if printed else []
+        if len(found):
+            panels += own(study, cost_accuracy(found))
+        return _figure(panels, stacked)
+
+    return draw
+
+
+def _figure(panels: Sequence[Panel], stacked: bool) -> Figure | None:
+    """The panels that have points, in one figure; None where none has."""
+    panels = [replace(panel, series=[series for series in panel.series if len(series.rows)]) for panel in panels]
     panels = [panel for panel in panels if panel.series]
     return _compose(panels, stacked) if panels else None
 
@@ -185,21 +172,25 @@ def _counted(table: pd.DataFrame) -> str:
     return how_many(table).replace("±", "bars")
 
 
-def _own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_1b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """The family of plain models, and the best of WK-Medoids over it."""
     return [_panel(study, table, [_family(study, table), _family_front(table, "wkmedoids")], saving=True)]
 
 
-def _own_3a(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_3a(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """The family of plain models, convolution, and methods on the main model."""
     methods = _methods(table, (*dropping(), "wkmedoids"))
     return [_panel(study, table, [_family(study, table), _convolutions(table), *methods])]
 
 
-def _own_3b(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_3b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """The family of plain models, and the best of two methods over it."""
     fronts = [_family_front(table, method) for method in ("power_bert", "wkmedoids")]
     return [_panel(study, table, [_family(study, table), *fronts])]
 
 
-def _own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """The family of plain models, and WK-Medoids on each of its larger members."""
     series = [_family(study, table)]
     names = {study.preset.stands_for: study.preset.main} | study.preset.family
     for model, style in _FAMILY_STYLES.items():
@@ -209,15 +200,18 @@ def _own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
     return [_panel(study, table, series)]
 
 
-def _own_5a(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_5a(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """Methods that select by score, and WK-Medoids."""
     return [_panel(study, table, _methods(table, ("none", *dropping(), "wkmedoids")))]
 
 
-def _own_5b(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_5b(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """PoWER-BERT, and methods that merge tokens."""
     return [_panel(study, table, _methods(table, ("none", "power_bert", *merging())))]
 
 
-def _own_6(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_6(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """K-Medoids with initial centres by score and at random."""
     series = _methods(table, ("none", "kmedoids", "wkmedoids"))
     for method in ("kmedoids", "wkmedoids"):
         rows = table[(table["downsampler"] == method) & table["options"].map(lambda options: "init" in options)]
@@ -226,12 +220,14 @@ def _own_6(study: Study, table: pd.DataFrame) -> list[Panel]:
     return [_panel(study, table, series)]
 
 
-def _own_7(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_7(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """The family of plain models, trained once and twice."""
     once = _family(study, table, "base", **_ONCE | {"label": "DeiT, base model"})
     return [_panel(study, table, [once, _family(study, table)])]
 
 
-def _own_8(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_8(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """Convolution at all placements, and WK-Medoids."""
     everywhere = table[table["downsampler"] == "convolution"]
     marks = {"linestyle": "none", "color": "#999999", "capsize": 0, "elinewidth": 0.6, "zorder": 2}
     series = [
@@ -245,7 +241,9 @@ def _own_8(study: Study, table: pd.DataFrame) -> list[Panel]:
     return [_panel(study, table, [*_methods(table, ("none", "wkmedoids")), front, *series])]
 
 
-def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
+def own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
+    """All methods without fine-tuning: with sizes not carried, and carried."""
+
     def series(method: str, carry: bool) -> Series:
         rows = table[(table["downsampler"] == method) & (table["carry"].astype(bool) == carry)]
         return Series(rows, STYLES[method] | ({"linestyle": "-"} if method == "convolution" else {}))
@@ -259,9 +257,11 @@ def _own_9(study: Study, table: pd.DataFrame) -> list[Panel]:
     ]
 
 
-def _own_10(name: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+def own_10(figure: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+    """Methods with queries and keys that are normalised as in that figure, and not normalised."""
+
     def own(study: Study, table: pd.DataFrame) -> list[Panel]:
-        methods, variant = ("none", "power_bert", "wkmedoids"), study.preset.normalised[name].name
+        methods, variant = ("none", "power_bert", "wkmedoids"), study.preset.normalised[figure].name
         labels = {method: STYLES[method]["label"] for method in methods}
         normalised = [_method(table, method, variant, label=f"{labels[method]}, normalised") for method in methods]
         standard = [
@@ -273,7 +273,9 @@ def _own_10(name: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
     return own
 
 
-def _own_11(model: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+def own_11(model: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
+    """Methods on another model of the family, by the paper's name of it."""
+
     def own(study: Study, table: pd.DataFrame) -> list[Panel]:
         methods = ("none", "power_bert", "kmedoids", "wkmedoids")
         variant = study.preset.family[model]
@@ -282,44 +284,29 @@ def _own_11(model: str) -> Callable[[Study, pd.DataFrame], list[Panel]]:
     return own
 
 
-def _own_12(study: Study, table: pd.DataFrame) -> list[Panel]:
-    times = study.points([run for run in needs(study, "figure 12") if run.stage == "throughput"])
-    if times.empty:
-        return []
-    accurate = table[table["stage"] != "base"]
+def throughput(study: Study, found: pd.DataFrame, stacked: bool = False) -> Figure | None:
+    """Figure 12: accuracy over images a second; None where the study has no accuracies or no times."""
+    if found.empty:
+        return None
+    times, accurate = (found[(found["stage"] == "throughput") == is_time] for is_time in (True, False))
+    if times.empty or accurate.empty:
+        return None
+    accurate = cost_accuracy(accurate).query("stage != 'base'")
     merged = accurate.assign(level=accurate["level"].fillna(-1).astype(int)).merge(
         times.assign(level=times["level"].fillna(-1).astype(int))[["downsampler", "level", "speed_up"]],
         on=["downsampler", "level"],
     )
-    # Each ratio was measured in turns with the plain model: what the machine did meanwhile is not in it.
+    # Each ratio was measured in turns with the plain model, so it does not depend on the machine's load.
     merged["images_per_second"] = merged["speed_up"] * times["plain_images_per_second"].median()
     series = [
         Series(merged[merged["downsampler"] == method], STYLES[method])
         for method in ("none", "power_bert", "wkmeans", "wkmedoids")
     ]
     first = times.iloc[0]
-    threads = f", {first['threads']} thread{'s' if first['threads'] > 1 else ''}" if first["device"] == "CPU" else ""
-    machine = f"batches of {first['measured_batch']}, {first['device']}{threads}"
-    return [Panel(f"{study.preset.title}\n{machine}", series, "images_per_second")]
-
-
-_OWN: dict[str, Callable[[Study, pd.DataFrame], list[Panel]]] = {
-    "1b": _own_1b,
-    "3a": _own_3a,
-    "3b": _own_3b,
-    "4": _own_4,
-    "5a": _own_5a,
-    "5b": _own_5b,
-    "6": _own_6,
-    "7": _own_7,
-    "8": _own_8,
-    "9": _own_9,
-    "10a": _own_10("10a"),
-    "10b": _own_10("10b"),
-    "11a": _own_11("deit_e252"),
-    "11b": _own_11("deit_e318"),
-    "12": _own_12,
-}
+    threads, batch = int(first["threads"]), int(first["measured_batch"])
+    on = f", {threads} thread{'s' if threads > 1 else ''}" if first["device"] == "CPU" else ""
+    machine = f"batches of {batch}, {first['device']}{on}"
+    return _figure([Panel(f"{study.preset.title}\n{machine}", series, "images_per_second")], stacked)
 
 
 # The paper's series, as printed in its tables; costs as counted by its rule.
@@ -349,16 +336,36 @@ def _by_others(prefix: str, **style: object) -> Series:
     return Series(rows[rows["model"].str.startswith(prefix)], {"label": prefix} | style)
 
 
-def _printed_main(*methods: str, model: str = "deit_small") -> list[Panel]:
-    return _printed_panel([_printed_plain(model, label="DeiT"), *(_printed(method, model) for method in methods)])
+def printed_1b() -> list[Panel]:
+    """DeiT-Ti, e252, e318 and S, and the best of WK-Medoids over them."""
+    return _printed_panel([_printed_plain(), _printed_front("wkmedoids")], saving=True)
 
 
-def _paper_3b() -> list[Panel]:
+def printed_3a() -> list[Panel]:
+    """DeiTs of all widths, and two methods on DeiT-S."""
+    return _printed_panel([_printed_plain(), _printed("power_bert"), _printed("wkmedoids")])
+
+
+def printed_methods(*methods: str, model: str = "deit_small") -> Callable[[], list[Panel]]:
+    """Methods on one of the paper's models."""
+    return lambda: _printed_panel(
+        [_printed_plain(model, label="DeiT"), *(_printed(method, model) for method in methods)]
+    )
+
+
+def printed_5b() -> list[Panel]:
+    """PoWER-BERT, and methods that merge tokens."""
+    return printed_methods("power_bert", *merging())()
+
+
+def printed_3b() -> list[Panel]:
+    """The best of two methods over all widths, and what others have published."""
     fronts = [_printed_front(method) for method in ("power_bert", "wkmedoids")]
     return _printed_panel([_printed_plain(), *fronts, *(_by_others(name, **style) for name, style in _OTHERS.items())])
 
 
-def _paper_4() -> list[Panel]:
+def printed_4() -> list[Panel]:
+    """WK-Medoids on each of the paper's larger models."""
     pooled = [
         _printed("wkmedoids", model, **style | {"label": f"WK-Medoids on {published.MODELS[model]}"})
         for model, style in _FAMILY_STYLES.items()
@@ -366,23 +373,10 @@ def _paper_4() -> list[Panel]:
     return _printed_panel([_printed_plain(), *pooled])
 
 
-def _paper_7() -> list[Panel]:
+def printed_7() -> list[Panel]:
+    """DeiTs trained once, twice and by distillation."""
     rows = published.by_others()
     once = Series(rows[rows["model"].isin(["DeiT-Ti", "DeiT-S"])], STYLES["none"] | _ONCE)
     distilled = {"label": "DeiT, distilled", "color": "#0072B2", "marker": "D"}
     cited = Series(rows[rows["model"].str.endswith("-distilled")], distilled)
     return [Panel(f"{published.SOURCE}\nonce, distilled: Touvron et al. 2021", [once, _printed_plain(), cited])]
-
-
-_PAPER: dict[str, Callable[[], list[Panel]]] = {
-    "1b": lambda: _printed_panel([_printed_plain(), _printed_front("wkmedoids")], saving=True),
-    "3a": lambda: _printed_panel([_printed_plain(), _printed("power_bert"), _printed("wkmedoids")]),
-    "3b": _paper_3b,
-    "4": _paper_4,
-    "5a": lambda: _printed_main("power_bert", "wkmedoids"),
-    "5b": lambda: _printed_main("power_bert", *merging()),
-    "6": lambda: _printed_main("kmedoids", "wkmedoids"),
-    "7": _paper_7,
-    "11a": lambda: _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e252"),
-    "11b": lambda: _printed_main("power_bert", "kmedoids", "wkmedoids", model="deit_e318"),
-}

@@ -5,16 +5,14 @@ confirmed on the other half, whose images had no part in it.
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.protocol import Run
+from experiments.run import Run
+from experiments.study import Study
 from tokenpool.analysis import results
-
-if TYPE_CHECKING:
-    from experiments.studies import Study
 
 REFERENCE = "tome"  # what all others are compared with
 HALVES = {"1/2": "made on", "2/2": "confirmed on"}
@@ -64,7 +62,7 @@ CANDIDATES = (
 )
 
 
-def runs(study: "Study") -> list[Run]:
+def runs(study: Study) -> list[Run]:
     """Every candidate at every budget on the first half, the finalists on the second, too."""
     return [
         Run(

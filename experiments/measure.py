@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 import tokenpool
-from experiments import throughput
+from experiments import timing
 from tokenpool.analysis import redundancy
 from tokenpool.downsampling import TokenPooling
 from tokenpool.training.data import DigitsDataModule
@@ -30,7 +30,7 @@ def measure_throughput(model: VisionTransformer, data: LightningDataModule) -> d
     """Images a second, against the plain model in turns."""
     plain = tokenpool.unpatch(copy.deepcopy(model))
     images = next(_batches(model, data))[:TIMED_BATCH]
-    return throughput.measure(model, plain, images)
+    return timing.measure(model, plain, images)
 
 
 def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> d
     """
     sums: dict[str, np.ndarray] = {}
     difference, images = 0.0, 0
-    with throughput.threads(1):  # that wait for each other make small eigenvalue problems a thousand times slower
+    with timing.threads(1):  # that wait for each other make small eigenvalue problems a thousand times slower
         for batch in _batches(model, data):
             images += len(batch)
             blocks = redundancy.signals(model, batch)

@@ -1,0 +1,126 @@
+"""Commands that measure time: `throughput` and `clustering-speed`."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from experiments import benchmark, timing
+from experiments.options import MODELS, Carry, Options, named_values
+from experiments.show import curves, speed_up
+from tokenpool import files
+
+
+def throughput(
+    model: Annotated[list[str] | None, typer.Option(help=MODELS + " Repeatable; default: DeiT-S.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable; default: wkmedoids.")] = None,
+    level: Annotated[
+        list[float] | None,
+        typer.Option(help="The paper's schedule for DeiT-S, scaled to the model. Repeatable; default: 3."),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Another schedule, as of train. Repeatable.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; default: 32.")] = None,
+    image_size: Annotated[
+        list[int] | None, typer.Option(min=16, help="In pixels. Repeatable; default: the model's.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile both models.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Time steps of training.")] = False,
+    carry: Carry = False,
+    option: Options = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Of the CPU; 0: as PyTorch chooses.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each model.")] = 7,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Time what the results in this folder hold; fail where a realised fraction has fallen."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, max=1, help="By more than this share, with --against.")] = 0.15,
+    output: Annotated[Path, typer.Option(help="Folder for results, table and pictures.")] = Path("runs/throughput"),
+) -> None:
+    """Time pooled models and timm's plain one in turns: is the speed-up what the FLOPs promise?
+
+    One JSON file a setting; what has been timed on this machine is not timed again.
+    """
+    if "none" in (method or []):
+        raise ValueError("--method none is the plain model, which every method is compared with")
+    schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
+    choices = itertools.product(
+        model or ["deit_small_patch16_224"],
+        method or ["wkmedoids"],
+        schedules,
+        batch_size or [32],
+        image_size or [None],
+    )
+    options = named_values(option)
+    settings = [
+        benchmark.Setting(
+            *(name, chosen, None if chosen == "convolution" else schedule, batch, size),
+            *(precision, compiled, train, carry, options),
+        )
+        for name, chosen, schedule, batch, size in choices
+    ]
+    with timing.threads(threads):
+        before: list[dict[str, Any]] = []
+        if against:
+            settings, before = benchmark.stored(against)
+            _check_comparable(settings, before, against, device, output)
+        found = _timed(settings, output, device, repeats)
+        if against and (lines := benchmark.fallen(found, before, tolerance)):
+            print("\nSlower than before:", *lines, sep="\n")
+            raise typer.Exit(1)
+
+
+def _check_comparable(
+    settings: Sequence[benchmark.Setting], before: Sequence[dict[str, Any]], against: Path, device: str, output: Path
+) -> None:
+    """Refuse stored results of another device or number of threads, and to write over them."""
+    missing = {one.run_name(device) for one in settings} - {one["run"] for one in before}
+    if missing or before[0]["threads"] != torch.get_num_threads():
+        raise ValueError(
+            f"{against} holds results of {before[0]['threads']} threads on {before[0]['device']}: "
+            "only the same can be compared; see --threads and --device"
+        )
+    if output.resolve() == against.resolve():
+        raise ValueError(f"--output {output} is what it is compared with: choose another folder")
+
+
+def _timed(settings: Sequence[benchmark.Setting], output: Path, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Time the settings, print each, and write table and pictures; returns the rows of `benchmark.run`."""
+    found = []
+    for one in benchmark.run(settings, output, device, repeats):
+        found.append(one)
+        print(
+            f"{one['run']}: {one['images_per_second']:.1f} images/s, plain {one['plain_images_per_second']:.1f}; "
+            f"speed-up {one['speed_up']:.2f} of {one['flops_ratio']:.2f}, realised {one['realised_fraction']:.2f}",
+            flush=True,
+        )
+    with files.whole(output / "table.md") as path:
+        path.write_text(speed_up.table(found) + "\n")
+    pictures = curves.save(speed_up.picture(found), output / "speed-up")
+    if len({one["tokens"] for one in found}) > 1:
+        pictures = [*pictures, *curves.save(speed_up.growth(found), output / "growth")]
+    print(f"\n{speed_up.table(found)}\n\nTable: {output / 'table.md'}\nPictures: {', '.join(map(str, pictures))}")
+    return found
+
+
+def clustering_speed(
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an image, N.")] = 196,
+    clusters: Annotated[int, typer.Option(min=1, help="Of an image, K.")] = 98,
+    width: Annotated[int, typer.Option(min=1, help="Of a token, D.")] = 384,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    repeats: Annotated[int, typer.Option(min=1, help="Times that are taken of each.")] = 7,
+) -> None:
+    """Time weighted K-Medoids against an implementation that loops over images and clusters in Python."""
+    if clusters > tokens:
+        raise ValueError(f"--clusters {clusters} are more than --tokens {tokens}")
+    taken = benchmark.clustering_speed(batch_size, tokens, clusters, width, device, repeats)
+    own = taken["kmedoids"]
+    print(f"kmedoids: {1000 * own:.2f} ms")
+    print(f"looped in Python: {1000 * taken['looped']:.1f} ms, {taken['looped'] / own:.0f} times that")
+    early = taken["looped_ending_early"]
+    print(f"looped in Python, ending early as kmedoids does: {1000 * early:.1f} ms, {early / own:.0f} times that")

@@ -1,0 +1,52 @@
+"""Commands beyond the paper's protocol: `explain` and `check-data`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments.commands.choice import cores
+from experiments.extras import check_data as checking
+from experiments.extras import explain as explaining
+from experiments.options import FOLDER_OR_HUB, AllowEmpty, AllowTruncated, Ema, Gmacs, Keep, Method, Model
+
+
+def explain(
+    image: Annotated[Path, typer.Argument(help="A photograph, in any format that Pillow reads.")],
+    model: Model = "deit_tiny_patch16_224",
+    method: Method = "key_medoids",
+    level: Annotated[
+        float | None,
+        typer.Option(min=0, max=7, help="The paper's schedule for DeiT-S, scaled to the model. Default: 3."),
+    ] = None,
+    keep: Keep = None,
+    gmacs: Gmacs = None,
+    carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
+    weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
+    ema: Ema = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/explain"),
+) -> None:
+    """Pool a pretrained model on one image: what it sees before and after, what it costs, and which patches merge."""
+    given = [option for option in (level, keep, gmacs) if option is not None]
+    if len(given) > 1:
+        raise ValueError("--level, --keep and --gmacs are three ways to say one thing: give one of them")
+    schedule = (
+        {"gmacs": gmacs} if gmacs is not None else {"keep": keep or f"deit_small:{3 if level is None else level:g}"}
+    )
+    for line in explaining.explain(image, model, method, schedule, carry, weights, output, ema):
+        print(line)
+
+
+def check_data(
+    data: Annotated[str, typer.Option(help=FOLDER_OR_HUB)],
+    part: Annotated[list[str] | None, typer.Option(help="train or val. Repeatable; default: both.")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write. Default: in runs/check-data/.")] = None,
+    allow_empty_classes: AllowEmpty = False,
+    allow_truncated: AllowTruncated = False,
+) -> None:
+    """Read every image once, and name those that cannot be read. Goes on where it was interrupted."""
+    for line in checking.check_data(
+        data, part or checking.PARTS, jobs or cores(), output, allow_empty_classes, allow_truncated
+    ):
+        print(line)

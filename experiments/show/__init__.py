@@ -1,0 +1,1 @@
+"""What finished runs show: tables, figures, the report, and the paper's printed numbers beside them."""
