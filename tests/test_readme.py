@@ -12,9 +12,9 @@ import pytest
 import typer
 
 import tokenpool
-from experiments import presets, tables
+from experiments import artifacts, presets
 from experiments.__main__ import app
-from experiments.studies import Study
+from experiments.study import Study
 from tokenpool.downsampling import METHODS, REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def test_the_claims_are_those_of_the_shipped_results() -> None:
     """Each row of the table is what `python -m experiments table claims` prints, and so is the rule."""
     named = ("cifar10_128", "pretrained", "digits")
     studies = [Study(presets.get(name), ROOT / "results" / name, named=False) for name in named]
-    (section,) = tables.claims_section(studies)
+    (section,) = artifacts.sections(studies, "claims")
     for cells in section.shown.itertuples(index=False):
         assert f"| {' | '.join(cells)} |" in README
     assert f"| {' | '.join(section.shown.columns)} |" in README
