@@ -700,7 +700,7 @@ def throughput(
             f"speed-up {one['speed_up']:.2f} of {one['flops_ratio']:.2f}, realised {one['realised_fraction']:.2f}",
             flush=True,
         )
-    with files.whole(output / "table.md") as path:
+    with files.atomic_write(output / "table.md") as path:
         path.write_text(speed.table(found) + "\n")
     pictures = figures.save(speed.picture(found), output / "speed-up")
     if len({one["tokens"] for one in found}) > 1:

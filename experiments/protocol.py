@@ -51,7 +51,7 @@ from tokenpool.analysis import bits, results
 from tokenpool.training import fingerprint, soft_selection
 from tokenpool.training.callbacks import FlopsCallback, ReconstructionErrorCallback
 from tokenpool.training.data import DigitsDataModule, ImageFolderDataModule
-from tokenpool.training.interruption import InterruptibleCheckpoint, WholeCheckpoints, listening, slurm_job
+from tokenpool.training.interruption import AtomicCheckpointIO, InterruptibleCheckpoint, recorded_signals, slurm_job
 from tokenpool.training.labels import outputs_of
 from tokenpool.training.module import ClassificationModule
 from tokenpool.training.stored import StoredImageDataModule
@@ -156,14 +156,14 @@ def _train_and_test(
     """Metrics, and whether this is the first of the processes that train together."""
     errors, checkpoint = ReconstructionErrorCallback(), checkpoint_path(run, folder)
     record.identity = identity
-    with warnings.catch_warnings(), listening() as signals:
+    with warnings.catch_warnings(), recorded_signals() as signals:
         for message in _IRRELEVANT:
             warnings.filterwarnings("ignore", message=f".*{message}")
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         trainer = _trainer(run, folder, callbacks, on_epoch, progress)
         if trainer.world_size > 1:
-            signals.expose()  # until all processes have met
+            signals.use_default_handlers()  # until all processes have met
         try:
             if run.recipe.epochs:
                 fit(trainer, module, data, run, checkpoint, identity)
@@ -388,7 +388,7 @@ def save_weights(model: nn.Module, path: Path, expected: str = "") -> str:
         ValueError: if it is not the expected one; nothing is written then.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         safetensors.torch.save_file(state, temporary)
         found = fingerprint.of_weights(temporary)
         if expected not in ("", found):
@@ -401,7 +401,7 @@ def save_weights(model: nn.Module, path: Path, expected: str = "") -> str:
 
 def _ended_before(path: Path) -> str:
     """Fingerprint of the weights that an earlier result of the run tells of, where they are lost; else empty."""
-    return (results.read_if_whole(path) or {}).get("trained_weights", "")
+    return (results.read_or_none(path) or {}).get("trained_weights", "")
 
 
 def environment() -> dict[str, Any]:
@@ -454,7 +454,7 @@ def _trainer(
         "log_every_n_steps": 50,
         "deterministic": "warn",
         "num_sanity_val_steps": 0,
-        "plugins": [WholeCheckpoints()],
+        "plugins": [AtomicCheckpointIO()],
     }
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning's own requeueing can hang (its issue 21406).

@@ -46,7 +46,7 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         version=tokenpool.__version__,
         commit=protocol.commit(),
     )
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 

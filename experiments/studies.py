@@ -359,7 +359,7 @@ class Study:
         if run.start is not None and run.stage != "base" and run.start not in self._checked:
             base = self.base(run.seed, self._variant_of(run))
             path = result_path(base, self.folder)
-            if found := results.read_if_whole(path):
+            if found := results.read_or_none(path):
                 check_identity(base, self._identities.of(base), found.get("identity"), path)
             self._checked.add(run.start)
 
@@ -451,7 +451,7 @@ class Study:
             for method in studied():
                 label = _label(variant, f"{method}-level{level}")
                 path = self.folder / f"finetune-{label}-seed{seed}.json"
-                setting = (results.read_if_whole(path) or {"setting": {}})["setting"]  # of a broken file others tell
+                setting = (results.read_or_none(path) or {"setting": {}})["setting"]  # of a broken file others tell
                 name = self._schedule_name(variant, level)
                 if setting.get("keep") is not None and setting.get("schedule", name) == name:
                     return tuple(setting["keep"])
