@@ -4,7 +4,7 @@
 # make test-fast   the same without tests that take seconds
 # make test-slurm  the same for tests on a real Slurm of two nodes, where Debian's slurm-wlm and munge are installed
 # make benchmark   time what results/throughput holds anew; fails where less of the speed-up is realised than there
-# make lint        formatting and lint
+# make lint        formatting, lint and types
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -44,6 +44,7 @@ benchmark: install
 lint: install-test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: install-test
 	$(RUN) -m ruff format .

@@ -36,7 +36,7 @@ from tokenpool import files, flops
 from tokenpool.analysis import bits, results
 from tokenpool.training import fingerprint, soft_selection
 from tokenpool.training.callbacks import ReconstructionErrorCallback
-from tokenpool.training.interruption import InterruptibleCheckpoint, listening
+from tokenpool.training.interruption import InterruptibleCheckpoint
 from tokenpool.training.labels import outputs_of
 from tokenpool.training.module import ClassificationModule
 
@@ -142,14 +142,14 @@ def _train_and_test(
     """Metrics, and whether this is the first of the processes that train together."""
     errors, checkpoint = ReconstructionErrorCallback(), checkpoint_path(run, folder)
     record.identity = identity
-    with warnings.catch_warnings(), listening() as signals:
+    with warnings.catch_warnings(), recorded_signals() as signals:
         for message in _IRRELEVANT:
             warnings.filterwarnings("ignore", message=f".*{message}")
         callbacks = [record, InterruptibleCheckpoint(checkpoint, signals, minutes=_minutes())]
         callbacks += [errors] if run.stage == "evaluate" else []
         lightning = trainer.create(run, folder, callbacks, on_epoch, progress)
         if lightning.world_size > 1:
-            signals.expose()  # until all processes have met
+            signals.use_default_handlers()  # until all processes have met
         try:
             if run.recipe.epochs:
                 trainer.fit(lightning, module, data, run, checkpoint, identity)
@@ -334,7 +334,7 @@ def save_weights(model: nn.Module, path: Path, expected: str = "") -> str:
         ValueError: if it is not the expected one; nothing is written then.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         safetensors.torch.save_file(state, temporary)
         found = fingerprint.of_weights(temporary)
         if expected not in ("", found):
@@ -347,4 +347,4 @@ def save_weights(model: nn.Module, path: Path, expected: str = "") -> str:
 
 def _ended_before(path: Path) -> str:
     """Fingerprint of the weights of an earlier result of the run, whose file is lost; else empty."""
-    return (results.read_if_whole(path) or {}).get("trained_weights", "")
+    return (results.read_or_none(path) or {}).get("trained_weights", "")

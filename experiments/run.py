@@ -278,7 +278,7 @@ class Identities:
     def _ended_with(self, name: str) -> str:
         """Fingerprint of the weights that the run of that name ended with; empty if that is not known."""
         result, weights = self.folder / f"{name}.json", weights_path(name, self.folder)
-        told = (results.read_if_whole(result) or {}).get("trained_weights", "")
+        told = (results.read_or_none(result) or {}).get("trained_weights", "")
         found = fingerprint.of_weights(weights) if weights.exists() else ""
         if told and found and told != found:
             raise ValueError(

@@ -173,7 +173,7 @@ class Study(Stages):
             return
         base = self.base(run.seed, self.variant_of(run))
         path = result_path(base, self.folder)
-        if outcome := results.read_if_whole(path):
+        if outcome := results.read_or_none(path):
             check_identity(base, self.identities.of(base), outcome.get("identity"), path)
         self._checked.add(run.start)
 
@@ -213,7 +213,7 @@ class Study(Stages):
             for method in studied():
                 label = run_label(variant, f"{method}-level{level}")
                 path = self.folder / f"finetune-{label}-seed{seed}.json"
-                setting = (results.read_if_whole(path) or {"setting": {}})["setting"]  # `points` warns of broken files
+                setting = (results.read_or_none(path) or {"setting": {}})["setting"]  # `points` warns of broken files
                 name = self.schedule_name(variant, level)
                 if setting.get("keep") is not None and setting.get("schedule", name) == name:
                     return tuple(setting["keep"])

@@ -13,7 +13,7 @@ from experiments import loggers
 from experiments.record import EpochReporter
 from experiments.run import Run, check_stored
 from tokenpool.training.callbacks import FlopsCallback
-from tokenpool.training.interruption import WholeCheckpoints
+from tokenpool.training.interruption import AtomicCheckpointIO
 
 SLURM_RESERVED = 0xFFFFFFF0  # numbers of steps from here on mean a batch script, an interactive shell, and so on
 
@@ -47,7 +47,7 @@ def create(
         "log_every_n_steps": 50,
         "deterministic": "warn",
         "num_sanity_val_steps": 0,
-        "plugins": [WholeCheckpoints()],
+        "plugins": [AtomicCheckpointIO()],
     }
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning's own requeueing can hang (its issue 21406).

@@ -196,7 +196,7 @@ def test_replaced_modules_are_refused(small) -> None:
     for module, name in ((small.blocks[1], "attn"), (small.blocks, "2")):
         before = module.get_submodule(name)
         setattr(module, name, nn.Sequential(before))
-        with pytest.raises(TypeError, match=r"is a Sequential in place of the \w+ that patch has put there"):
+        with pytest.raises(TypeError, match=r"is a Sequential and would be lost: put the \w+ of patch back"):
             tokenpool.unpatch(small)
         setattr(module, name, before)
     tokenpool.unpatch(small)

@@ -95,7 +95,7 @@ def test_kernels_that_do_not_work_on_a_device_are_not_used(broken: str | None, m
         assert gpu.passes_self_test(*device) == (broken is None)
     gpu.passes_self_test.cache_clear()
     assert [str(warning.message).split(":")[0] for warning in caught] == (
-        [] if broken is None else [f"The Triton kernels are not used on {DEVICE}"]
+        [] if broken is None else [f"The Triton kernels cannot be used on {DEVICE}"]
     )
 
 

@@ -27,8 +27,8 @@ def test_texts_of_another_number_of_images_are_refused() -> None:
         with pytest.raises(ValueError, match=f"bits of 9..16 images, not of {images}"):
             bits.decode(text, images)
     for wrong in ("é", "abc", [1, 0]):
-        with pytest.raises(ValueError, match="is no base64 text of bits"):
+        with pytest.raises(ValueError, match="is not a base64 text of bits"):
             bits.decode(wrong, 3)
     for wrong in ([[True]], [0, 2], [0.5]):
-        with pytest.raises(ValueError, match="expected one 0 or 1 an image"):
+        with pytest.raises(ValueError, match="must hold one 0 or 1 for each image"):
             bits.encode(wrong)

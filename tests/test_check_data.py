@@ -76,7 +76,7 @@ def test_good_and_bad_images(folder: Path, tmp_path: Path, read: list[str]) -> N
     printed, error = lines(folder, output)
     assert error == "2 of 46 images cannot be read" and len(read) == 46  # the folder is not what it was
     assert printed[2:4] == [
-        f"cannot read image {folder}/train/red/07.png: it is in no format that Pillow knows",
+        f"cannot read image {folder}/train/red/07.png: Pillow does not know its format",
         f"cannot read image {folder}/val/green/01.png: it is empty",
     ]
     assert json.loads(output.read_text())["done"] == 46

@@ -385,18 +385,18 @@ def test_few_distances_finds_medoids_at_the_same_place() -> None:
     medoids = torch.arange(8).expand(2, 8)
     points[1, 9] = points[1, 2]  # no medoid
     distances = FewDistances(points)
-    assert distances.suits(medoids).tolist() == [True, True]
-    assert distances.suits(medoids.where(medoids != 7, 9)).tolist() == [True, False]
-    assert distances.suits(medoids.where(medoids != 7, 3)).tolist() == [False, False]  # one token twice
+    assert distances.supports(medoids).tolist() == [True, True]
+    assert distances.supports(medoids.where(medoids != 7, 9)).tolist() == [True, False]
+    assert distances.supports(medoids.where(medoids != 7, 3)).tolist() == [False, False]  # one token twice
     circle = FewDistances(torch.tensor([[[3.0, 4], [-3, -4], [4, -3], [-4, 3], [5, 0], [-5, 0], [0, 5], [0, -5]]]))
     eight = torch.arange(8)[None]
-    assert circle.suits(eight).all()  # equally far from the mean, but apart
+    assert circle.supports(eight).all()  # equally far from the mean, but apart
     for first, second in itertools.combinations(range(8), 2):
-        assert not circle.suits(eight.where(eight != second, first)).any()
+        assert not circle.supports(eight.where(eight != second, first)).any()
     many = FewDistances(torch.eye(32)[None])
-    assert many.suits(torch.arange(9)[None]).all() and not many.suits(torch.arange(20)[None]).any()
+    assert many.supports(torch.arange(9)[None]).all() and not many.supports(torch.arange(20)[None]).any()
     overflow = FewDistances(torch.cat([points[:1] * 1e30, points[:1]]))
-    assert overflow.suits(medoids).tolist() == [False, True]
+    assert overflow.supports(medoids).tolist() == [False, True]
 
 
 def test_of_equal_points_the_first_are_wards_centres(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,8 +440,8 @@ def nan_at(image: int) -> Tensor:
         ({"k": 2.0}, r"k = 2\.0"),
         ({"tokens": torch.randn(10, 4)}, r"tokens must be .* \(B, N, D\)"),
         ({"tokens": torch.ones(3, 10, 4, dtype=torch.int64)}, "tokens must be floating point"),
-        ({"tokens": nan_at(1)}, "tokens must be finite, but those of image 1"),
-        ({"tokens": nan_at(2).nan_to_num(torch.inf)}, "tokens must be finite, but those of image 2"),
+        ({"tokens": nan_at(1)}, "tokens must be finite, but image 1"),
+        ({"tokens": nan_at(2).nan_to_num(torch.inf)}, "tokens must be finite, but image 2"),
         ({"weights": torch.ones(3, 9)}, r"weights must have shape \(B, N\) = \(3, 10\)"),
         ({"weights": -torch.ones(3, 10)}, r"weights must be .* image 0 .* lie in -1\.\.-1"),
         ({"weights": torch.full((3, 10), torch.nan)}, "weights must be finite"),

@@ -93,7 +93,7 @@ def test_at_equal_cost_the_curve_is_linear_between_neighbours() -> None:
     assert on_a_run.difference == pytest.approx(100 * (a - b).mean())
     with pytest.raises(ValueError, match="no runs of 'a' and 'b' have a seed and cost in common"):
         tokenpool.compare(curve.assign(gmacs=curve["gmacs"].replace(1.25, 2.5)), "a", "b", at="cost")
-    with pytest.raises(ValueError, match="cost the same, so no curve leads through both"):
+    with pytest.raises(ValueError, match="cost the same, so they cannot be on one curve"):
         tokenpool.compare(curve.assign(gmacs=1.0), "a", "b", at="cost")
     with pytest.raises(ValueError, match="at = 'flops' must be"):
         tokenpool.compare(curve, "a", "b", at="flops")
@@ -105,13 +105,13 @@ def test_what_cannot_be_paired_is_refused() -> None:
         tokenpool.compare(frame, "c", "b")
     with pytest.raises(ValueError, match="no runs of .* have a seed and schedule in common"):
         tokenpool.compare(frame, {"run": "a-0"}, {"run": "b-1"})
-    with pytest.raises(ValueError, match="'a' means both a-0 and a-"):
+    with pytest.raises(ValueError, match="'a' selects both a-0 and a-"):
         tokenpool.compare(pd.concat([frame, frame]), "a", "b")
     with pytest.raises(ValueError, match="that differ: test_images is x or y"):
         tokenpool.compare(frame.assign(test_images=["x", "x", "y", "y"]), "a", "b")
-    with pytest.raises(ValueError, match="run a-0 does not tell its test images"):
+    with pytest.raises(ValueError, match="run a-0 does not store its test images"):
         tokenpool.compare(frame.assign(test_images=[None, "x", "x", "x"]), "a", "b")
-    with pytest.raises(ValueError, match="run a-0 does not store which images were right"):
+    with pytest.raises(ValueError, match="run a-0 does not store which images were correct"):
         tokenpool.compare(frame.drop(columns="correct"), "a", "b")
     with pytest.raises(ValueError, match="no column 'method'"):
         tokenpool.compare(frame, {"method": "a"}, "b")

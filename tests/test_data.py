@@ -165,7 +165,7 @@ def test_what_is_no_class_and_no_image(folder: Path, tmp_path_factory) -> None:
     (folder / "val" / "green").symlink_to(elsewhere / "green")
     assert listed() == [*before, (str(folder / "val" / "red" / "deep" / "9.PNG"), 1)]
     (folder / "val" / "red" / "deep" / "again").symlink_to(folder / "val" / "red")
-    with pytest.raises(ValueError, match="red/deep/again is a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match="red/deep/again is a link to a folder that contains the link"):
         listed()
     (folder / "val" / "red" / "deep" / "again").unlink()
     shutil.rmtree(elsewhere)
@@ -220,7 +220,7 @@ def test_truncated_images_can_be_allowed(folder: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("url", ["https://host/images", "s3://bucket/x", "file:///data/images"])
 def test_urls_are_refused_as_they_were_given(url: str, small: torch.nn.Module, in_process) -> None:
-    message = f"{url} is a URL, and URLs are not read: download it first"
+    message = f"{url} is a URL, expected a path: download the data first"
     for call in (
         lambda: open_images(url, "val"),
         lambda: open_images(Path(url), "val"),
@@ -273,7 +273,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray((values // 257).astype(np.int32)).save(tmp_path / "wide.tiff")  # 8 bits in 32
     assert np.asarray(load_image(tmp_path / "wide.tiff"))[-1, -1].tolist() == [255] * 3
     Image.fromarray(values.astype(np.int32) * 9).save(tmp_path / "wider.tiff")
-    with pytest.raises(ValueError, match=r"its values lie in 0..589815; expected 8 or 16 bits"):
+    with pytest.raises(ValueError, match=r"its values are in 0..589815, expected 8 or 16 bits"):
         load_image(tmp_path / "wider.tiff")
 
 

@@ -234,7 +234,7 @@ def test_other_settings_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"another setting \(epochs was 1, now 2\)"):
         is_finished(training_run(epochs=2), tmp_path)
     result_path(run, tmp_path).write_text("{")
-    with pytest.raises(ValueError, match="train-x-seed0.json is no JSON file of a run"):
+    with pytest.raises(ValueError, match="train-x-seed0.json is not a JSON file of a run"):
         is_finished(run, tmp_path)
     broken = tmp_path / "checkpoints" / "train-y-seed0.ckpt"
     broken.write_bytes(b"half a checkpoint")

@@ -132,7 +132,9 @@ def test_raw_weights_or_their_moving_average(in_process, weights: Path, tmp_path
 
     found, warned = said("both.pth", "--raw")
     assert found == said("raw.pth")[0]
-    assert "warning: " in warned and "took the raw weights 'model', not 'model_ema'; ema=True takes the other" in warned
+    assert (
+        "warning: " in warned and "loaded the raw weights 'model', not 'model_ema'; ema=True loads the other" in warned
+    )
     found, warned = said("both.pth")
     assert found == said("averaged.pth")[0] != said("raw.pth")[0]
-    assert "took the moving average 'model_ema', not 'model'; ema=False takes the other" in warned
+    assert "loaded the moving average 'model_ema', not 'model'; ema=False loads the other" in warned

@@ -15,17 +15,17 @@ SOURCES = str(Path(files.__file__).parent)  # `import files` spares a child proc
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text("first")
         assert not path.exists()
-    with pytest.raises(TypeError), files.whole(path) as temporary, open(temporary, "w") as file:
+    with pytest.raises(TypeError), files.atomic_write(path) as temporary, open(temporary, "w") as file:
         json.dump(["second", object()], file)  # fails after it has written
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
 
 
 def test_two_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with files.whole(path) as first, files.whole(path) as second:
+    with files.atomic_write(path) as first, files.atomic_write(path) as second:
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]  # the outer one ends last
@@ -40,7 +40,7 @@ sys.path.insert(0, {SOURCES!r})
 import files
 def write(text):
     for _ in range(40):
-        with files.whole({str(path)!r}) as temporary:
+        with files.atomic_write({str(path)!r}) as temporary:
             temporary.write_text(text * 50_000)
 threads = [threading.Thread(target=write, args=(text,)) for text in sys.argv[1]]
 threading.excepthook = lambda found: (print(found.exc_value, file=sys.stderr), os._exit(1))
@@ -64,18 +64,18 @@ def test_what_killed_writers_have_left_does_not_pile_up(tmp_path: Path) -> None:
 import os, sys
 sys.path.insert(0, {SOURCES!r})
 import files
-with files.whole({str(path)!r}) as temporary:
+with files.atomic_write({str(path)!r}) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
     (left,) = tmp_path.iterdir()
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text("whole")
     assert set(tmp_path.iterdir()) == {path, left}  # which may be another writer's
-    before = left.stat().st_mtime - 2 * files.DEAD_AFTER
+    before = left.stat().st_mtime - 2 * files.STALE_AFTER
     os.utime(left, (before, before))
-    with files.whole(path) as temporary, files.whole(other) as longer:
+    with files.atomic_write(path) as temporary, files.atomic_write(other) as longer:
         temporary.write_text("whole")
         longer.write_text("another file")
         assert not left.exists()
@@ -89,11 +89,11 @@ with files.whole({str(path)!r}) as temporary:
 def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
-        with files.whole(tmp_path / "text") as temporary:
+        with files.atomic_write(tmp_path / "text") as temporary:
             temporary.write_text("text")
-        with files.whole(tmp_path / "tensors") as temporary:
+        with files.atomic_write(tmp_path / "tensors") as temporary:
             safetensors.torch.save_file({"a": torch.zeros(1)}, temporary)
-        with files.whole(tmp_path / "state") as temporary:
+        with files.atomic_write(tmp_path / "state") as temporary:
             torch.save({"a": torch.zeros(1)}, temporary)
     finally:
         os.umask(before)

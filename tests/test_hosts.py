@@ -173,7 +173,7 @@ def test_each_multiply_add_has_a_part(family: str) -> None:
         ("vit_relpos_small_patch16_224", "its relative positions"),
         ("beit_base_patch16_224", "its relative positions"),
         ("mvitv2_tiny", "it is hierarchical"),
-        ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock, which cannot be pooled: .*side by side"),
+        ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock, which cannot be pooled: .*in parallel"),
         ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock, which cannot be pooled: its blocks are not timm's"),
         ("vit_dlittle_patch16_reg1_gap_256", "block 0 is a DiffAttention"),
         ("resnet18", "ResNet cannot be pooled"),
@@ -208,7 +208,7 @@ def test_hybrids_with_convolutions_before_the_patches(name: str, options: dict) 
 @pytest.mark.parametrize("pool", ["avg", "max"])
 def test_heads_that_read_patches_keep_one(photos, pool: str) -> None:
     model = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=2, global_pool=pool).eval()
-    with pytest.raises(ValueError, match=r"keep\[1\] = 0 would leave nothing to this model's head"):
+    with pytest.raises(ValueError, match=r"keep\[1\] = 0 must be at least 1: the head of this model"):
         tokenpool.patch(model, "wkmedoids", [5, 0])
     assert tokenpool.patch(model, "wkmedoids", [5, 1])(photos).isfinite().all()
 

@@ -204,7 +204,7 @@ def test_order_and_start(n: int, k: int) -> None:
 @runs
 @pytest.mark.slow
 def test_the_largest_size() -> None:
-    tokens, weights = whole(1, gpu.MOST_POINTS, 3, torch.float32)
+    tokens, weights = whole(1, gpu.MAX_POINTS, 3, torch.float32)
     found, plain = kmedoids(tokens, 5, weights, iterations=2)
     assert torch.equal(found.assignment, plain.assignment)
 
@@ -290,7 +290,7 @@ def test_attention_of_any_width(width: int) -> None:
 @runs
 @pytest.mark.slow
 def test_attention_over_the_most_keys_reads_with_strides() -> None:
-    q, k, v = heads(2, 2, gpu.MOST_KEYS, 32, torch.float16)
+    q, k, v = heads(2, 2, gpu.MAX_KEYS, 32, torch.float16)
     expected, scores = explicit(q, k, v, None, 0.1)
     padded = q.new_full((3, 2, 600, 70), torch.nan)[1:, :, 3:515, 5:37]
     padded.copy_(v)

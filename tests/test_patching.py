@@ -104,7 +104,7 @@ def test_a_downsampler_of_your_own(small, photos) -> None:
 @pytest.mark.parametrize(
     "keep, message",
     [
-        (None, "needs keep"),
+        (None, "needs a schedule: give gmacs, or keep"),
         ([30, 20, 10], "keep has 3 entries, but the model has 4 blocks"),
         ([30, 20, -1, 3], r"keep\[2\] = -1 must not be negative"),
         ([30, 20.0, 10, 3], r"keep\[1\] = 20\.0 must be a whole number"),
@@ -149,7 +149,7 @@ def test_keep_may_hold_numpy_integers(small) -> None:
         ({"downsampler": "none", "dense": True}, "'none' does not"),
         ({"downsampler": "kmedoids", "gmacs": 1.0, "bogus": 3}, "downsampler 'kmedoids': .*bogus"),
         ({"downsampler": "kmediods", "gmacs": 1.0}, "unknown downsampler 'kmediods'"),
-        ({"downsampler": "kmedoids", "keep": [9, 9, 9, 0], "dense": True}, r"keep\[3\] = 0 would leave nothing"),
+        ({"downsampler": "kmedoids", "keep": [9, 9, 9, 0], "dense": True}, r"keep\[3\] = 0 must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(small, arguments: dict, message: str) -> None:
@@ -164,7 +164,7 @@ def test_bad_models_are_named(small, photos) -> None:
         TypeError, match="ResNet cannot be pooled: it is hierarchical.*; supported are timm's VisionTransformer"
     ):
         tokenpool.create_model("resnet18", "wkmedoids", [1])
-    with pytest.raises(TypeError, match="block 0 is a ParallelScalingBlock.*side by side"):
+    with pytest.raises(TypeError, match="block 0 is a ParallelScalingBlock.*in parallel"):
         tokenpool.patch(
             timm.create_model(
                 "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelScalingBlock

@@ -63,7 +63,7 @@ def test_front() -> None:
     assert pareto.front(frame[:0]).empty
     twins = pd.DataFrame({"gmacs": [1, 1], "top1": [5, 5], "name": ["first", "second"]})
     assert pareto.front(twins)["name"].tolist() == ["first"]
-    with pytest.raises(ValueError, match="no column 'latency'; there are gmacs, top1, name"):
+    with pytest.raises(ValueError, match="no column 'latency'; it has gmacs, top1, name"):
         pareto.front(frame, cost="latency")
 
 

@@ -107,7 +107,7 @@ def test_a_loader_goes_on_where_its_state_says(workers: int) -> None:
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     data = DigitsDataModule(Recipe(batch_size=33, mixup=0.8))
     data.setup()
-    with pytest.raises(ValueError, match="batch_size = 33 cannot be shared out evenly among 1 processes .* in pairs"):
+    with pytest.raises(ValueError, match="batch_size = 33 must be a multiple of 2, for 1 processes .* in pairs"):
         data.train_dataloader()
     data = DigitsDataModule(Recipe(batch_size=4000))
     data.setup()

@@ -49,7 +49,7 @@ def test_decay() -> None:
 @pytest.mark.parametrize("schedule", [by_step, by_decay])
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "2"])
 def test_a_bad_steepness_is_named(schedule: Callable, value: object) -> None:
-    with pytest.raises(ValueError, match=f"must be a number, not negative, got {value!r}"):
+    with pytest.raises(ValueError, match=f"must be a number that is not negative, got {value!r}"):
         schedule(value, 196, 3)
 
 
@@ -74,8 +74,8 @@ def test_spellings(keep: object, expected: list[int]) -> None:
 @pytest.mark.parametrize(
     "keep, message",
     [
-        (0.0, "must lie above 0 and not above 1, got 0.0"),
-        (1.5, "must lie above 0 and not above 1, got 1.5"),
+        (0.0, "must be above 0 and at most 1, got 0.0"),
+        (1.5, "must be above 0 and at most 1, got 1.5"),
         ("-x", "keep = '-x'"),
         ("deit_small:9", r"level = 9.0 must be a number in 0..7"),
         ("deit_huge:1", "the paper has no schedule for 'deit_huge'"),

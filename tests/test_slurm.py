@@ -153,7 +153,7 @@ def test_signalled_jobs_are_requeued_and_end_as_uninterrupted_ones(whole: Study,
         subprocess.run(["scancel", "--signal=USR1", f"{job}_0"], check=True)
         time.sleep(0.5)
         os.kill(slow, signal.SIGCONT)
-        wait_for(lambda number=number: study.log(run).count("Slurm will go on") > number, study, run)
+        wait_for(lambda number=number: study.log(run).count("Slurm will continue") > number, study, run)
     wait_for(lambda: study.result(run).exists(), study, run)
     assert results.read(study.result(run))["restarts"] == requeues
     assert_same_base(study, whole)

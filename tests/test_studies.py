@@ -188,8 +188,8 @@ def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> No
         found = one_study.points(needs(one_study, "figure 5a"))
     assert len(found) == 19
     messages = " ".join(str(warning.message) for warning in caught)
-    assert f"{broken} is no JSON file of a run" in messages and "epochs was 3, now 12" in messages
-    with pytest.warns(UserWarning, match="is no JSON file of a run"):
+    assert f"{broken} is not a JSON file of a run" in messages and "epochs was 3, now 12" in messages
+    with pytest.warns(UserWarning, match="is not a JSON file of a run"):
         assert artifacts.draw(one_study, "5a") is not None
 
 

@@ -68,8 +68,8 @@ __all__ = [
     "unpool",
 ]
 
-# Modules, and names in them, that are imported when first used: they need Lightning, pandas, Matplotlib and SciPy,
-# which take seconds to import and which not everybody installs.
+# Modules and names that are imported when first used. They need optional packages (Lightning, pandas, Matplotlib,
+# SciPy), which take seconds to import.
 _MODULES = {
     "analysis": ("comparison", "pareto", "plotting", "redundancy", "results"),
     "training": (

@@ -1,11 +1,14 @@
-"""Exchange modules of a model: a pooled module adopts the children of the model's own module, and gives them back."""
+"""Replace a module of a model by a pooled module with the same children, and undo this.
+
+The model's own module is called *host*. The pooled module is called *guest*.
+"""
 
 import itertools
 
 import torch
 from torch import Tensor, nn
 
-# Hooks of PyTorch's modules. A hook on an exchanged module would be lost, or would get arguments of another kind.
+# Hooks of PyTorch's modules. A hook on a replaced module would be lost, or would get other arguments.
 _HOOKS = {
     "_forward_hooks": "forward hook",
     "_forward_pre_hooks": "forward pre-hook",
@@ -21,7 +24,11 @@ _HOOKS = {
 def adopt(guest: nn.Module, host: nn.Module) -> None:
     """Give a guest the host's children under the same names, and the host's mode (training or evaluation).
 
-    Each child then has two parents. The guest is the one in the model, so a child that is replaced is replaced there.
+    Each child then has two parents. Only the guest is in the model, so a user replaces children in the guest.
+
+    Args:
+        guest: the pooled module.
+        host: the model's own module.
     """
     for name, child in host._modules.items():  # named_children would skip a module that has two names
         guest.add_module(name, child)
@@ -29,7 +36,13 @@ def adopt(guest: nn.Module, host: nn.Module) -> None:
 
 
 def give_back(guest: nn.Module, host: nn.Module, but: tuple[str, ...] = ()) -> None:
-    """Give the host the guest's present children, except the ones named in `but`, and the guest's mode."""
+    """Give a host the guest's current children and the guest's mode.
+
+    Args:
+        guest: the pooled module.
+        host: the model's own module.
+        but: names of children that belong to the guest alone.
+    """
     for name, child in guest._modules.items():
         if name not in but:
             host.add_module(name, child)
@@ -37,15 +50,15 @@ def give_back(guest: nn.Module, host: nn.Module, but: tuple[str, ...] = ()) -> N
 
 
 def check_exchangeable(module: nn.Module, name: str, own: tuple[str, ...] = ()) -> None:
-    """Check that nothing is lost if another module takes the place of this one and adopts its children.
+    """Check that nothing is lost if another module replaces this module and adopts its children.
 
     Args:
-        module: a module that `patch` and `unpatch` exchange.
+        module: a module that `patch` and `unpatch` replace.
         name: name of the module in the model.
         own: names of parameters that the module's class defines.
 
     Raises:
-        ValueError: if the module has hooks, parameters, buffers or a forward method that a user gave to it.
+        ValueError: if the module has hooks, parameters, buffers or a forward method that a user has given to it.
     """
     found = [kind for attribute, kind in _HOOKS.items() if getattr(module, attribute)]
     tensors = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
@@ -53,16 +66,17 @@ def check_exchangeable(module: nn.Module, name: str, own: tuple[str, ...] = ()) 
     found += ["forward method of its own"] if "forward" in vars(module) else []
     if found:
         raise ValueError(
-            f"{name} has a {found[0]}, which would be lost: patch and unpatch exchange this module. Remove it first, "
-            "or put it on a module inside, such as norm1, attn.qkv, attn.proj or mlp: those stay"
+            f"{name} has a {found[0]}, which would be lost: patch and unpatch replace this module. Remove it first, "
+            "or put it on a module inside that stays, such as norm1, attn.qkv, attn.proj or mlp"
         )
 
 
 def reference(module: nn.Module) -> Tensor:
-    """Return an empty tensor on the device and of the dtype of a module, whatever the names of its parameters are.
+    """Return an empty tensor that has the device and the dtype of a module.
 
-    The dtype is the one of the first floating-point parameter or buffer, or PyTorch's default dtype. The device is
-    the one of the first parameter or buffer, or the CPU: modules that PyTorch has quantised have neither.
+    The dtype is the dtype of the first floating-point parameter or buffer, or else PyTorch's default dtype. The device
+    is the device of the first parameter or buffer, or else the CPU. (Modules that PyTorch has quantised have neither
+    parameters nor buffers.)
     """
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")

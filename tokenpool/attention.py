@@ -18,7 +18,7 @@ class Attended(NamedTuple):
     Attributes:
         output: (B, N, D).
         scores: (B, N) or None, the significance scores, equation (5): the attention that each token receives, summed
-            over heads and queries; float32 or more precise, without gradient.
+            over heads and queries. float32 or float64, without gradient.
         keys: (B, N, d) or None, the mean over heads, without gradient.
     """
 
@@ -74,11 +74,14 @@ class ScoredAttention(nn.Module):
         Args:
             x: (B, N, D).
             sizes: (B, N), the number of original tokens that each token stands for. The log of the size is added to
-                the logits of the token's key: one token of size s then gets as much attention as s equal tokens (the
+                the logits of the token's key. So one token of size s gets as much attention as s equal tokens (the
                 paper's *carry*, appendix E; *proportional attention* in Bolya et al. 2023). A token of size zero gets
-                none.
+                no attention.
             with_scores: also return the significance scores.
             with_keys: also return the keys.
+
+        Returns:
+            Output (B, N, D), and scores (B, N) and keys (B, N, d) or None.
         """
         q, k, v = self.project(x)
         scale = self.scale
@@ -112,17 +115,18 @@ class ScoredAttention(nn.Module):
         return Attended(self.proj_drop(self.proj(out)), scores, keys)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries, keys and values of tokens (B, N, D): (B, H, N, d) each."""
+        """Compute queries, keys and values, (B, H, N, d) each, of tokens (B, N, D)."""
         batch, n, _ = x.shape
         qkv = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
 
     def _micro_batch(self, x: Tensor) -> tuple[int, int]:
-        """Number of heads and of queries whose attention is in memory at once.
+        """Return how many heads and queries are computed at a time.
 
-        On a CPU, this part of the attention fits into the cache, elsewhere into 1 GiB. It is the whole attention if
-        autograd keeps all of it anyway, and in a graph, which must not depend on the batch.
+        On a CPU, their attention matrices fit into the cache. On other devices they take at most 1 GiB. All heads and
+        queries are computed at once if autograd keeps the whole attention anyway, and in a graph, because a graph must
+        not depend on the batch size.
         """
         batch, n, _ = x.shape
         if torch.is_grad_enabled() or is_in_graph():
@@ -131,13 +135,13 @@ class ScoredAttention(nn.Module):
         if x.device.type == "cpu" and batch > 1:  # the heads of several images do not lie side by side
             heads = 1
         else:
-            heads = min(micro_batch.fitting(batch * n * n, budget), self.num_heads)
-        return heads, min(micro_batch.fitting(batch * n, budget), n) if heads == 1 else n
+            heads = min(micro_batch.max_items(batch * n * n, budget), self.num_heads)
+        return heads, min(micro_batch.max_items(batch * n, budget), n) if heads == 1 else n
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Output (B, N, h d) of h heads and attention received (B, N), computed for `rows` queries at a time."""
+        """Return output (B, N, h d) and received attention (B, N) of h heads, computed for `rows` queries at a time."""
         outs: list[Tensor] = []
         received: Any = 0
         for some in (q * scale).split(rows, dim=2):

@@ -1,4 +1,4 @@
-"""The pooled block and the stack of pooled blocks, and what travels from block to block."""
+"""The pooled block, the stack of pooled blocks, and the data that a block passes to the next block."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ from tokenpool.eager import is_in_graph
 
 
 class Stream(NamedTuple):
-    """What travels from block to block.
+    """The data that a block passes to the next block.
 
     Attributes:
         tokens: (B, P + N, D), P prefix tokens (class, register, distillation) and N patch tokens.
-        sizes: (B, P + N), the number of original tokens that each token stands for; None if no block needs sizes.
-        assignment: (B, patches), for each patch of the image the patch token that it is in now; None if the head does
-            not need it.
+        sizes: (B, P + N), the number of original tokens that each token stands for. None if no block needs sizes.
+        assignment: (B, patches), the current patch token of each patch of the image. None if the head does not need
+            the assignment.
     """
 
     tokens: Tensor
@@ -30,9 +30,9 @@ class Stream(NamedTuple):
     assignment: Tensor | None
 
     def split(self, images: int) -> list["Stream"]:
-        """Split the batch into streams of `images` images each; the last stream has the rest."""
+        """Split the batch into streams of `images` images each. The last stream has the remaining images."""
         parts = [itertools.repeat(None) if part is None else part.split(images) for part in self]
-        return [Stream(*part) for part in zip(*parts, strict=False)]  # tokens end the endless repetition of None
+        return [Stream(*part) for part in zip(*parts, strict=False)]  # tokens are never None, so zip ends
 
     @staticmethod
     def cat(streams: Sequence["Stream"]) -> "Stream":
@@ -49,7 +49,7 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model was patched: the arguments of `tokenpool.patch`."""
+    """The arguments of `tokenpool.patch` that a model was patched with."""
 
     downsampler: str
     keep: tuple[int, ...] | None
@@ -70,9 +70,9 @@ _NEEDS_PLAIN = (
 class PooledBlock(nn.Module):
     """A transformer block with a downsampler between attention and MLP (Marin et al. 2021, section 4).
 
-    A pooled block takes over the submodules of the model's own block under the same names, so that checkpoints stay
-    the same. Each family of models has a subclass, in `tokenpool.hosts`, that implements `attend` and `feed_forward`
-    with these submodules.
+    A pooled block adopts the submodules of the model's own block under the same names, so that checkpoints stay the
+    same. Each family of models has a subclass in `tokenpool.hosts`. The subclass implements `attend` and
+    `feed_forward` with these submodules.
 
     Args:
         host: the model's own block.
@@ -90,7 +90,7 @@ class PooledBlock(nn.Module):
         self.carry = carry
 
     def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
-        """Compute the attention branch on tokens (B, P + N, D); its `output` is what is added to the tokens.
+        """Compute the attention branch. The block adds its `output` to the tokens.
 
         Args:
             tokens: (B, P + N, D).
@@ -101,11 +101,11 @@ class PooledBlock(nn.Module):
         raise NotImplementedError
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
-        """Compute the MLP branch on tokens (B, P + K, D): (B, P + K, D), which is added to the tokens."""
+        """Compute the MLP branch (B, P + K, D) of tokens (B, P + K, D). The block adds it to the tokens."""
         raise NotImplementedError
 
     def give_back(self) -> nn.Module:
-        """Return the model's own block, with the submodules that are in this block now."""
+        """Return the model's own block with the current submodules of this block."""
         give_back(self, self._host[0], but=("downsampler",))
         return self._host[0]
 
@@ -117,7 +117,7 @@ class PooledBlock(nn.Module):
         return Stream(tokens, sizes, patches)
 
     def _attend_and_downsample(self, stream: Stream) -> Stream:
-        """All that comes before the MLP. It is a method of its own, so that its tensors are freed before the MLP."""
+        """Compute the part of the block before the MLP. As a separate method, it frees its tensors before the MLP."""
         tokens, sizes, patches = stream
         downsampler, prefix = self.downsampler, self.prefix
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
@@ -144,15 +144,15 @@ class PooledBlock(nn.Module):
 
 
 class PooledBlocks(nn.Sequential):
-    """The blocks of a patched model: the model calls it with tokens (B, P + N, D) and gets tokens (B, P + K, D).
+    """The blocks of a patched model. They map tokens (B, P + N, D) to tokens (B, P + K, D).
 
-    With `unpools`, it returns all P + N tokens; each patch then has the value of the token that it is in (equation
-    (9)). This is for heads that read patches: their mean over patches, or their attention over patches, then weighs
-    each token by its size, exactly.
+    With `unpools`, the stack returns all P + N tokens, and each patch has the value of its token (equation (9)). This
+    is for heads that read patches. Their mean over patches, or their attention over patches, then weighs each token
+    exactly by its size.
 
     Args:
         blocks: one pooled block for each block of the model.
-        setting: how the model was patched.
+        setting: arguments that the model was patched with.
         host: the model's own stack of blocks.
         prefix: number of prefix tokens.
         unpools: whether all patches are returned.
@@ -169,7 +169,7 @@ class PooledBlocks(nn.Sequential):
         self.training = host.training
 
     def give_back(self) -> nn.Sequential:
-        """Return the model's own stack, with the blocks that are in this stack now."""
+        """Return the model's own stack with the current blocks of this stack."""
         (host,) = self._host
         blocks = [block.give_back() for block in cast(Iterable[PooledBlock], self)]
         del host[:]
@@ -188,7 +188,7 @@ class PooledBlocks(nn.Sequential):
         sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
         patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
         stream = Stream(tokens, sizes, patches)
-        streams = self._parts(stream)
+        streams = self._micro_batches(stream)
         for block in self:
             streams = _joined([block(part) for part in streams])
         stream = Stream.cat(streams)
@@ -197,16 +197,15 @@ class PooledBlocks(nn.Sequential):
         back = unpool(stream.tokens[:, self.prefix :], stream.assignment)
         return torch.cat([stream.tokens[:, : self.prefix], back], dim=1)
 
-    def _parts(self, stream: Stream) -> list[Stream]:
-        """The stream in parts of a few images each, on a CPU; else the stream as it is.
+    def _micro_batches(self, stream: Stream) -> list[Stream]:
+        """Split the stream into micro-batches on a CPU. Return it unsplit if they would not help or change the result.
 
-        The stream stays whole where parts would not help or would change the result: with gradients they save no
-        memory, in a graph the loop over them would be unrolled, hooks expect a whole batch, and the random numbers of
-        training are drawn for a whole batch.
+        With gradients, micro-batches save no memory. In a graph, the loop over them would be unrolled. Hooks expect
+        the full batch. Training draws random numbers for the full batch.
         """
-        whole = is_in_graph() or torch.is_grad_enabled() or self.training
+        unsplit = is_in_graph() or torch.is_grad_enabled() or self.training
         tokens = stream.tokens
-        if whole or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
+        if unsplit or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
             return [stream]
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
             return [stream]
@@ -214,7 +213,7 @@ class PooledBlocks(nn.Sequential):
 
 
 def _joined(streams: list[Stream]) -> list[Stream]:
-    """Join neighbouring streams while the joined stream has at most `micro_batch.BLOCK_FLOATS` numbers."""
+    """Join neighbouring streams into streams of at most `micro_batch.BLOCK_FLOATS` floats."""
     joined: list[list[Stream]] = []
     for stream in streams:
         if joined and sum(part.tokens.numel() for part in [*joined[-1], stream]) <= micro_batch.BLOCK_FLOATS:
@@ -225,17 +224,16 @@ def _joined(streams: list[Stream]) -> list[Stream]:
 
 
 def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
-    """Put K tokens back at the positions of the N patches: nearest-neighbour interpolation, equation (9).
+    """Copy K tokens to the positions of the N patches: nearest-neighbour interpolation, equation (9).
 
     This is for dense heads, such as segmentation. `patch(..., dense=True)` does it at the end of the network.
 
     Args:
         tokens: (B, K, D).
-        assignment: (B, N), the token that each patch is in, as in `BlockTrace.assignment`. Patches that were dropped
-            (-1) become zeros.
+        assignment: (B, N) int64, the token of each patch, as in `BlockTrace.assignment`. A dropped patch has -1.
 
     Returns:
-        (B, N, D).
+        (B, N, D). Dropped patches are zero.
     """
     index = assignment.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2])
     if tokens.shape[1] == 0:
@@ -244,16 +242,30 @@ def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Compose assignments (B, N) -> (B, K1) and (B, K1) -> (B, K2) to (B, N) -> (B, K2); -1 stays -1."""
+    """Compose two assignments. An entry -1 (dropped) stays -1.
+
+    Args:
+        first: (B, N), indices in 0..M-1, or -1.
+        second: (B, M), indices in 0..K-1, or -1.
+
+    Returns:
+        (B, N), indices in 0..K-1, or -1.
+    """
     if second.shape[1] == 0:
         return torch.full_like(first, -1)
     return torch.where(first >= 0, second.gather(1, first.clamp(min=0)), -1)
 
 
 def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Sum the sizes (B, N) over the tokens that each of the K output tokens is made of: (B, K).
+    """Sum the sizes of the input tokens of each output token.
 
-    The sizes of dropped tokens are lost.
+    Args:
+        sizes: (B, N), the sizes of the input tokens. The sizes of dropped tokens are not counted.
+        assignment: (B, N), the output token of each input token, or -1.
+        k: number of output tokens.
+
+    Returns:
+        (B, K), the sizes of the output tokens.
     """
     bins = sizes.new_zeros(sizes.shape[0], k + 1)  # the first bin collects dropped tokens, whose assignment is -1
     return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]

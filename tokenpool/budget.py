@@ -1,7 +1,7 @@
-"""Find the retention schedule that meets a budget: search a family of schedules, complete the result, and check it.
+"""Find the retention schedule that meets a budget: search a family of schedules, use up the rest, check the result.
 
-A steeper schedule may cost more: if a block that kept all its tokens loses one, it has to cluster them. So costs are
-not monotone along a family, and the search checks its result.
+A schedule with fewer tokens can cost more, because a block that keeps all tokens does not cluster them. So the cost is
+not monotone within a family of schedules, and the search checks its result.
 """
 
 import copy
@@ -19,7 +19,7 @@ from tokenpool import hosts, schedules
 from tokenpool.downsampling import Convolution, Downsampler, find
 from tokenpool.flops import macs_by_module
 
-LEAST = 0.98  # the least share of a budget that is used, unless one token more would be too much
+MIN_SHARE = 0.98  # minimum share of the budget to use, unless one more token in any block would exceed the budget
 
 Cost = Callable[[Sequence[int]], int]
 
@@ -33,24 +33,27 @@ def schedule_for(
     dense: bool = False,
     **options: Any,
 ) -> list[int]:
-    """Find the schedule that uses up a budget, clustering included: `keep` for `tokenpool.patch`.
+    """Find the schedule that uses a budget, clustering included: `keep` for `tokenpool.patch`.
 
-    The model that is patched with it costs between 0.98 and 1.0 of the budget, as `flops.count` counts. It may cost
-    less if one more token in any block would be too much. The schedule is one of the family if the family has one that
-    fits. See `meet`.
+    The patched model costs between 0.98 and 1.0 of the budget, as counted by `flops.count`. It costs less only if one
+    more token in any block would exceed the budget. If a schedule of the family meets the budget, the result is from
+    the family. See `meet`.
 
     Args:
         gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
-        model: a model of a family in `tokenpool.hosts`, patched or plain; it stays as it is.
+        model: a model of a family in `tokenpool.hosts`, patched or plain. It is not changed.
         downsampler: see `tokenpool.patch`.
         family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
         dense: see `tokenpool.patch`.
-        **options: of the downsampler.
+        **options: arguments of the downsampler's class.
+
+    Returns:
+        The maximum number of patch tokens after each block.
 
     Raises:
         TypeError: if the model belongs to no supported family.
-        ValueError: if the model costs more even with one token after the first block, or less with all tokens; for an
-            unknown family, method or option, or for a method that has no schedule.
+        ValueError: if the budget is too small even for one token after the first block, or more than the plain model
+            costs. Also for an unknown family, method or option, or for a method without a schedule.
     """
     name, method = find(downsampler)
     if method is None or method is Convolution:
@@ -59,12 +62,11 @@ def schedule_for(
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
     cost = ScheduleCost(model, method, dense=dense, **options)
     schedule = schedules_of(family, cost.tokens, len(cost.blocks))
-    macs = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # undoes the rounding of a whole number that 1e9 divided
+    macs = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # a whole number that was divided by 1e9 stays whole
     plain = cost.backbone(schedule(0.0))
     if macs > plain:
         raise ValueError(
-            f"gmacs = {float(gmacs):.10g} is more than the plain model costs, {plain / 1e9:.10g}: it needs no pooling; "
-            "give a smaller budget"
+            f"gmacs = {float(gmacs):.10g} is more than the plain model costs, {plain / 1e9:.10g}: give a smaller budget"
         )
     return meet(macs, cost, cost.backbone, schedule)
 
@@ -73,10 +75,10 @@ class BlockCost(NamedTuple):
     """Multiply-adds of a block.
 
     Attributes:
-        entering: for each token that enters the block.
-        leaving: for each token that leaves the downsampler.
-        pair: for each pair of query and key.
-        key_width: d of the keys, on which the cost of a downsampler may depend.
+        entering: cost for each token that enters the block.
+        leaving: cost for each token that leaves the downsampler.
+        pair: cost for each pair of query and key.
+        key_width: width d of the keys. The cost of some downsamplers depends on it.
     """
 
     entering: int
@@ -86,17 +88,17 @@ class BlockCost(NamedTuple):
 
 
 class ScheduleCost:
-    """The cost of a model as a function of its schedule; equal to `flops.count`, but without running the whole model.
+    """The cost of a model as a function of its schedule. It equals `flops.count`, but does not run the whole model.
 
-    fvcore counts each layer once, for a few tokens. Linear layers cost the same for each token, and attention for each
-    pair of tokens. Downsamplers state their cost (`Downsampler.macs`). The other downsamplers are traced, as with
-    `patch(carry=True)`.
+    fvcore counts each layer once, for a few tokens. The cost of linear layers is proportional to the number of tokens,
+    and the cost of attention to the number of pairs of tokens. `Downsampler.macs` gives the cost of a downsampler.
+    Downsamplers without it are traced, as with `patch(carry=True)`.
 
     Args:
-        model: a model of a family in `tokenpool.hosts`, patched or plain; it stays as it is.
+        model: a model of a family in `tokenpool.hosts`, patched or plain. It is not changed.
         method: class of the downsampler.
         dense: see `tokenpool.patch`.
-        **options: of the downsampler.
+        **options: arguments of the downsampler's class.
 
     Attributes:
         tokens: number of patch tokens of an image.
@@ -114,24 +116,24 @@ class ScheduleCost:
 
         merges = any(layer is not None and layer.merges for layer in self._layers([1] * len(self.blocks)))
         self._head_reads = self.tokens if self.host.unpools and merges else None
-        first = _First(0)
-        rest = adapter.copy_around(nn.Sequential(first)).cpu().float().eval()
+        first = _FirstTokens(0)
+        rest = adapter.copy_with_blocks(nn.Sequential(first)).cpu().float().eval()
         self._outside = []
         for n in [self.tokens] if self._head_reads else [1, 2, 3]:
             first.limit = self.prefix + n
             self._outside.append(_macs(rest, adapter.blank_image()))
 
     def __call__(self, keep: Sequence[int]) -> int:
-        """Compute the multiply-adds of one image, clustering included."""
+        """Return the multiply-adds of one image, clustering included, for a schedule."""
         macs, n = 0, self.tokens
         kept: list[int] = []
         for index, layer in enumerate(self._layers(keep)):
-            spent, n = self._reducing(index, layer, n)
+            spent, n = self._downsampling_cost(index, layer, n)
             macs, kept = macs + spent, [*kept, n]
         return macs + self._network(kept)
 
     def backbone(self, keep: Sequence[int]) -> int:
-        """Compute the multiply-adds of one image without clustering, if each downsampler keeps as many as it may."""
+        """Return the multiply-adds of one image, without clustering, for a schedule."""
         return self._network(schedules.tokens_kept(keep, self.tokens))
 
     def _network(self, kept: Sequence[int]) -> int:
@@ -143,7 +145,7 @@ class ScheduleCost:
         return macs
 
     def _embedding_and_head(self, n: int) -> int:
-        """The head is at most quadratic in the number n of its tokens, so that three counts determine all others."""
+        """Return the cost of embedding and head. It is at most quadratic in n, so three counts determine it."""
         if self._head_reads:
             return self._outside[0]
         one, two, three = self._outside
@@ -156,8 +158,8 @@ class ScheduleCost:
         except TypeError as error:
             raise ValueError(f"downsampler {find(self.method)[0]!r}: {error}") from error
 
-    def _reducing(self, index: int, layer: Downsampler | None, n: int) -> tuple[int, int]:
-        """Multiply-adds of the downsampler of a block on n tokens, and the number of tokens that it keeps."""
+    def _downsampling_cost(self, index: int, layer: Downsampler | None, n: int) -> tuple[int, int]:
+        """Return the multiply-adds of a block's downsampler on n tokens, and the number of tokens that it keeps."""
         if layer is None or not layer.acts_on(n):
             return 0, n
         width, key_width = self.host.width, self.blocks[index].key_width
@@ -165,14 +167,14 @@ class ScheduleCost:
             return layer.macs(n, width, key_width) if layer.keep else 0, layer.keep
         key = (index, n, layer.keep)
         if key not in self._traced:
-            # If nothing reads the assignment, the graph that `flops.count` sees does not contain its computation.
+            # If nothing reads the assignment, the graph of `flops.count` does not contain its computation.
             is_read = index < len(self.blocks) - 1 or self._head_reads is not None
             self._traced[key] = traced_cost(layer, n, width, key_width, is_read)
         return self._traced[key]
 
 
-class _First(nn.Module):
-    """Returns the first tokens only."""
+class _FirstTokens(nn.Module):
+    """Return the first `limit` tokens."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -183,7 +185,7 @@ class _First(nn.Module):
 
 
 def _block_cost(layers: hosts.Layers, known: dict[Hashable, int]) -> BlockCost:
-    """Count the layers of a block; `known` has the costs of layers of the same structure."""
+    """Count the layers of a block. `known` stores the cost of each layer structure."""
 
     def per_token(layer: nn.Module, width: int) -> int:
         kinds = tuple((name, type(part)) for name, part in layer.named_modules())
@@ -199,26 +201,29 @@ def _block_cost(layers: hosts.Layers, known: dict[Hashable, int]) -> BlockCost:
 def traced_cost(
     layer: Downsampler, n: int, width: int, key_width: int, with_assignment: bool = True
 ) -> tuple[int, int]:
-    """Count the multiply-adds of a downsampler on n tokens, and the tokens that it keeps, by running it.
+    """Run a downsampler on n tokens to count its multiply-adds and the tokens that it keeps.
 
     Args:
-        layer: the downsampler; it is copied.
+        layer: the downsampler. It is copied.
         n: number of tokens.
-        width: D of the tokens.
-        key_width: d of the keys.
-        with_assignment: whether the assignment is part of the graph that is counted.
+        width: width D of the tokens.
+        key_width: width d of the keys.
+        with_assignment: whether to count the computation of the assignment.
+
+    Returns:
+        Multiply-adds, and the number of tokens that remain.
     """
     draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))  # the cost does not depend on the values
     hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
     hints |= {"keys": draw(1, n, key_width)} if layer.uses_keys else {}
     inputs = draw(1, n, width), draw(1, n)
-    bare = _Bare(copy.deepcopy(layer), hints, with_assignment)
+    traceable = _WithHints(copy.deepcopy(layer), hints, with_assignment)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return _macs(bare, inputs), bare(*inputs)[0].shape[1]
+        return _macs(traceable, inputs), traceable(*inputs)[0].shape[1]
 
 
-class _Bare(nn.Module):
-    """A downsampler with tensors as its only arguments, as tracing needs it."""
+class _WithHints(nn.Module):
+    """A downsampler with fixed hints. Its only arguments are tensors, because tracing requires this."""
 
     def __init__(self, layer: Downsampler, hints: dict[str, Tensor], with_assignment: bool) -> None:
         super().__init__()
@@ -233,7 +238,9 @@ def _macs(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> int:
 
 
 def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
-    """Return the schedules of a family by their steepness: 0 keeps all tokens, 1 keeps one after the first block.
+    """Return a function from steepness to schedule.
+
+    Steepness 0 keeps all tokens. Steepness 1 keeps one token after the first block.
 
     Args:
         family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
@@ -241,7 +248,7 @@ def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list
         depth: number of blocks.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for an unknown family.
     """
     if family == "decay":
         return lambda steepness: schedules.by_decay(steepness * depth**2 * math.log(2 * tokens), tokens, depth)
@@ -251,15 +258,16 @@ def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list
 
 
 def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
-    """Find a schedule that costs between `LEAST` of the budget and all of it, or to which no block can add a token.
+    """Find a schedule that costs at least `MIN_SHARE` of the budget and at most the budget.
 
-    The schedule is one of the family if the family has one that fits. Otherwise, blocks keep more tokens than in the
-    family, the last blocks first.
+    The result may cost less than `MIN_SHARE` if one more token in any block would exceed the budget. If a schedule of
+    the family meets the budget, the result is from the family. Otherwise, some blocks keep more tokens than in the
+    family. The last blocks are tried first.
 
     Args:
-        budget: multiply-adds of one image, not more than with all tokens.
-        total: cost of a schedule, clustering included.
-        backbone: cost of a schedule without clustering; it grows with each entry.
+        budget: multiply-adds of one image, at most the cost of the plain model.
+        total: returns the cost of a schedule, clustering included.
+        backbone: returns the cost of a schedule without clustering. The cost increases with each entry.
         schedule: see `schedules_of`.
 
     Raises:
@@ -270,26 +278,26 @@ def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], l
         return every
     if total(one) > budget:
         raise ValueError(
-            f"{budget / 1e9:.6g} GMACs are too few: with one token left after the first block, it costs "
-            f"{total(one) / 1e9:.4g}"
+            f"{budget / 1e9:.6g} GMACs are too few: the model costs {total(one) / 1e9:.4g} with one token after the "
+            "first block; give a larger budget"
         )
-    keep = _of_family(budget, total, backbone, schedule)
-    if total(keep) < LEAST * budget:
-        keep = _filled(keep, every[0], budget, total)
+    keep = _search_family(budget, total, backbone, schedule)
+    if total(keep) < MIN_SHARE * budget:
+        keep = _use_up(keep, every[0], budget, total)
     _check(keep, every[0], budget, total)
     return keep
 
 
-def _of_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
-    """A schedule of the family that fits, while its milder neighbour does not.
+def _search_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
+    """Find the schedule of the family with the most expensive backbone that meets the budget.
 
-    A part of the budget is reserved for clustering, and the mildest schedule whose backbone fits into the rest is
-    tried. The reserve is the cost of clustering in the last attempt. If this does not converge, the reserve is the
-    middle between one that was too small and one that was enough.
+    The search reserves a part of the budget for clustering, and tries the least steep schedule whose backbone fits into
+    the rest. The next reserve is the cost of clustering in this attempt. If this does not converge, the next reserve is
+    the middle between a reserve that was too small and a reserve that was large enough.
     """
 
     def within(limit: int) -> list[int]:
-        """The mildest schedule whose backbone costs at most `limit`."""
+        """Return the least steep schedule whose backbone costs at most `limit`."""
         mild, steep = 0.0, 1.0
         if backbone(schedule(mild)) <= limit:
             return schedule(mild)
@@ -308,7 +316,7 @@ def _of_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[flo
             best = max(best, keep, key=backbone)
         else:
             too_little = reserved
-        if spent == reserved or enough - too_little <= 1 or (attempt >= 5 and total(best) >= LEAST * budget):
+        if spent == reserved or enough - too_little <= 1 or (attempt >= 5 and total(best) >= MIN_SHARE * budget):
             break
         reserved = (reserved + spent) // 2 if attempt else spent
         if attempt >= 5 or not too_little < reserved < enough:
@@ -316,26 +324,26 @@ def _of_family(budget: int, total: Cost, backbone: Cost, schedule: Callable[[flo
     return best
 
 
-def _filled(keep: list[int], tokens: int, budget: int, total: Cost) -> list[int]:
-    """Give more tokens to blocks until `LEAST` of the budget is used, or until no block can keep one more."""
-    while total(keep) < LEAST * budget:
-        for blocks, room in _places(keep, tokens):
-            # A block that keeps all tokens does not cluster, and may cost less than if it kept fewer.
-            fit = room if total(_raised(keep, blocks, room)) <= budget else 0
-            fit = fit or bisect_right(range(1, room), budget, key=lambda by: total(_raised(keep, blocks, by)))
+def _use_up(keep: list[int], tokens: int, budget: int, total: Cost) -> list[int]:
+    """Let blocks keep more tokens until `MIN_SHARE` of the budget is used, or until no block can keep one more."""
+    while total(keep) < MIN_SHARE * budget:
+        for blocks, room in _extendable_ranges(keep, tokens):
+            # A block that keeps all tokens does not cluster, so it can cost less than a block that keeps fewer.
+            fit = room if total(_extended(keep, blocks, room)) <= budget else 0
+            fit = fit or bisect_right(range(1, room), budget, key=lambda by: total(_extended(keep, blocks, by)))
             if fit:
-                keep = _raised(keep, blocks, fit)
+                keep = _extended(keep, blocks, fit)
                 break
         else:
             break
     return keep
 
 
-def _places(keep: Sequence[int], tokens: int) -> Iterator[tuple[range, int]]:
-    """Ranges of blocks that can keep more tokens, and how many more; the last blocks come first.
+def _extendable_ranges(keep: Sequence[int], tokens: int) -> Iterator[tuple[range, int]]:
+    """Yield ranges of blocks that can keep more tokens, with the number of additional tokens, last blocks first.
 
-    A range of blocks that keep equally many tokens comes as a whole first, since then no further block clusters. The
-    parts of each range, from its first block on, follow.
+    Neighbouring blocks with the same number of tokens are one range. Complete ranges come first, because extending them
+    does not make a further block cluster. Parts of each range, from its first block on, follow.
     """
     entering = [tokens, *keep]
     starts = [block for block, limit in enumerate(keep) if limit < entering[block]]
@@ -345,16 +353,18 @@ def _places(keep: Sequence[int], tokens: int) -> Iterator[tuple[range, int]]:
         yield blocks, entering[blocks[0]] - keep[blocks[0]]
 
 
-def _raised(keep: Sequence[int], blocks: range, by: int) -> list[int]:
+def _extended(keep: Sequence[int], blocks: range, by: int) -> list[int]:
     return [limit + by if block in blocks else limit for block, limit in enumerate(keep)]
 
 
 def _check(keep: Sequence[int], tokens: int, budget: int, total: Cost) -> None:
-    """Raise a ValueError unless the schedule is what `meet` promises."""
+    """Raise a ValueError if the schedule does not fulfil the description of `meet`."""
     cost = total(keep)
-    if cost <= budget and cost >= LEAST * budget:
+    if cost <= budget and cost >= MIN_SHARE * budget:
         return
-    if cost > budget or any(total(_raised(keep, blocks, 1)) <= budget for blocks, _ in _places(keep, tokens)):
+    if cost > budget or any(
+        total(_extended(keep, blocks, 1)) <= budget for blocks, _ in _extendable_ranges(keep, tokens)
+    ):
         raise ValueError(
             f"no schedule found that meets {budget / 1e9:.6g} GMACs: the best costs {cost / 1e9:.6g}; give keep instead"
         )

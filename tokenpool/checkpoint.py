@@ -1,4 +1,4 @@
-"""Save and load patched models: safetensors, with the description of the model as metadata. No pickle."""
+"""Save and load patched models as safetensors files, with a description of the model as metadata. No pickle."""
 
 import json
 import re
@@ -25,21 +25,20 @@ _KEY = "tokenpool"
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a model, patched or plain, so that `load` can build it again.
+    """Write a model, patched or plain, to a file for `load`. The file is written atomically.
 
-    Any tool that reads safetensors can read the weights. A parameter-free method leaves the names that timm gives
-    them. The metadata keeps the arguments of timm in `model_options`, but no rates of dropout and no hooks. A model
-    that differs in another way from the model that timm builds by its name is refused, for instance a model with
-    adapters or quantised modules.
+    All tools that read safetensors can read the weights. With a parameter-free method, the weights have timm's names.
+    The metadata contains timm's arguments (`model_options`), but no dropout rates and no hooks. The model must be equal
+    to the model that timm builds by its name. So a model with adapters or quantised modules is an error.
 
     Args:
-        model: made by `tokenpool.create_model` or `timm.create_model`.
-        path: of the file to write, atomically.
+        model: result of `tokenpool.create_model` or `timm.create_model`.
+        path: path of the file.
 
     Raises:
         TypeError: if the model belongs to no supported family.
-        ValueError: if `load` could not build the model again: timm does not know it, the downsampler has no name, or
-            an option is no plain value.
+        ValueError: if `load` could not build the model again: timm does not know the model, the downsampler is not
+            registered, or an option is not a JSON value.
     """
     if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: save its `{inner}`")
@@ -56,30 +55,36 @@ def save(model: nn.Module, path: str | Path) -> None:
     except TypeError as error:
         raise ValueError(f"the model's setting cannot be saved: {error}") from error
     rebuilt = _build(description, empty=True)
-    complaint = "the model cannot be saved: timm builds another one by its name and size"
-    _check_same_modules(model, rebuilt, complaint)
-    _check_same_weights(rebuilt, model.state_dict(), complaint)
+    summary = "the model cannot be saved: timm builds a different model for its name and size"
+    _check_same_modules(model, rebuilt, summary)
+    _check_same_weights(rebuilt, model.state_dict(), summary)
     differing = [
         pair
         for pair in zip_longest(_structure(model, adapter.IDENTITY), _structure(rebuilt, adapter.IDENTITY))
         if pair[0] != pair[1]
     ]
     if differing:
-        raise ValueError(f"{complaint}: {differing[0][1]!r} in place of {differing[0][0]!r}")
+        raise ValueError(f"{summary}: {differing[0][1]!r} instead of {differing[0][0]!r}")
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()})
     if len(dtypes) > 1:
-        raise ValueError(f"the model cannot be saved: its weights are of {' and '.join(dtypes)}; convert them to one")
+        raise ValueError(f"the model cannot be saved: its weights are of {' and '.join(dtypes)}; convert all to one")
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
 
 
 def load(path: str | Path) -> nn.Module:
-    """Return the model that `save` wrote, patched as it was, in evaluation mode, on the CPU.
+    """Read a model from a file of `save`, patched or plain as it was saved.
+
+    Args:
+        path: path of the file.
+
+    Returns:
+        The model, on the CPU and in evaluation mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file was not written by `save`, or is damaged; the message names it.
+        ValueError: if the file was not written by `save`, or is damaged. The message names the file.
     """
     path = Path(path)
     files.check_local(path)
@@ -88,9 +93,9 @@ def load(path: str | Path) -> nn.Module:
     try:
         with safetensors.safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[_KEY])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is not iterable
     except KeyError as error:
-        raise ValueError(f"{path} was not written by tokenpool.save; load_weights reads weights alone") from error
+        raise ValueError(f"{path} was not written by tokenpool.save: use load_weights to read weights only") from error
     except Exception as error:
         raise ValueError(f"cannot read model {path}: {error}") from error
     try:
@@ -105,39 +110,41 @@ def load(path: str | Path) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False, ema: bool | None = None) -> None:
-    """Load weights into a model: safetensors, or a `.pth` or `.ckpt` file of `torch.save`. Nothing is executed.
+    """Load weights into a model from a safetensors file, or from a `.pth` or `.ckpt` file of `torch.save`.
 
-    A prefix of all names, such as `module.`, `_orig_mod.`, `model.` or `backbone.`, is removed if the names then fit
-    the model. The names of formats that timm converts (DINOv2, CLIP, DeiT-3, ...) are converted, and position and
-    patch embeddings of another size are resampled, as timm does. A warning says what was done.
+    No code in the file is executed. A common prefix of the names, such as `module.`, `_orig_mod.`, `model.` or
+    `backbone.`, is removed if the names then match the model. Names of formats that timm converts (DINOv2, CLIP,
+    DeiT-3, ...) are converted. Position and patch embeddings of another size are resampled, as in timm. A warning
+    describes each change.
 
-    The file may lack parameters of downsamplers and learned alphas; the model then keeps its initial ones. Retention
-    weights in the file are ignored if the model has none.
+    Parameters of downsamplers and learned alphas may be missing in the file. The model then keeps its initial values.
+    Retention weights in the file are ignored if the model has no such weights.
 
     Args:
-        model: a model of timm, patched or plain.
-        path: the file.
+        model: a timm model, patched or plain.
+        path: path of the file.
         other_classes: ignore a classifier for another number of classes. The model keeps its own classifier.
-        ema: True loads the moving average of the weights, and False the raw weights, from a file that has both
+        ema: which weights to load from a file with both the moving average of the weights and the raw weights
             (`state_dict_ema` and `state_dict`, `model_ema` and `model`, `ema.` and `model.` in this project's `.ckpt`).
-            None loads the moving average, as timm does. A warning says which one was loaded.
+            True loads the moving average, False the raw weights. None loads the moving average, as timm does, and a
+            warning says so.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read or has weights of another model; the message names the file and a key,
-            and says why.
+        ValueError: if the file cannot be read, or has the weights of another model. The message names the file and a
+            key, and gives the reason.
     """
     path = Path(path)
     files.check_local(path)
     if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: load the weights into its `{inner}`")
-    held = weight_files.read(path)
+    content = weight_files.read(path)
     own, classifiers = model.state_dict(), _classifiers(model)
-    may_miss = {key for key in own if ".downsampler." in key or key.endswith("attn.alpha")}
-    may_miss |= {key for key in own if other_classes and key in classifiers}
-    fitting, nearest = weight_files.find(held, model, [key for key in own if key not in may_miss])
+    optional = {key for key in own if ".downsampler." in key or key.endswith("attn.alpha")}
+    optional |= {key for key in own if other_classes and key in classifiers}
+    fitting, nearest = weight_files.find(content, model, [key for key in own if key not in optional])
     if nearest is None:
-        raise ValueError(f"cannot read weights {path}: it holds no tensors with names")
+        raise ValueError(f"cannot read weights {path}: it holds no named tensors")
     found, notes = weight_files.choose(fitting, ema, path) if fitting else (nearest, [])
     state = {key: value for key, value in found.weights.items() if key in own or not key.endswith(".retention")}
     if other_classes:
@@ -146,12 +153,12 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
             for key, value in state.items()
             if key not in classifiers or (key in own and value.shape == own[key].shape)
         }
-    _check_same_weights(model, state, f"{path} holds the weights of another model", may_miss, advise=True)
+    _check_same_weights(model, state, f"{path} holds the weights of another model", optional, with_hint=True)
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not go into this model: {reason}") from error
+        raise ValueError(f"{path} cannot be loaded into this model: {reason}") from error
     if notes:
         warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
 
@@ -164,13 +171,13 @@ def _architecture(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     name = config.get("architecture", "")
     if not timm.is_model(name):
-        raise ValueError(f"a {type(model).__name__} that timm.create_model has not made cannot be saved")
+        raise ValueError(f"a {type(model).__name__} cannot be saved: create the model by timm.create_model")
     tag = config.get("tag")
     return f"{name}.{tag}" if tag and timm.is_model_pretrained(f"{name}.{tag}") else name
 
 
 def _check_description(description: Any) -> None:
-    """Check that a file only says which model to build. Some arguments of timm would make it open another file."""
+    """Check the metadata of a file. Only known keys are allowed, because some timm arguments open other files."""
     keys = {"version", "model", "model_options", "setting", "dtype"}
     if not isinstance(description, dict) or set(description) != keys:
         raise ValueError(f"expected {', '.join(sorted(keys))} in its metadata")
@@ -183,7 +190,7 @@ def _check_description(description: Any) -> None:
 
 
 def _structure(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """All that determines the logits besides the weights, as text; dropout does not."""
+    """Return as text all properties that determine the logits, besides the weights. Dropout is not included."""
     attributes = [f"{name} = {getattr(model, name, None)}" for name in names]
     return attributes + [line.strip() for line in str(model).splitlines() if "drop" not in line.split(":")[0]]
 
@@ -194,70 +201,68 @@ def _setting(adapter: hosts.Adapter) -> dict[str, Any] | None:
         return None
     if setting.downsampler not in METHODS:
         raise ValueError(
-            f"downsampler {setting.downsampler} is none of {', '.join(METHODS)}: it cannot be saved by name before "
-            "tokenpool.downsampling.register gives it one"
+            f"downsampler {setting.downsampler} is not one of {', '.join(METHODS)} and cannot be saved: add it by "
+            "tokenpool.downsampling.register first"
         )
     keep = None if setting.keep is None else list(setting.keep)
     return vars(setting) | {"keep": keep}
 
 
 def _build(description: dict[str, Any], empty: bool) -> nn.Module:
-    """Build the described model; `empty` allocates no memory for its weights."""
+    """Build the described model. With `empty`, no memory is allocated for its weights."""
     with torch.device("meta" if empty else "cpu"):
         model = timm.create_model(description["model"], pretrained=False, **description["model_options"])
         setting = dict(description["setting"] or {"downsampler": "none"})
         return patch(model, **setting.pop("options", {}), **setting)  # all options go to the downsampler
 
 
-def _check_same_modules(model: nn.Module, rebuilt: nn.Module, complaint: str) -> None:
+def _check_same_modules(model: nn.Module, rebuilt: nn.Module, summary: str) -> None:
     own = dict(model.named_modules())
     for name, module in rebuilt.named_modules():
         if "drop" not in name and type(own.get(name)) is not type(module):
             kind = f"{type(own[name]).__module__}.{type(own[name]).__qualname__}" if name in own else "nothing"
             raise ValueError(
-                f"{complaint}: {name} is {kind}, not {type(module).__qualname__}. Merge adapters first (peft: "
-                "merge_and_unload); keep what is quantised or otherwise replaced with torch.save"
+                f"{summary}: {name} is {kind}, not {type(module).__qualname__}. Merge adapters first (peft: "
+                "merge_and_unload); save models with quantised or other modules by torch.save"
             )
     for key, value in model.state_dict().items():
         if type(value) is not torch.Tensor:
-            raise ValueError(
-                f"{complaint}: {key} is a {type(value).__qualname__}. Keep quantised models with torch.save"
-            )
+            raise ValueError(f"{summary}: {key} is a {type(value).__qualname__}. Save quantised models by torch.save")
 
 
 def _check_same_weights(
-    model: nn.Module, state: dict[str, Any], complaint: str, may_miss: Collection[str] = (), advise: bool = False
+    model: nn.Module, state: dict[str, Any], summary: str, optional: Collection[str] = (), with_hint: bool = False
 ) -> None:
     own = model.state_dict()
     wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    missing = [key for key in own if key not in state and key not in may_miss]
+    missing = [key for key in own if key not in state and key not in optional]
     unexpected = [key for key in state if key not in own]
     if wrong or missing or unexpected:
         key = (wrong + missing + unexpected)[0]
-        shapes = f", {tuple(state[key].shape)} in place of {tuple(own[key].shape)}" if wrong else ""
-        advice = _way_out(model, missing, unexpected, wrong) if advise else ""
+        shapes = f", {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" if wrong else ""
+        advice = _hint(model, missing, unexpected, wrong) if with_hint else ""
         raise ValueError(
-            f"{complaint}: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape, "
-            f"for instance {key!r}{shapes}{advice}"
+            f"{summary}: {len(missing)} missing, {len(unexpected)} unexpected, {len(wrong)} of another shape, "
+            f"for example {key!r}{shapes}{advice}"
         )
 
 
-# What keys that do not fit tell: a pattern of keys, whether only the file or only the model has them, and the advice.
-_WAYS_OUT = (
-    ("dist_token|head_dist", "file", "they are of a distilled model: create that, deit_..._distilled_..."),
-    ("dist_token|head_dist", "model", "the model is a distilled one, the weights are not: create the plain model"),
-    (r"encoder\.layer\.\d|patch_embeddings\.", "file", "they have the names of Hugging Face's transformers: timm's own"
-     " weights of the model are at timm.create_model(..., pretrained=True) and on the hub under timm/"),
-    ("lora_|base_layer|hada_|ia3_", "file", "they are of adapters: merge those first (peft: merge_and_unload)"),
-    (r"lora_|base_layer|_packed_params|parametrizations\.|weight_[gv]$", "model", "load weights before adapters,"
-     " quantisation or parametrizations go in"),
+# Advice for keys that do not match: a pattern of keys, where these keys are ("file" or "model" only), and the advice.
+_HINTS = (
+    ("dist_token|head_dist", "file", "the weights are of a distilled model: create a model deit_..._distilled_..."),
+    ("dist_token|head_dist", "model", "the model is distilled, but the weights are not: create the plain model"),
+    (r"encoder\.layer\.\d|patch_embeddings\.", "file", "the names are of Hugging Face's transformers: get timm's"
+     " weights by timm.create_model(..., pretrained=True), or from the hub under timm/"),
+    ("lora_|base_layer|hada_|ia3_", "file", "the file has adapters: merge them first (peft: merge_and_unload)"),
+    (r"lora_|base_layer|_packed_params|parametrizations\.|weight_[gv]$", "model", "load weights before you add"
+     " adapters, quantisation or parametrizations"),
 )  # fmt: skip
 
 
-def _way_out(model: nn.Module, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
-    for pattern, where, advice in _WAYS_OUT:
+def _hint(model: nn.Module, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    for pattern, where, advice in _HINTS:
         keys = unexpected if where == "file" else missing
         if found := next((key for key in keys if re.search(pattern, key)), None):
             return f" ({found!r}: {advice})"
     is_classifier = _classifiers(model).issuperset([*missing, *unexpected, *wrong])
-    return " (other_classes=True leaves the classifier out)" if is_classifier else ""
+    return " (other_classes=True ignores the classifier)" if is_classifier else ""

@@ -1,7 +1,7 @@
-"""DeiT models that timm does not have, registered with timm.
+"""Further DeiT models, registered with timm.
 
-Width 252 and 318 are the paper's (Marin et al. 2021, section 5); `deit_digits_patch2_16` is small enough to be trained
-on scikit-learn's digits within minutes on a CPU.
+The models of width 252 and 318 are from the paper (Marin et al. 2021, section 5). `deit_digits_patch2_16` is small
+enough to train on scikit-learn's digits in minutes on a CPU.
 """
 
 from typing import Any
@@ -9,32 +9,32 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
+_IMAGENET: dict[str, Any] = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "fixed_input_size": True,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
+_DIGITS: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (1, 16, 16),
+    "crop_pct": 1.0,
+    "fixed_input_size": True,
+    "mean": (0.305,),  # statistics of the pixels of scikit-learn's digits, in 0..1
+    "std": (0.376,),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
 default_cfgs = generate_default_cfgs(
     {
-        name: {
-            "num_classes": 1000,
-            "input_size": (3, 224, 224),
-            "crop_pct": 0.9,
-            "interpolation": "bicubic",
-            "fixed_input_size": True,
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
-        for name in ("deit_e252_patch16_224", "deit_e318_patch16_224")
-    }
-    | {
-        "deit_digits_patch2_16": {
-            "num_classes": 10,
-            "input_size": (1, 16, 16),
-            "crop_pct": 1.0,
-            "fixed_input_size": True,
-            "mean": (0.305,),  # of the pixels of scikit-learn's digits, scaled to 0..1
-            "std": (0.376,),
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        }
+        "deit_e252_patch16_224": dict(_IMAGENET),
+        "deit_e318_patch16_224": dict(_IMAGENET),
+        "deit_digits_patch2_16": _DIGITS,
     }
 )
 

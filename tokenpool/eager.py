@@ -1,18 +1,21 @@
-"""Whether code runs eagerly, so that it may branch on the values of tensors."""
+"""Checks whether code may branch on the values of tensors."""
 
 import torch
 from torch import Tensor
 
 
 def is_in_graph() -> bool:
-    """Whether the running code is compiled, exported or traced. It must not branch on values or batch size then."""
+    """Return whether the running code is compiled, exported or traced.
+
+    A graph must not branch on the values of tensors or on the batch size.
+    """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_eager_cpu(tensor: Tensor) -> bool:
-    """Whether code may branch on the values of this tensor at no cost.
+    """Return whether code can branch on the values of this tensor without a cost.
 
-    A graph cannot branch. On a GPU the CPU would have to wait for the value. Code that does not branch gives the same
-    result and takes longer: for instance, it iterates past a fixed point.
+    A graph cannot branch. On a GPU, a branch makes the CPU wait for the value. Code that does not branch gives the
+    same result but takes longer: for example, it iterates past a fixed point.
     """
     return tensor.device.type == "cpu" and not is_in_graph()

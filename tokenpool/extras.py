@@ -1,4 +1,4 @@
-"""Packages that only a part of the library needs, and that an extra of the installation brings."""
+"""Optional packages, which an extra of the installation provides."""
 
 from importlib.util import find_spec
 
@@ -8,11 +8,11 @@ def require(user: str, extra: str, *packages: str) -> None:
 
     Args:
         user: the module that needs the packages.
-        extra: the extra of `setup.cfg` that brings them.
-        packages: names to import.
+        extra: the extra in `setup.cfg` that provides the packages.
+        *packages: names to import.
 
     Raises:
-        ModuleNotFoundError: if some are missing; the message names them and the extra to install.
+        ModuleNotFoundError: if a package is missing. The message names the packages and the extra.
     """
     missing = [name for name in packages if not _is_installed(name)]
     if missing:

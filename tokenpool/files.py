@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and paths that are none."""
+"""Atomic writing of files, locks, the cache folder, and a check for URLs."""
 
 import fcntl
 import glob
@@ -12,93 +12,103 @@ from pathlib import Path
 
 import safetensors
 
-CACHE = "TOKENPOOL_CACHE"  # environment variable: a folder for what can be made again
-DEAD_AFTER = 3600  # seconds; a writer that has written nothing for so long was killed
-_BYTES = 6  # of the number that tells writers of one path apart
+CACHE = "TOKENPOOL_CACHE"  # environment variable: the cache folder
+STALE_AFTER = 3600  # seconds after which a temporary file that does not grow belongs to a killed process
+_NAME_BYTES = 6  # random bytes in the name of a temporary file
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A file to write in place of `path`, whose place it takes when the block ends without an error.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Write a file atomically: write a temporary file, which replaces `path` when the block ends without an error.
 
-    Until then, and whatever happens (an error, a full disk, a kill), what stood at `path` stays as it was. Its
-    folder is made if need be. Several processes and threads may write the same path at once: each writes a file of its
-    own, and the last one to end stays. What killed writers have left is deleted by the next one, after an hour. Who may
-    read the file is up to the umask, as usual.
+    If the block fails (an error, a full disk, a killed process), `path` does not change. Several processes and threads
+    may write the same path at the same time. Each has its own temporary file, and the last one to finish wins. The
+    temporary file of a killed process is deleted by the next writer of the path, after an hour. The umask determines
+    the permissions of the file, as usual.
+
+    Args:
+        path: path of the file. Its folder is created if needed.
+
+    Yields:
+        The path of the temporary file.
 
     Raises:
-        OSError: if the file cannot be written, as on a full disk; the message names it.
+        OSError: if the file cannot be written, for example on a full disk. The message names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    for left in _unfinished(path):
-        if now - _modified(left, otherwise=now) > DEAD_AFTER:
+    for left in _temporary_files(path):
+        if now - _modification_time(left, otherwise=now) > STALE_AFTER:
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_BYTES)}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(_NAME_BYTES)}.partial")
     try:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
-        if temporary.stat().st_mode != mode:  # safetensors lets nobody but the user read what it writes
+        if temporary.stat().st_mode != mode:  # safetensors makes its files readable for the user only
             temporary.chmod(mode)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
+            os.fsync(file.fileno())  # the data must be on the disk before the file gets its name
         os.replace(temporary, path)
     except BaseException as error:
-        # torch and safetensors report a full disk by errors of their own.
+        # torch and safetensors report a full disk with their own kinds of errors.
         failed = isinstance(error, OSError | RuntimeError | safetensors.SafetensorError)
-        reason = _refusal(temporary) or str(error) if failed else ""
+        reason = _write_error(temporary) or str(error) if failed else ""
         temporary.unlink(missing_ok=True)
         if not failed:
             raise
-        state = "what it held before is still there" if path.exists() else "there is no such file now"
+        state = "the old file is unchanged" if path.exists() else "the file does not exist"
         raise OSError(f"cannot write {path}: {reason}; {state}") from error
 
 
 def check_local(path: str | Path, instead: str = "") -> None:
-    """Refuse a URL where a path is expected.
+    """Check that a path is not a URL.
 
     Args:
-        path: that a user has given; `pathlib` makes `https:/host` of `https://host`.
-        instead: what the message proposes beside a download.
+        path: a path from a user. (`pathlib` changes `https://host` to `https:/host`.)
+        instead: further advice for the message.
 
     Raises:
-        ValueError: if it is a URL; the message gives it as it was.
+        ValueError: if the path is a URL. The message contains the original URL.
     """
     url = re.match(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", str(path))
     if url and not Path(path).exists():
         root = "/" if url["scheme"] == "file" else ""
         raise ValueError(
-            f"{url['scheme']}://{root}{url['rest']} is a URL, and URLs are not read: download it first, and give the "
+            f"{url['scheme']}://{root}{url['rest']} is a URL, expected a path: download the data first, and give the "
             f"path of the file or folder{instead}"
         )
 
 
 def delete(path: Path) -> None:
-    """Delete a file that nobody is writing, and what killed writers of it have left."""
+    """Delete a file that no process is writing, and temporary files that killed processes have left."""
     path.unlink(missing_ok=True)
-    for left in _unfinished(path):
+    for left in _temporary_files(path):
         left.unlink(missing_ok=True)
 
 
-def _unfinished(path: Path) -> list[Path]:
-    """The temporary files of a path, those of its present writers among them."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * _BYTES}.partial"))
+def _temporary_files(path: Path) -> list[Path]:
+    """Return all temporary files of a path, including the files of running processes."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * _NAME_BYTES}.partial"))
 
 
-def _modified(path: Path, otherwise: float) -> float:
+def _modification_time(path: Path, otherwise: float) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # its writer has ended
+    except FileNotFoundError:  # another process has renamed or deleted it
         return otherwise
 
 
 @contextmanager
-def alone(path: str | Path) -> Iterator[None]:
-    """Wait until no other process is in such a block with the same file, which is made for it and stays.
+def file_lock(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file during the block. Other processes wait for the lock.
 
-    The system lets go of it if this process dies. On a file system without locks nobody waits.
+    The file is created and never deleted. The system releases the lock if this process dies. On a file system without
+    locks, the block runs without a lock.
+
+    Args:
+        path: path of the lock file. Its folder is created if needed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,15 +119,15 @@ def alone(path: str | Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $TOKENPOOL_CACHE, or ~/.cache/tokenpool (XDG_CACHE_HOME counts)."""
+    """Return the cache folder: $TOKENPOOL_CACHE, or else $XDG_CACHE_HOME/tokenpool, or else ~/.cache/tokenpool."""
     chosen = os.environ.get(CACHE)
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenpool"
 
 
-def _refusal(path: Path) -> str:
-    """Why the system takes no more of a file, such as "No space left on device"; empty if it does."""
+def _write_error(path: Path) -> str:
+    """Return the reason why a file cannot grow, such as "No space left on device", or "" if it can."""
     try:
         with open(path, "ab") as file:
             file.write(bytes(2**16))

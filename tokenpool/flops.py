@@ -1,7 +1,7 @@
-"""Count the multiply-adds of a model: fvcore's count plus fused attention, with clustering as a part of its own.
+"""Count the multiply-adds of a model with fvcore, including fused attention, with clustering as a separate part.
 
-One multiply-add counts as one FLOP, as in fvcore and in the paper. Convolutions and matrix products count; LayerNorm,
-GELU, softmax, sums, sorting and copying do not.
+One multiply-add counts as one FLOP, as in fvcore and in the paper. Convolutions and matrix products are counted.
+LayerNorm, GELU, softmax, sums, sorting and copying are not counted.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tokenpool import hosts, schedules
 from tokenpool.downsampling import REGISTRY
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # fvcore scripts a loss function on import, and newer PyTorch warns of that
+    warnings.simplefilter("ignore")  # fvcore scripts a loss function on import, which is deprecated in PyTorch
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import (
         addmm_flop_jit,
@@ -36,7 +36,7 @@ PARTS = ("softmax_attention", "qkv_projections", "o_projection", "mlp", "patch_e
 
 
 def fused_attention_flop_jit(inputs: list[Any], outputs: list[Any]) -> int:
-    """Multiply-adds of `aten::scaled_dot_product_attention`: Q K^T and A V, which fvcore does not know."""
+    """Count the multiply-adds of `aten::scaled_dot_product_attention`, Q K^T and A V. fvcore does not know it."""
     query, key, value = (get_shape(tensor) for tensor in inputs[:3])
     pairs = query[-2] * key[-2]
     for size in query[:-2]:
@@ -55,7 +55,7 @@ COUNTED = {
     "aten::scaled_dot_product_attention": fused_attention_flop_jit,
 }
 
-# Operators that are free by the paper's convention: elementwise, reducing, sorting, indexing and reshaping operators.
+# Operators that are not counted, as in the paper: elementwise, reducing, sorting, indexing and reshaping operators.
 FREE = {
     f"aten::{name}"
     for name in """
@@ -79,8 +79,8 @@ class Count:
     """Multiply-adds of one image's forward pass, in units of 10^9.
 
     Attributes:
-        parts: cost of each part of the model. The keys are `PARTS`, "convolution" for that downsampler, and "other"
-            for the rest of an unusual model.
+        parts: cost of each part of the model. The keys are `PARTS`, "convolution" for convolutions that downsample,
+            and "other" for other modules.
     """
 
     parts: dict[str, float]
@@ -104,22 +104,25 @@ class Count:
 def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clustering: bool = False) -> Count:
     """Count the multiply-adds of one image's forward pass through a model, patched or plain.
 
-    Clustering counts at the blocks where tokens are clustered: N^2 D for the distance matrix of K-Medoids, and
-    `iterations` times K N D for K-Means. This is the cost of the paper's algorithm. The count ignores that iterations
-    may stop early, and that K-Medoids on a CPU computes fewer distances if few tokens are removed. On a GPU, sums over
-    clusters are computed by matrix products, so that they are repeatable; these products are not counted.
+    The cost of clustering is counted at blocks that cluster: N^2 D for the distance matrix of K-Medoids, and
+    `iterations` times K N D for K-Means. This is the cost of the paper's algorithm. The implementation may cost less,
+    because iterations can stop early, and because K-Medoids on a CPU computes fewer distances if few tokens are
+    removed. On a GPU, sums over clusters are matrix products, so that they are repeatable. They are not counted.
 
     Args:
-        model: a model of a family in `tokenpool.hosts`, patched or plain, or a model that wraps one. The model is
-            copied and stays as it is. Adapters (such as LoRA) count as a part of the layers that they are in. The
-            plain models of timm that have the same module names as its VisionTransformer can be counted, too.
-        image_size: height and width in pixels. Default: the size that the model is built for.
-        idle_clustering: count clustering as the paper's tables do: the distance matrix of K-Medoids at all blocks,
-            also at blocks where nothing is clustered. See `paper_clustering_macs`.
+        model: a model of a family in `tokenpool.hosts`, patched or plain, or a model that wraps such a model. The model
+            is copied and not changed. Adapters (such as LoRA) count as a part of the layers that contain them. Other
+            plain timm models with the same module names as VisionTransformer can be counted, too.
+        image_size: height and width in pixels. Default: the model's own image size.
+        idle_clustering: count clustering as in the paper's tables: the distance matrix of K-Medoids at all blocks,
+            also at blocks that do not cluster. See `paper_clustering_macs`.
+
+    Returns:
+        The count, in units of 10^9 multiply-adds.
 
     Raises:
-        ValueError: if the model runs an operator that is neither counted nor known to be free; the message names it.
-            Also if PyTorch cannot trace the model, such as a quantised one.
+        ValueError: if the model runs an operator that is neither in `COUNTED` nor in `FREE`; the message names the
+            operator. Also if PyTorch cannot trace the model, for example a quantised model.
     """
     copied = copy.deepcopy(model).cpu().float().eval()
     name, adapter = hosts.inside(copied) or ("", hosts.TimmViT(copied))
@@ -136,14 +139,17 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
 def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, width: int) -> int:
     """Compute the multiply-adds of clustering by the rule that reproduces the paper's Tables 2-5.
 
-    K-Medoids: N^2 D at every block, where N tokens enter the downsampler, also if the block clusters nothing.
-    K-Means: 5 K N D at the blocks that cluster. Other methods: zero.
+    K-Medoids: N^2 D at every block, where N tokens enter the downsampler, also at blocks that do not cluster.
+    K-Means: 5 K N D at blocks that cluster. Other methods: zero.
 
     Args:
         downsampler: name of the method.
         keep: retention schedule.
-        tokens: patch tokens of the image.
-        width: D.
+        tokens: number of patch tokens of an image.
+        width: width D of the tokens.
+
+    Returns:
+        The multiply-adds of one image.
     """
     kept = schedules.tokens_kept(keep, tokens)
     entering = [tokens, *kept[:-1]]
@@ -160,14 +166,14 @@ def _is_papers_clustering(downsampler: str) -> bool:
 
 
 def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, int]:
-    """Count the multiply-adds that each module runs itself, without its children, on the given inputs.
+    """Count the multiply-adds of each module without its children.
 
     Args:
-        model: any module on the CPU; it runs once.
-        inputs: its arguments.
+        model: any module on the CPU. It runs once.
+        inputs: the arguments of the module.
 
     Returns:
-        Names of the modules that cost anything, and their costs, in the order of `model.named_modules()`.
+        Names and multiply-adds of the modules that cost more than zero, in the order of `model.named_modules()`.
 
     Raises:
         ValueError: see `count`.
@@ -177,20 +183,20 @@ def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dic
     analysis.set_op_handle(**COUNTED, **dict.fromkeys(FREE))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # tracing warns that it fixes shapes, and fixed shapes are intended here
+        warnings.simplefilter("ignore")  # tracing warns that it fixes shapes, which is intended here
         try:
             by_module = analysis.by_module()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"cannot count this model, since PyTorch cannot trace it ({reason}). If it is quantised, count it, "
-                "or find its schedule, before that"
+                f"cannot count this model, because PyTorch cannot trace it ({reason}). Count a model, or search its "
+                "schedule, before it is quantised"
             ) from error
     unknown = analysis.unsupported_ops()
     if unknown:
         raise ValueError(
-            f"cannot count {', '.join(sorted(unknown))}: neither a counted nor a known free operator. "
-            "Add it to tokenpool.flops.COUNTED or tokenpool.flops.FREE"
+            f"cannot count {', '.join(sorted(unknown))}: add it to tokenpool.flops.COUNTED, or to tokenpool.flops.FREE "
+            "if it costs no multiply-adds"
         )
     own = {}
     for name, module in model.named_modules():
@@ -200,5 +206,5 @@ def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dic
 
 
 def _part(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """The part that a module belongs to, by its name in the model."""
+    """Return the part of the model to which a module belongs, by the name of the module."""
     return next((part for pattern, part in patterns if re.match(pattern, name)), "other")

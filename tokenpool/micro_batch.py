@@ -1,7 +1,7 @@
-"""Micro-batches: large intermediate results are computed for a few images, heads or rows at a time.
+"""Micro-batches: compute large intermediate results for a few images, heads or rows at a time.
 
-A budget is the number of floats that an intermediate result may hold. On a CPU a small budget is faster, because the
-numbers stay in the cache. On a GPU a budget only bounds the memory. docs/performance.md has the measurements.
+A budget is the maximum number of floats in an intermediate result. On a CPU a small budget is faster, because the
+floats stay in the cache. On a GPU a budget only limits the memory. See docs/performance.md for measurements.
 """
 
 import math
@@ -16,47 +16,53 @@ from tokenpool.eager import is_in_graph
 
 
 class Budget(NamedTuple):
-    """Floats that an intermediate result may hold, on a CPU and on any other device."""
+    """Maximum number of floats in an intermediate result, on a CPU and on other devices."""
 
     cpu: int
     gpu: int
 
     def on(self, device: torch.device) -> int:
-        """The budget on this device."""
+        """Return the budget on a device."""
         return self.cpu if device.type == "cpu" else self.gpu
 
 
 _GIBIBYTE = 2**28  # in floats
 
-# A matrix of squared distances. 1 MiB is about the second-level cache of a CPU core.
+# Squared distances between all tokens. 1 MiB on a CPU, about the second-level cache of a core.
 DISTANCES = Budget(cpu=2**18, gpu=_GIBIBYTE)
 
-# Where most tokens are medoids, only a few rows of that matrix are computed. Then there is little work in each
-# operation, and four times as many images at a time are faster (8 of 6, 8 and 16 images in the log).
+# Squared distances from tokens that are not medoids. These are few numbers for each image, so a four times larger
+# budget is faster (see "6, 8, 16" images in the log of docs/performance.md).
 FEW_DISTANCES = Budget(cpu=2**20, gpu=_GIBIBYTE)
 
-# The attention matrices of some heads, or some rows of one of them. 2 MiB on a CPU.
+# Attention matrices of some heads, or some rows of one matrix. 2 MiB on a CPU.
 ATTENTION = Budget(cpu=2**19, gpu=_GIBIBYTE)
 
-# Tokens that go through a transformer block together on a CPU. With 1.5 * 2^20 the MLP's hidden layer, four times as
-# wide, stays below 32 MiB. Larger allocations go back to the system each time, and cost page faults.
+# Tokens that pass a transformer block together on a CPU. With 1.5 * 2^20 floats, the hidden layer of the MLP, which is
+# four times as wide, stays below 32 MiB. Larger allocations are returned to the system each time and cost page faults.
 BLOCK_FLOATS = 3 * 2**19
 
 
-def fitting(floats_each: int, budget: int) -> int:
-    """How many items of `floats_each` floats fit into a budget, at least one."""
+def max_items(floats_each: int, budget: int) -> int:
+    """Return how many items of `floats_each` floats fit into a budget, but at least 1."""
     return max(budget // max(floats_each, 1), 1)
 
 
 def even_size(count: int, floats: int, budget: int) -> int:
-    """Size of equal micro-batches of `count` items with `floats` floats in all: about a budget each, or one item."""
+    """Return the size of micro-batches of nearly equal size.
+
+    Args:
+        count: number of items.
+        floats: number of floats of all items together.
+        budget: approximate number of floats in a micro-batch.
+    """
     return math.ceil(count / math.ceil(floats / budget))
 
 
 def split(size: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Micro-batches of `size` images of the tensors (B, ...). A None stays None.
+    """Split tensors (B, ...) into micro-batches of `size` images. None stays None.
 
-    A graph is not split, because it must not depend on the batch size.
+    In a graph nothing is split, because a graph must not depend on the batch size.
     """
     if is_in_graph() or len(first) <= size:
         return iter([(first, *others)])
@@ -65,5 +71,5 @@ def split(size: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[An
 
 
 def join(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Results of micro-batches, tuples of tensors (B, ...), put together."""
+    """Concatenate the results of micro-batches, which are tuples of tensors (B, ...)."""
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))

@@ -1,12 +1,12 @@
-"""Old names of modules and of their content, which stay importable for one version.
+"""Old names of modules, functions and classes. They stay importable for one version.
 
-To move a module, add one line to `MOVED`; to move a function or class, add one line to `MOVED_NAMES`. The use of an old
+To move a module, add one line to `MOVED`. To move or rename a function or class, add one line to `MOVED_NAMES`. An old
 name gives a DeprecationWarning.
 """
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# From the old name of a module to the modules that hold its content now.
+# The old name of a module: the modules that hold its content now.
 MOVED: dict[str, tuple[str, ...]] = {
     "tokenpool.bits": ("tokenpool.analysis.bits",),
     "tokenpool.comparison": ("tokenpool.analysis.comparison",),
@@ -40,28 +40,45 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
-# Names that have left a module that stays: by module, from the name to the module that holds it now.
+# A module, an old name in it: the new module, or "module:name" if the name has changed, too.
 MOVED_NAMES: dict[str, dict[str, str]] = {
+    "tokenpool.analysis.results": {"read_if_whole": "tokenpool.analysis.results:read_or_none"},
+    "tokenpool.files": {
+        "DEAD_AFTER": "tokenpool.files:STALE_AFTER",
+        "alone": "tokenpool.files:file_lock",
+        "whole": "tokenpool.files:atomic_write",
+    },
     "tokenpool.flops": {
         "schedule_for": "tokenpool.budget",
         "ScheduleCost": "tokenpool.budget",
         "FlopsCallback": "tokenpool.training.callbacks",
     },
+    "tokenpool.gpu": {
+        "MOST_KEYS": "tokenpool.gpu:MAX_KEYS",
+        "MOST_POINTS": "tokenpool.gpu:MAX_POINTS",
+        "MOST_WIDTH": "tokenpool.gpu:MAX_WIDTH",
+    },
     "tokenpool.tracing": {"ReconstructionErrorCallback": "tokenpool.training.callbacks"},
+    "tokenpool.training.interruption": {
+        "WholeCheckpoints": "tokenpool.training.interruption:AtomicCheckpointIO",
+        "listening": "tokenpool.training.interruption:recorded_signals",
+    },
 }
+# Packages that are imported when first used. Their modules in `MOVED_NAMES` set `__getattr__ = old_names(__name__)`.
+_ON_DEMAND = ("tokenpool.analysis.", "tokenpool.training.")
 
 
 class MovedFinder(MetaPathFinder, Loader):
-    """Imports the new module, or modules, under the old name."""
+    """Import the new module, or modules, under the old name."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of an old name; None for any other name."""
+        """Return the spec of an old name, and None for any other name."""
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and put the new module in place of `module`; if there are several, forward all attributes to them."""
+        """Warn, and replace `module` by the new module. If there are several, forward all attributes to them."""
         old = module.__name__
         new = MOVED[old]
         warnings.warn(f"{old} has moved to {' and '.join(new)}", DeprecationWarning, stacklevel=2)
@@ -80,17 +97,28 @@ class MovedFinder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Make the old names importable, once."""
+    """Make the old names importable. A second call does nothing."""
     if any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, MovedFinder())  # first: another installed copy may still have the old files
     for module in MOVED_NAMES:
-        import_module(module).__getattr__ = partial(_moved_name, module)  # type: ignore[method-assign]  # PEP 562
+        if not module.startswith(_ON_DEMAND):
+            import_module(module).__getattr__ = old_names(module)  # type: ignore[method-assign]  # PEP 562
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module in `MOVED_NAMES` (PEP 562).
+
+    Args:
+        module: name of the module.
+    """
+    return partial(_moved_name, module)
 
 
 def _moved_name(module: str, name: str) -> Any:
-    new = MOVED_NAMES[module].get(name)
-    if new is None:
+    if name not in MOVED_NAMES[module]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    warnings.warn(f"{module}.{name} has moved to {new}", DeprecationWarning, stacklevel=2)
-    return getattr(import_module(new), name)
+    new, _, renamed = MOVED_NAMES[module][name].partition(":")
+    place = f"{new}.{renamed}" if renamed else new
+    warnings.warn(f"{module}.{name} has moved to {place}", DeprecationWarning, stacklevel=2)
+    return getattr(import_module(new), renamed or name)

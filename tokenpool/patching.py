@@ -1,4 +1,4 @@
-"""Put downsamplers into a model and take them out again."""
+"""Put downsamplers into a model, and remove them again."""
 
 import difflib
 import inspect
@@ -33,14 +33,14 @@ def patch(
 ) -> Model:
     """Put downsamplers into a model, in place. A model that is already patched is patched anew.
 
-    Patch again after timm's `reset_classifier` or `set_input_size`: this function looks up what the head reads, and
-    the grid of patches. Parameter-free methods leave `state_dict()` as it is, key for key.
+    Patch again after timm's `reset_classifier` or `set_input_size`, because the patch depends on the grid of patches
+    and on the tokens that the head reads. Parameter-free methods do not change the keys of `state_dict()`.
 
-    Only `model.blocks`, each block and its `attn` are exchanged. All modules inside them (norms, `attn.qkv`,
-    `attn.proj`, `mlp`, ...) stay as they are: also adapters such as LoRA, quantised modules, parametrizations, modes
-    (training or evaluation), and hooks. `unpatch` and patching anew keep the modules that are there at that time. A
-    hook, parameter or `forward` that a user gave to one of the exchanged modules would be lost, and is refused.
-    Downsamplers and learned alphas are part of the patch: `unpatch` removes them, and patching anew makes new ones.
+    `patch` replaces `model.blocks`, each block, and the block's `attn`. All modules inside them (norms, `attn.qkv`,
+    `attn.proj`, `mlp`, ...) stay the same objects. So adapters such as LoRA, quantised modules, parametrizations,
+    modes (training or evaluation) and hooks in them stay, too. A replaced module would lose a hook, a parameter or a
+    `forward` that a user has given to it. `patch` then raises an error. Downsamplers and learned alphas belong to the
+    patch: `unpatch` removes them, and a second `patch` makes new ones.
 
     Args:
         model: a model of a family in `tokenpool.hosts`, such as any `timm.models.vision_transformer.VisionTransformer`
@@ -49,19 +49,19 @@ def patch(
         keep: retention schedule: at most `keep[l]` patch tokens remain after the attention of block l. Other forms:
             0.9, the share that each block keeps; "-13", the number that each block removes; "deit_small:3", the
             paper's schedule of that level, but with at least one token if the head reads patches (see
-            `schedules.resolve`). These forms and budgets are resolved at the size that the model is built for.
-        gmacs: instead of `keep`, the budget of one image in 10^9 multiply-adds, clustering included. At least 98 % of
-            it is used (see `tokenpool.schedule_for`).
-        carry: let each token carry its size, the number of original tokens that it stands for, into the next
-            attentions: the log of the size is added to the logits of the token's key (appendix E; *proportional
-            attention* in Bolya et al. 2023). Without fine-tuning, this makes up for most of the loss in accuracy. It
-            has no effect with methods that drop tokens.
+            `schedules.resolve`). These forms and budgets are resolved at the model's own image size.
+        gmacs: instead of `keep`, the budget of one image in 10^9 multiply-adds, clustering included. The model uses
+            at least 98 % of the budget (see `tokenpool.schedule_for`).
+        carry: add the log of a token's size to the logits of the token's key in later attentions (appendix E;
+            *proportional attention* in Bolya et al. 2023). The size of a token is the number of original tokens that
+            it stands for. Without fine-tuning, `carry` recovers most of the lost accuracy. It has no effect with
+            methods that drop tokens.
         qk_norm: "l2" normalises queries and keys, and uses `alpha` in place of 1 / sqrt(d) (appendix F).
-        alpha: see `qk_norm`.
+        alpha: the scalar alpha > 0 of equation (6), for `qk_norm="l2"`.
         learn_alpha: make alpha a parameter of each block; this adds the key `blocks.*.attn.alpha`.
-        dense: let `forward_features` return all N patches, each with the value of the token that it is in (see
-            `unpool`), for dense heads such as segmentation. This needs a method that merges tokens. Models whose own
-            head reads patches always get all patches.
+        dense: let `forward_features` return all N patches, for dense heads such as segmentation. Each patch has the
+            value of its token (see `unpool`). This needs a method that merges tokens. Models whose own head reads
+            patches always get all patches.
         **options: arguments of the downsampler's class, such as `init="random"` for Token Pooling, `at=[3, 6]` for
             convolution, `seed` or `generator` for random selection.
 
@@ -69,7 +69,7 @@ def patch(
         The same model.
 
     Raises:
-        TypeError: if the model belongs to no supported family. If it wraps a model that does (peft's `PeftModel`,
+        TypeError: if the model belongs to no supported family. If it wraps a supported model (peft's `PeftModel`,
             `DistributedDataParallel`, the result of `torch.compile`), the message names the model inside.
         ValueError: for an unknown method or option, an unusable `keep`, or a hook that would be lost.
     """
@@ -104,13 +104,16 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Undo `patch`, in place: the result is the plain model with the weights and submodules that it has now.
+    """Undo `patch`, in place. The plain model keeps the weights and submodules of the patched model.
+
+    Args:
+        model: a patched model. A plain model stays as it is.
 
     Returns:
-        The same model. A model that is not patched stays as it is.
+        The same model.
 
     Raises:
-        TypeError: if the model only wraps a patched one, or a block or attention has been replaced.
+        TypeError: if the model only wraps a patched model, or if a block or an attention has been replaced.
         ValueError: for a hook that would be lost, see `patch`.
     """
     if any(isinstance(module, PooledBlocks) for module in model.modules()):
@@ -121,7 +124,7 @@ def unpatch(model: Model) -> Model:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` has been applied to the model."""
+    """Return whether `patch` has been applied to the model."""
     adapter = hosts.find(model)
     return adapter is not None and adapter.is_patched
 
@@ -140,11 +143,11 @@ def create_model(
     dense: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Create a model of timm with downsamplers.
+    """Create a timm model with downsamplers.
 
     Args:
-        name: any model of a supported family that timm knows, also `deit_e252_patch16_224` and
-            `deit_e318_patch16_224`.
+        name: name of a timm model of a supported family. `deit_e252_patch16_224` and `deit_e318_patch16_224` are
+            registered with timm, too.
         downsampler: see `patch`.
         keep: see `patch`.
         gmacs: see `patch`.
@@ -155,8 +158,11 @@ def create_model(
         alpha: see `patch`.
         learn_alpha: see `patch`.
         dense: see `patch`.
-        **options: arguments of the downsampler's class (see `patch`); all others go to `timm.create_model`:
+        **options: arguments of the downsampler's class (see `patch`). All other options go to `timm.create_model`:
             `num_classes`, `img_size`, `drop_path_rate` and so on.
+
+    Returns:
+        The patched model, in training mode, as timm creates it.
 
     Raises:
         TypeError: if the model belongs to no supported family.
@@ -198,9 +204,9 @@ def _check_attention(qk_norm: str | None, alpha: float, learn_alpha: bool) -> No
 
 
 def _resolved(keep: Sequence[int] | float | str, host: Host) -> Sequence[int]:
-    """The schedule as a list of numbers of tokens."""
+    """Return the schedule as a list of numbers of tokens."""
     resolved = schedules.resolve(keep, math.prod(host.grid), host.depth)
-    if isinstance(keep, str) and host.reads_patches:  # the paper's schedules end with no patch
+    if isinstance(keep, str) and host.reads_patches:  # the paper's schedules end with zero patches
         return [max(limit, 1) for limit in resolved]
     return resolved
 

@@ -1,6 +1,6 @@
-"""Retention schedules K = (K_1 .. K_L): how many patch tokens remain, at most, after the attention of each block.
+"""Retention schedules K = (K_1 .. K_L): the maximum number of patch tokens after the attention of each block.
 
-The class token is not counted: 0 means that it alone remains. Every function returns a plain list.
+The class token is not counted: 0 means that only the class token remains. All functions return plain lists.
 """
 
 import math
@@ -9,8 +9,8 @@ from numbers import Integral, Real
 
 import numpy as np
 
-# Marin et al. 2021, Tables 3-5, sparsity levels 0 to 7. The printed DeiT-S level 0 has only eleven entries; the
-# twelfth, 173, reproduces its printed GFLOPs.
+# Marin et al. 2021, Tables 3-5, sparsity levels 0 to 7. DeiT-S level 0 has only eleven entries in print. With 173 as
+# the twelfth entry, its FLOPs equal the printed ones.
 _PAPER = {
     "deit_small": (
         (196, 196, 195, 194, 189, 180, 173, 173, 173, 173, 173, 173),
@@ -49,12 +49,14 @@ LEVELS = 8  # sparsity levels of each model
 
 
 def paper(model: str, level: int) -> list[int]:
-    """The paper's schedule for `model` ("deit_small", "deit_e318" or "deit_e252") at sparsity level 0..7.
+    """Return a schedule of the paper, for 12 blocks and 196 patch tokens (Marin et al. 2021, Tables 3, 4 and 5).
 
-    Twelve blocks, 196 patch tokens. Source: Marin et al. 2021, Tables 3, 4 and 5.
+    Args:
+        model: "deit_small", "deit_e318" or "deit_e252".
+        level: sparsity level, 0..7.
 
     Raises:
-        ValueError: for a model or level that the paper has no schedule for.
+        ValueError: if the paper has no schedule for the model or level.
     """
     if model not in _PAPER:
         raise ValueError(f"the paper has no schedule for {model!r}; it has {', '.join(_PAPER)}")
@@ -64,19 +66,19 @@ def paper(model: str, level: int) -> list[int]:
 
 
 def scaled(model: str, level: float, tokens: int, depth: int) -> list[int]:
-    """The paper's schedule (see `paper`) for a model of other depth and number of tokens, and for levels in between.
+    """Scale a schedule of the paper (see `paper`) to another depth, number of tokens or fractional level.
 
-    K is read as a share of the tokens at a share of the depth, and interpolated linearly. At 196 tokens, 12 blocks and
-    whole levels it is the paper's own.
+    The share of tokens K / 196 is a function of the relative depth and of the level, and is interpolated linearly. For
+    196 tokens, 12 blocks and whole levels, the result is the paper's schedule.
 
     Args:
         model: "deit_small", "deit_e318" or "deit_e252".
-        level: 0..7.
-        tokens: patch tokens of an image.
-        depth: blocks.
+        level: sparsity level, a number in 0..7.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
 
     Raises:
-        ValueError: for a model or level that the paper does not have.
+        ValueError: if the paper has no schedule for the model or level.
     """
     if not isinstance(level, Real) or not 0 <= level <= LEVELS - 1:
         raise ValueError(f"level = {level!r} must be a number in 0..{LEVELS - 1}")
@@ -85,24 +87,24 @@ def scaled(model: str, level: float, tokens: int, depth: int) -> list[int]:
     shares = mild + (level - low) * (strong - mild)
     places = (np.arange(depth) + 1) * 12 / depth
     at_places = np.interp(places, np.arange(13), [1, *shares])
-    # No token is left only where the paper leaves none.
+    # The result is zero only where the paper's schedule is zero.
     return [max(round(tokens * share), int(share > 0)) for share in at_places.tolist()]
 
 
 def by_rate(rate: float, tokens: int, depth: int, at: Sequence[int] | None = None) -> list[int]:
-    """Keep that share of the tokens that are left, at chosen blocks, but never less than one.
+    """Keep a constant share of the remaining tokens in each block, but at least one token.
 
     Args:
-        rate: 0 < rate <= 1.
-        tokens: patch tokens of an image.
-        depth: blocks.
-        at: blocks, counting from 0; default: every block.
+        rate: share of the remaining tokens that a block keeps, 0 < rate <= 1.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
+        at: indices of the blocks that remove tokens, starting at 0. Default: all blocks.
 
     Raises:
-        ValueError: for a rate or block out of range.
+        ValueError: if the rate or a block is out of range.
     """
     if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < rate <= 1:
-        raise ValueError(f"the keep rate must lie above 0 and not above 1, got {rate!r}")
+        raise ValueError(f"the keep rate must be above 0 and at most 1, got {rate!r}")
     at = range(depth) if at is None else at
     wrong = [block for block in at if not isinstance(block, Integral) or not 0 <= block < depth]
     if wrong:
@@ -115,12 +117,12 @@ def by_rate(rate: float, tokens: int, depth: int, at: Sequence[int] | None = Non
 
 
 def by_step(step: float, tokens: int, depth: int) -> list[int]:
-    """Remove so many tokens in each block, but keep at least one (the r of Bolya et al. 2023).
+    """Remove a constant number of tokens in each block, but keep at least one token (r in Bolya et al. 2023).
 
     Args:
-        step: not negative; where it is no whole number, the tokens that remain are rounded.
-        tokens: patch tokens of an image.
-        depth: blocks.
+        step: number of tokens that a block removes, not negative. It may be fractional; the entries are rounded.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
 
     Raises:
         ValueError: for a negative step.
@@ -130,35 +132,36 @@ def by_step(step: float, tokens: int, depth: int) -> list[int]:
 
 
 def by_decay(rate: float, tokens: int, depth: int) -> list[int]:
-    """Remove few tokens in early blocks, where each is worth most: tokens * exp(-rate (l / depth)^2) after block l.
+    """Remove few tokens in early blocks and many in late blocks: tokens * exp(-rate (l / depth)^2) after block l.
 
-    At least one remains. An extension: like the schedules that the paper learns it falls late, and at the same cost a
-    model that is not fine-tuned stays closer to the plain one than with constant steps (table `off_the_shelf`).
+    At least one token remains. This family of schedules is an extension. Its shape is similar to the schedules that the
+    paper learns. A model that is not fine-tuned is more accurate with it than with constant steps of the same cost
+    (table `off_the_shelf`).
 
     Args:
-        rate: not negative; 0 keeps all.
-        tokens: patch tokens of an image.
-        depth: blocks.
+        rate: not negative. 0 keeps all tokens.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
 
     Raises:
-        ValueError: for a rate below 0.
+        ValueError: for a negative rate.
     """
     _check_not_negative("rate", rate)
     return [max(round(tokens * math.exp(-rate * ((block + 1) / depth) ** 2)), 1) for block in range(depth)]
 
 
 def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[int]:
-    """A schedule from any of its spellings.
+    """Convert any form of a schedule to a list.
 
     Args:
-        keep: a list with one entry a block; 0.9, the share of what is left that each block keeps, "0.7@3,6,9" if only
-            those blocks are to (counting from 0); "-13", the number that each block removes; "deit_small:3", the
-            paper's schedule of that level, scaled to the model.
-        tokens: patch tokens of an image.
-        depth: blocks.
+        keep: one of these forms: a list with one entry for each block; 0.9, the share of the remaining tokens that each
+            block keeps; "0.7@3,6,9", the same for some blocks only (indices start at 0); "-13", the number of tokens
+            that each block removes; "deit_small:3", the paper's schedule of this level, scaled to the model.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
 
     Raises:
-        ValueError: for anything else; the message names it.
+        ValueError: for any other value. The message contains the value.
     """
     if isinstance(keep, Real) and not isinstance(keep, Integral):
         return by_rate(float(keep), tokens, depth)
@@ -186,7 +189,12 @@ def _parsed(keep: str, tokens: int, depth: int) -> list[int]:
 
 
 def tokens_kept(keep: Sequence[int], tokens: int) -> list[int]:
-    """Tokens that really remain after each block: a schedule that rises brings no token back."""
+    """Return the number of tokens that remain after each block. A larger later entry does not restore tokens.
+
+    Args:
+        keep: retention schedule.
+        tokens: number of patch tokens of an image.
+    """
     kept = []
     for limit in keep:
         tokens = min(tokens, limit)
@@ -194,11 +202,16 @@ def tokens_kept(keep: Sequence[int], tokens: int) -> list[int]:
     return kept
 
 
-def checked(keep: Sequence[int], depth: int) -> list[int]:
-    """`keep` as a list of Python integers, one for each of `depth` blocks.
+def checked(keep: Sequence[int] | float, depth: int) -> list[int]:
+    """Return `keep` as a list of Python integers, one for each of `depth` blocks.
+
+    Args:
+        keep: a sequence of whole numbers, a NumPy array or a tensor. Any other value is an error.
+        depth: number of blocks.
 
     Raises:
-        ValueError: for another length, or for an entry that is negative or no whole number; the message names it.
+        ValueError: if `keep` is no sequence or has the wrong length, or if an entry is negative or not a whole number.
+            The message names the entry.
     """
     if hasattr(keep, "tolist"):  # NumPy's arrays and PyTorch's tensors
         keep = keep.tolist()
@@ -216,4 +229,4 @@ def checked(keep: Sequence[int], depth: int) -> list[int]:
 
 def _check_not_negative(name: str, value: float) -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise ValueError(f"the {name} must be a number, not negative, got {value!r}")
+        raise ValueError(f"the {name} must be a number that is not negative, got {value!r}")

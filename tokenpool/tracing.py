@@ -1,4 +1,4 @@
-"""Report what a patched model did with each image patch, block by block."""
+"""Report the token of each image patch after each block of a patched model."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from tokenpool.downsampling import Downsampled
 
 
 class BlockTrace(NamedTuple):
-    """What one block did.
+    """The state of the tokens after one block.
 
     Attributes:
-        tokens: number of patch tokens after the block's downsampler.
-        assignment: (B, N) int64, for each of the image's N patches the token that it is in now, -1 if it was dropped.
-        sizes: (B, tokens), the number of patches in each token.
-        error: (B,), the reconstruction error, equation (8), of this block's downsampling alone: the squared distance
-            from each input token to the token that it was assigned to, or, if it was dropped, to the nearest token that
-            remains; summed over input tokens. Zero if the block downsampled nothing, NaN if no token remains.
+        tokens: number of patch tokens after the downsampler of the block.
+        assignment: (B, N) int64, the current token of each of the N patches of an image, or -1 if it was dropped.
+        sizes: (B, tokens), the number of patches of each token.
+        error: (B,), the reconstruction error, equation (8), of the downsampler of this block: the squared distance from
+            each input token to its output token, summed over input tokens. A dropped token counts with the distance to
+            the nearest output token. Zero if the block does not downsample, NaN if no token remains.
     """
 
     tokens: int
@@ -32,12 +32,12 @@ class BlockTrace(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a forward pass did.
+    """Result of a traced forward pass.
 
     Attributes:
         logits: (B, classes).
-        blocks: what each block did.
-        grid: rows and columns of patches. Their product is N, unless the model drops patches at random in training.
+        blocks: the state after each block.
+        grid: rows and columns of patches. Their product is N, except if the model drops patches at random in training.
     """
 
     logits: Tensor
@@ -47,14 +47,23 @@ class Trace(NamedTuple):
 
 @torch.no_grad()
 def trace(model: nn.Module, images: Tensor) -> Trace:
-    """Run a patched model on images (B, C, H, W), in its mode (training or evaluation), and report what it merged.
+    """Run a patched model on images, and report which patches each block merged or dropped.
+
+    The model runs in its current mode (training or evaluation).
+
+    Args:
+        model: a patched model.
+        images: (B, C, H, W).
+
+    Returns:
+        The logits, and the state of the tokens after each block.
 
     Raises:
         ValueError: if the model is not patched.
     """
     adapter = hosts.find(model)
     if adapter is None or not adapter.is_patched:
-        raise ValueError("the model has no downsamplers to trace; call tokenpool.patch first")
+        raise ValueError("the model has no downsamplers to trace: call tokenpool.patch first")
     seen: dict[int, tuple[Tensor, Downsampled]] = {}
     handles = watch(model, lambda index, before, after: seen.update({index: (before, after)}))
     try:
@@ -83,7 +92,15 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
 
 def reconstruction_error(tokens: Tensor, downsampled: Downsampled) -> Tensor:
-    """Compute equation (8) with nearest-neighbour interpolation by the assignment: tokens (B, N, D) -> (B,)."""
+    """Compute the reconstruction error, equation (8), with nearest-neighbour interpolation by the assignment.
+
+    Args:
+        tokens: (B, N, D), the input of a downsampler.
+        downsampled: the output of the downsampler.
+
+    Returns:
+        (B,), see `BlockTrace.error`.
+    """
     kept, assignment = downsampled
     if kept.shape[1] == 0:
         return tokens.new_full((len(tokens),), torch.nan)
@@ -95,7 +112,15 @@ def reconstruction_error(tokens: Tensor, downsampled: Downsampled) -> Tensor:
 
 
 def watch(model: nn.Module, record: Callable[[int, Tensor, Downsampled], None]) -> list[RemovableHandle]:
-    """Call `record` with block, input tokens and result of each downsampler of a patched model, whenever it runs."""
+    """Call a function whenever a downsampler of a patched model runs.
+
+    Args:
+        model: a patched model.
+        record: called with the index of the block, the input tokens (B, N, D) and the output of the downsampler.
+
+    Returns:
+        Handles that remove the hooks.
+    """
 
     def hook(index: int) -> Callable[..., None]:
         return lambda module, inputs, output: record(index, inputs[0], output)

@@ -98,7 +98,7 @@ def _timed(settings: Sequence[benchmark.Setting], output: Path, device: str, rep
             f"speed-up {one['speed_up']:.2f} of {one['flops_ratio']:.2f}, realised {one['realised_fraction']:.2f}",
             flush=True,
         )
-    with files.whole(output / "table.md") as path:
+    with files.atomic_write(output / "table.md") as path:
         path.write_text(speed_up.table(found) + "\n")
     pictures = curves.save(speed_up.picture(found), output / "speed-up")
     if len({one["tokens"] for one in found}) > 1:

@@ -259,5 +259,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -38,7 +38,7 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         version=tokenpool.__version__,
         commit=commit(),
     )
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 

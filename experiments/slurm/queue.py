@@ -98,7 +98,7 @@ def remember(runs: Sequence[str], job: str, folder: Path) -> None:
     """Write down that the runs are the tasks 0, 1, ... of a job, atomically."""
     known = submitted(folder) | {run: f"{job}_{index}" for index, run in enumerate(runs)}
     path = _record(folder)
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(known, indent=1) + "\n")
 
 

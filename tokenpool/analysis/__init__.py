@@ -1,4 +1,4 @@
-"""Analysis of finished runs: tables, Pareto fronts, pictures and paired comparisons."""
+"""Analysis of finished runs: tables, Pareto fronts, plots and paired comparisons."""
 
 from tokenpool.extras import require
 

@@ -1,4 +1,4 @@
-"""Paired comparison of finished runs: the difference in top-1 with an interval that covers images and seeds."""
+"""Paired comparison of finished runs: the difference in top-1, with a confidence interval over images and seeds."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -10,20 +10,21 @@ from scipy import stats
 from tokenpool.analysis import bits, results
 
 Choice = str | Mapping[str, Any]
-Pair = tuple[int, dict[int, float]]  # row of a run, and the rows and weights of the runs that it is compared with
+Pair = tuple[int, dict[int, float]]  # row of a run; rows and weights of the runs to compare it with
 
 
 class Comparison(NamedTuple):
-    """Top-1 of one choice of runs minus that of another, on the same images.
+    """Difference in top-1 between two selections of runs, a minus b, on the same images.
 
     Attributes:
-        difference: in percentage points, mean over pairs.
+        difference: difference in percentage points, mean over pairs.
         low: lower end of the confidence interval.
-        high: its upper end.
-        p: of McNemar's exact test (McNemar 1947), by image: of the images that are right more often with the one choice
-            than with the other, whether both kinds are equally many. With one pair it is the usual test.
+        high: upper end of the confidence interval.
+        p: p-value of McNemar's exact test (McNemar 1947). It compares the number of images that a classifies correctly
+            more often than b with the number of images that b classifies correctly more often than a. With one pair of
+            runs, it is the usual test.
         pairs: number of pairs of runs.
-        seeds: number of different seeds. With one seed the interval covers the choice of images alone.
+        seeds: number of different seeds. With one seed, the interval covers only the choice of images.
         images: number of images.
     """
 
@@ -39,28 +40,28 @@ class Comparison(NamedTuple):
 def compare(
     frame: pd.DataFrame, a: Choice, b: Choice, confidence: float = 0.95, at: Literal["schedule", "cost"] = "schedule"
 ) -> Comparison:
-    """Compare two choices of runs, paired by seed, image, and schedule or cost.
+    """Compare two selections of runs, paired by seed, image, and schedule or cost.
 
-    The variance of the mean difference is the sum of that over seeds and that over images, as if both were drawn anew.
-    Each of the two also holds what seed and image have in common, so that the interval is rather too wide than too
-    narrow. Its degrees of freedom are Satterthwaite's (1946).
+    The variance of the mean difference is the sum of the variance over seeds and the variance over images, as if both
+    were sampled again. The interaction of seed and image is in both variances, so the interval is conservative. The
+    degrees of freedom are by Satterthwaite (1946).
 
     Args:
-        frame: one row a run, from `results.load` or `Study.points`, with the bits `correct`.
-        a: values of columns that choose the runs, such as {"downsampler": "wkmedoids", "level": 3}; a text means
+        frame: one row for each run, from `results.load` or `Study.points`, with the column `correct`.
+        a: values of columns that select runs, such as {"downsampler": "wkmedoids", "level": 3}. A text selects
             {"downsampler": a, "stage": "finetune"}.
         b: the same for the runs to compare with.
-        confidence: of the interval.
-        at: what the runs of a pair share. "schedule": the number of the schedule (`level`). "cost": each run of a is
-            compared with the curve of b at the same `gmacs`, clustering included. The curve is linear between
-            neighbouring runs of b with the same seed, image by image. Runs of a outside of the curve are left out.
+        confidence: level of the interval, in 0..1.
+        at: "schedule" compares runs with the same schedule (`level`). "cost" compares each run of a with the curve of b
+            at the same `gmacs`, clustering included. The curve interpolates linearly between neighbouring runs of b
+            with the same seed, for each image. Runs of a outside the curve are ignored.
 
     Returns:
-        The comparison; positive where a is better.
+        The comparison. The difference is positive if a is better.
 
     Raises:
-        ValueError: if no pair is left, if a run has several partners, if runs were tested on different images or store
-            no bits, or if one of the choices mixes runs of different settings.
+        ValueError: if there is no pair, if a run matches several runs, if the runs were tested on different images or
+            store no bits, or if a selection contains runs of different settings.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence = {confidence!r} must lie between 0 and 1")
@@ -71,9 +72,11 @@ def compare(
     both = frame.iloc[used]
     missing = both["correct"].isna() if "correct" in both else pd.Series(True, index=both.index)
     if missing.any():
-        raise ValueError(f"run {both[missing]['run'].iloc[0]} does not store which images were right: make it anew")
+        raise ValueError(f"run {both[missing]['run'].iloc[0]} does not store which images were correct: repeat the run")
     if "test_images" in both and both["test_images"].isna().any():
-        raise ValueError(f"run {both[both['test_images'].isna()]['run'].iloc[0]} does not tell its test images")
+        raise ValueError(
+            f"run {both[both['test_images'].isna()]['run'].iloc[0]} does not store its test images: repeat the run"
+        )
     same = ["data", "test_images", "part", "limit", "images"]
     same += ["split"] if _may_be_split(both) else []
     results.check_alike(both, same, "a paired comparison")
@@ -97,10 +100,19 @@ def _may_be_split(runs: pd.DataFrame) -> bool:
 
 
 def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:
-    """Which runs `compare` compares: positions of rows in the frame, see `Pair`; none where nothing fits.
+    """Find the pairs of runs that `compare` compares.
+
+    Args:
+        frame: see `compare`.
+        a: see `compare`.
+        b: see `compare`.
+        at: see `compare`.
+
+    Returns:
+        Positions of rows in the frame, see `Pair`. The list is empty if no runs match.
 
     Raises:
-        ValueError: if `at` is unknown, if a choice means no run, or if a run has several partners.
+        ValueError: if `at` is unknown, if a selection has no run, or if a run matches several runs.
     """
     if at not in ("schedule", "cost"):
         raise ValueError(f'at = {at!r} must be "schedule" or "cost"')
@@ -110,7 +122,7 @@ def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:
 
 
 def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
-    """The runs of a choice by seed and level; with `unique` each seed and level once."""
+    """Select runs, indexed by seed and level. With `unique`, two runs with the same seed and level are an error."""
     values = {"downsampler": choice, "stage": "finetune"} if isinstance(choice, str) else dict(choice)
     unknown = [name for name in values if name not in frame]
     if unknown:
@@ -125,7 +137,7 @@ def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
     twice = chosen[chosen.index.duplicated(keep=False)]
     if unique and len(twice):
         first, second = twice["run"].iloc[:2]
-        raise ValueError(f"{choice!r} means both {first} and {second}: choose by more columns")
+        raise ValueError(f"{choice!r} selects both {first} and {second}: select by more columns")
     return chosen
 
 
@@ -141,7 +153,7 @@ def _same_cost(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Pair]:
         if curve["gmacs"].duplicated().any():
             first, second = curve[curve["gmacs"].duplicated(keep=False)]["run"].iloc[:2]
             raise ValueError(
-                f"{first} and {second} cost the same, so no curve leads through both: choose by more columns"
+                f"{first} and {second} cost the same, so they cannot be on one curve: select by more columns"
             )
         costs, rows = curve["gmacs"].to_numpy(), curve["row"].tolist()
         for run in ours[ours["seed"] == seed].itertuples():
@@ -151,7 +163,16 @@ def _same_cost(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Pair]:
 
 
 def interpolation(cost: float, costs: np.ndarray, rows: list[int]) -> dict[int, float]:
-    """Weights of the neighbours of a cost, for linear interpolation between ascending costs: {row: weight}."""
+    """Return the weights of the neighbours of a cost for linear interpolation.
+
+    Args:
+        cost: a cost within the range of `costs`.
+        costs: (N,), ascending.
+        rows: the row of each cost.
+
+    Returns:
+        Rows and weights of one or two neighbours.
+    """
     above = int(np.searchsorted(costs, cost))
     if costs[above] == cost:
         return {rows[above]: 1.0}
@@ -164,7 +185,7 @@ def _bits(run: pd.Series) -> np.ndarray:
 
 
 def _interval(by_seed: np.ndarray, confidence: float) -> tuple[float, float, float]:
-    """Mean of differences (S, I) and the ends of its interval."""
+    """Return the mean of differences (seeds, images), and the ends of its confidence interval."""
     seeds, images = by_seed.shape
     mean = by_seed.mean()
     parts = [(by_seed.mean(axis=0).var(ddof=1) / images, images - 1)] if images > 1 else []
@@ -178,7 +199,7 @@ def _interval(by_seed: np.ndarray, confidence: float) -> tuple[float, float, flo
 
 
 def _mcnemar(differences: np.ndarray) -> float:
-    """Exact two-sided p of as many images better as worse; differences (pairs, I)."""
-    total = differences.sum(axis=0).round(6)  # interpolation leaves rounding errors where there is no difference
+    """Return the exact two-sided p-value for differences (pairs, images)."""
+    total = differences.sum(axis=0).round(6)  # interpolation causes rounding errors in differences that are zero
     better, worse = int((total > 0).sum()), int((total < 0).sum())
     return stats.binomtest(better, better + worse).pvalue if better + worse else 1.0

@@ -1,4 +1,4 @@
-"""Pictures of results, in one style: legible in print, and to colour-blind readers."""
+"""Plots of results, in one style for print and for colour-blind readers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tokenpool.analysis import results
 from tokenpool.downsampling import Column
 from tokenpool.tracing import Trace
 
-# How each registered method is drawn: keywords of Matplotlib's `errorbar` and `plot`, `label` among them.
+# The plot style of each registered method: keywords of Matplotlib's `errorbar` and `plot`, including `label`.
 STYLES: Mapping[str, dict[str, Any]] = Column(lambda method: {"label": method.label, **method.style})
 COST_LABEL = "FLOPs an image"
 TOP1_LABEL = "top-1 accuracy (%)"
@@ -28,8 +28,8 @@ class Series:
     """One curve.
 
     Attributes:
-        rows: one row a point.
-        style: keywords of matplotlib's `errorbar`, `label` among them.
+        rows: one row for each point.
+        style: keywords of Matplotlib's `errorbar`, including `label`.
     """
 
     rows: pd.DataFrame
@@ -37,7 +37,11 @@ class Series:
 
 
 def unit(largest: float) -> tuple[float, str]:
-    """Factor and prefix that costs of up to `largest` x 10^9 are best shown with: (1, "G") or (1000, "M")."""
+    """Return factor and prefix for an axis of costs: (1, "G") or (1000, "M").
+
+    Args:
+        largest: the largest cost, in units of 10^9.
+    """
     return (1e3, "M") if largest < 0.1 else (1.0, "G")
 
 
@@ -48,23 +52,20 @@ def cost_accuracy(
     error: str | None = "top1_error",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw quality against cost, one curve a downsampler, in the order of cost.
+    """Plot quality against cost, with one curve for each downsampler.
 
     Args:
-        frame: one row a point, with the columns `downsampler`, `cost` and `quality`. Seeds are to be averaged before.
-        cost: column for the x-axis.
+        frame: one row for each point, with the columns `downsampler`, `cost` and `quality`. Average over seeds first.
+        cost: column for the x-axis, in units of 10^9 multiply-adds. Small costs are shown in units of 10^6.
         quality: column for the y-axis.
-        error: column of the standard error, drawn as bars; None, or a column that is missing, for no bars.
-        ax: axes to draw into; by default a new figure's.
-
-    Costs are taken to be in units of 10^9 multiply-adds; those of small models are shown in units of 10^6.
+        error: column of the standard error, drawn as error bars. No bars for None or a missing column.
+        ax: axes to draw into. Default: axes of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if the points of a curve are of different data, seeds, stages or base models, or with and without
-            carried sizes.
+        ValueError: if the points of a curve differ in data, seed, stage, base model or `carry`.
     """
     results.check_alike(frame, results.INCOMPARABLE, "one picture")
     results.check_alike(frame, ("stage", "variant", "carry"), "one curve", within=["downsampler"])
@@ -89,7 +90,18 @@ def curves(
     error: str | None = "top1_error",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw quality against cost for any series; the arguments are those of `cost_accuracy`. Draws no legend."""
+    """Plot quality against cost for any series, without a legend.
+
+    Args:
+        series: the curves.
+        cost: see `cost_accuracy`.
+        quality: see `cost_accuracy`.
+        error: see `cost_accuracy`.
+        ax: see `cost_accuracy`.
+
+    Returns:
+        The axes.
+    """
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")[1]
     scale, prefix = (1.0, "")
@@ -108,14 +120,14 @@ def curves(
 
 
 def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Axes | None = None) -> Axes:
-    """Draw which patches of an image are one token after a block (Figure 1c), as `patches` does.
+    """Plot the groups of patches that are one token after a block (Figure 1c), in the style of `patches`.
 
     Args:
-        image: (H, W, 3) with values in 0..1.
-        trace: from `tokenpool.trace`.
-        block: counting from 0.
-        index: of the image in the traced batch.
-        ax: axes to draw into; by default a new figure's.
+        image: (H, W, 3), values in 0..1.
+        trace: result of `tokenpool.trace`.
+        block: index of the block, starting at 0.
+        index: index of the image in the traced batch.
+        ax: axes to draw into. Default: axes of a new figure.
 
     Returns:
         The axes.
@@ -128,13 +140,16 @@ def clusters(image: np.ndarray, trace: Trace, block: int, index: int = 0, ax: Ax
 
 
 def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 7) -> Figure:
-    """Draw the image, and which patches of it are one token after each block.
+    """Plot an image, and the groups of patches that are one token after each block.
 
     Args:
-        image: (H, W, 3) with values in 0..1.
-        trace: from `tokenpool.trace`.
-        index: of the image in the traced batch.
-        columns: pictures in a row.
+        image: (H, W, 3), values in 0..1.
+        trace: result of `tokenpool.trace`.
+        index: index of the image in the traced batch.
+        columns: number of pictures in a row.
+
+    Returns:
+        A new figure.
     """
     count = 1 + len(trace.blocks)
     rows = -(-count // columns)
@@ -150,21 +165,21 @@ def strip(image: np.ndarray, trace: Trace, index: int = 0, columns: int = 7) -> 
 
 
 def patches(image: np.ndarray, assignment: ArrayLike, grid: tuple[int, int], ax: Axes | None = None) -> Axes:
-    """Draw which patches of an image are one token: each in its mean colour, with a white border.
+    """Plot the patches of each token in their mean colour, with a white border around each token.
 
-    Patches that were dropped are hatched black.
+    Dropped patches are black and hatched.
 
     Args:
-        image: (H, W, 3) with values in 0..1.
-        assignment: for each patch, row by row, the token that it is in, -1 if dropped.
+        image: (H, W, 3), values in 0..1.
+        assignment: the token of each patch, row by row, or -1 for a dropped patch.
         grid: rows and columns of patches.
-        ax: axes to draw into; by default a new figure's.
+        ax: axes to draw into. Default: axes of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: if the grid does not have as many patches as the assignment.
+        ValueError: if grid and assignment have different numbers of patches.
     """
     tokens = np.asarray(assignment)
     if tokens.size != grid[0] * grid[1]:
@@ -188,13 +203,18 @@ def patches(image: np.ndarray, assignment: ArrayLike, grid: tuple[int, int], ax:
 
 
 def faded(style: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A style for the lesser of two curves of the same method: lighter, dotted, hollow; `changes` on top."""
+    """Return a style for the second curve of a method: a lighter colour, a dotted line and hollow markers.
+
+    Args:
+        style: style of the first curve, with `color`.
+        **changes: further changes of the style.
+    """
     colour = tuple(0.45 * channel + 0.55 for channel in to_rgb(style["color"]))
     return style | {"color": colour, "linestyle": ":", "markerfacecolor": "white"} | changes
 
 
 def _borders(labels: np.ndarray) -> LineCollection:
-    """Lines between neighbouring patches of different tokens."""
+    """Return lines between neighbouring patches of different tokens."""
     down = [[(c, r + 1), (c + 1, r + 1)] for r, c in np.argwhere(labels[1:] != labels[:-1])]
     right = [[(c + 1, r), (c + 1, r + 1)] for r, c in np.argwhere(labels[:, 1:] != labels[:, :-1])]
     return LineCollection(down + right, colors="white", linewidths=1.2)

@@ -11,15 +11,15 @@ from tokenpool import hosts
 
 
 class Signals(NamedTuple):
-    """Input and output of one block's attention; patch tokens only.
+    """Input and output of the attention of one block, for patch tokens only.
 
     Attributes:
         queries: (B, H, N, d).
         keys: (B, H, N, d).
-        values: (B, N, D), the signal that attention filters, heads concatenated.
-        filtered: (B, N, D), the filtered signal; all tokens take part in the attention, also the class token.
-        before: (B, N, D), the block's tokens before attention.
-        after: (B, N, D), these tokens plus the output of attention: the input of a downsampler.
+        values: (B, N, D), the signal that attention filters, with concatenated heads.
+        filtered: (B, N, D), the filtered signal. The attention includes all tokens, also the class token.
+        before: (B, N, D), the tokens before attention.
+        after: (B, N, D), the tokens plus the output of attention: the input of a downsampler.
     """
 
     queries: Tensor
@@ -31,14 +31,34 @@ class Signals(NamedTuple):
 
 
 def softmax_attention(queries: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
-    """Compute equation (6): (..., N, d), (..., N, d), (..., N, D) -> (..., N, D)."""
+    """Compute softmax attention, equation (6).
+
+    Args:
+        queries: (..., N, d).
+        keys: (..., N, d).
+        values: (..., N, D).
+        alpha: factor of the logits.
+
+    Returns:
+        (..., N, D).
+    """
     return (alpha * queries @ keys.mT).softmax(-1) @ values
 
 
 def gaussian_filter(queries: Tensor, keys: Tensor, values: Tensor, alpha: float) -> Tensor:
-    """Compute equation (7): the values at the keys, filtered by a Gaussian of variance 1 / alpha, at the queries.
+    """Compute a Gaussian filter, equation (7): values at the keys are filtered and sampled at the queries.
 
-    The shapes are those of `softmax_attention`. Both functions are equal if all queries and keys have the same length.
+    The variance of the Gaussian is 1 / alpha. The result equals `softmax_attention` if all queries and keys have the
+    same length.
+
+    Args:
+        queries: (..., N, d).
+        keys: (..., N, d).
+        values: (..., N, D).
+        alpha: inverse variance.
+
+    Returns:
+        (..., N, D).
     """
     distance = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")  # (..., N, N)
     kernel = (-alpha / 2 * distance.square()).exp()
@@ -46,13 +66,16 @@ def gaussian_filter(queries: Tensor, keys: Tensor, values: Tensor, alpha: float)
 
 
 def leading_energy(tokens: Tensor, share: float = 0.1) -> Tensor:
-    """Compute the share of the tokens' variance in their leading singular vectors: (B, N, D) -> (B,), in 0..1.
+    """Compute the share of the variance of tokens that lies in their leading singular vectors.
 
     The tokens are centred first. A higher share means more redundant tokens.
 
     Args:
         tokens: (B, N, D).
-        share: which share of the min(N, D) singular vectors counts as leading; the number is rounded up.
+        share: share of the min(N, D) singular vectors that count as leading. The number of vectors is rounded up.
+
+    Returns:
+        (B,), in 0..1.
     """
     tokens = tokens.double() - tokens.double().mean(1, keepdim=True)
     gram = tokens @ tokens.mT if tokens.shape[1] < tokens.shape[2] else tokens.mT @ tokens
@@ -62,9 +85,15 @@ def leading_energy(tokens: Tensor, share: float = 0.1) -> Tensor:
 
 
 def neighbour_distance(tokens: Tensor) -> Tensor:
-    """Compute the distance to the nearest token, as a share of the distance to any token: (B, N, D) -> (B,), in 0..1.
+    """Compute the mean distance to the nearest other token, divided by the mean distance between two tokens.
 
-    Both distances are means over tokens. A lower share means more redundant tokens.
+    A lower value means more redundant tokens.
+
+    Args:
+        tokens: (B, N, D).
+
+    Returns:
+        (B,), in 0..1.
     """
     distance = torch.cdist(tokens.float(), tokens.float())  # (B, N, N)
     n = tokens.shape[1]
@@ -74,21 +103,32 @@ def neighbour_distance(tokens: Tensor) -> Tensor:
 
 
 def mean_energy(tokens: Tensor) -> Tensor:
-    """Compute the share of the tokens' energy in their mean, the lowest frequency: (B, N, D) -> (B,), in 0..1."""
+    """Compute the share of the energy of tokens that lies in their mean, the lowest frequency.
+
+    Args:
+        tokens: (B, N, D).
+
+    Returns:
+        (B,), in 0..1.
+    """
     return tokens.float().mean(1).square().sum(-1) / tokens.float().square().sum(-1).mean(1)
 
 
 @torch.no_grad()
 def signals(model: nn.Module, images: Tensor) -> list[Signals]:
-    """Run a plain model on images (B, C, H, W), and return each block's signals.
+    """Run a plain model on images, and return the signals of each block.
+
+    Args:
+        model: a plain model of a family in `tokenpool.hosts`.
+        images: (B, C, H, W).
 
     Raises:
         TypeError: if the model belongs to no supported family.
-        ValueError: if the model is patched: its tokens become fewer from block to block.
+        ValueError: if the model is patched, because the number of tokens then differs between blocks.
     """
     adapter = hosts.of(model)
     if adapter.is_patched:
-        raise ValueError("redundancy is measured in a plain model; call tokenpool.unpatch first")
+        raise ValueError("redundancy is measured in plain models only: call tokenpool.unpatch first")
     prefix = adapter.prefix
     seen: list[dict[str, Tensor]] = [{} for _ in adapter.blocks]
 

@@ -1,4 +1,4 @@
-"""Finished runs as JSON files, one run one file, and as a DataFrame, one row a run."""
+"""Finished runs, as one JSON file for each run and as a DataFrame with one row for each run."""
 
 import json
 import warnings
@@ -10,41 +10,48 @@ from typing import Any
 import pandas as pd
 
 from tokenpool import files
+from tokenpool.moved import old_names
 
 SECTIONS = ("setting", "metrics", "cost")
 OPTIONAL = ("identity", "environment")
-INCOMPARABLE = ("data", "part", "images", "seed")  # columns in which the points of one curve or front may not differ
+INCOMPARABLE = ("data", "part", "images", "seed")  # the points of one curve or front must be equal in these columns
+
+__getattr__ = old_names(__name__)
 
 
 def save(run: dict[str, Any], path: str | Path) -> None:
-    """Write a finished run, atomically: the file is there whole or not at all.
+    """Write a finished run atomically.
 
     Args:
-        run: JSON values, with the keys "setting", "metrics" and "cost" (dictionaries) and any others. Numbers that are
-            not finite are refused: JSON has none.
-        path: of the file to write; its folder is made if need be.
+        run: JSON values. The keys "setting", "metrics" and "cost" are required and hold dictionaries. Other keys are
+            allowed. Numbers must be finite, because JSON has no others.
+        path: path of the file. Its folder is created if needed.
+
+    Raises:
+        ValueError: if a required key is missing, or a number is not finite.
     """
     _check(run, path)
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """One finished run.
+    """Read one finished run.
 
     Raises:
-        ValueError: if the file is no result of a run; the message names it.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not the result of a run. The message names the file.
     """
     try:
         run = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file of a run ({error}); delete it to have the run made again") from error
+        raise ValueError(f"{path} is not a JSON file of a run ({error}): delete it to repeat the run") from error
     _check(run, path)
     return run
 
 
-def read_if_whole(path: str | Path) -> dict[str, Any] | None:
-    """One finished run; None if the file is missing or broken."""
+def read_or_none(path: str | Path) -> dict[str, Any] | None:
+    """Read one finished run. Return None if the file is missing or broken."""
     try:
         return read(path)
     except (FileNotFoundError, ValueError):
@@ -52,41 +59,42 @@ def read_if_whole(path: str | Path) -> dict[str, Any] | None:
 
 
 def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
-    """All finished runs of a folder, one row a run.
-
-    The columns are the entries of the run's setting, metrics, cost and identity (fingerprints of its images and
-    weights, which early files lack), all other entries that are plain values (such as `seconds`), and `run`, the name
-    of its file.
+    """Read all finished runs of a folder.
 
     Args:
-        folder: with one JSON file a run.
-        skip_broken: warn of a broken file, and go on with the others, instead of raising.
+        folder: folder with one JSON file for each run.
+        skip_broken: skip a broken file with a warning, instead of raising.
+
+    Returns:
+        One row for each run. The columns are the entries of setting, metrics, cost and identity (fingerprints of images
+        and weights; old files do not have them), all other entries that are not lists or dictionaries (such as
+        `seconds`), and `run`, the name of the file.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no run, or a file that is none.
+        ValueError: if the folder has no run, or a JSON file that is not a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of results at {folder}")
     rows = list(_rows(sorted(folder.glob("*.json")), skip_broken))
     if not rows:
-        raise ValueError(f"{folder} holds no results: expected one JSON file a run")
+        raise ValueError(f"{folder} holds no results: expected one JSON file for each run")
     return pd.DataFrame(rows)
 
 
 def check_alike(runs: pd.DataFrame, columns: Iterable[str], purpose: str, within: Sequence[str] = ()) -> None:
-    """Whether rows that are put together are of one kind.
+    """Check that rows can be combined.
 
     Args:
-        runs: one row a run or a configuration.
-        columns: in which the rows may not differ; those that the frame lacks are passed over. An empty cell equals
-            "", False and an empty dictionary or list.
-        purpose: what is made of the rows, as the error says it.
-        within: columns; only rows that are equal in them are compared.
+        runs: one row for each run or configuration.
+        columns: columns in which the rows must be equal. Columns that the frame does not have are skipped. An empty
+            cell equals "", False and an empty dictionary or list.
+        purpose: name of the combination, for the error message, such as "one curve".
+        within: names of columns. Only rows that are equal in these columns are compared.
 
     Raises:
-        ValueError: if rows differ; the message names the columns and their values.
+        ValueError: if rows differ. The message names the columns and their values.
     """
     keys = [column for column in within if column in runs]
     present = [column for column in columns if column in runs and column not in keys]
@@ -96,15 +104,15 @@ def check_alike(runs: pd.DataFrame, columns: Iterable[str], purpose: str, within
         differing = {column: values for column, values in differing.items() if len(values) > 1}
         if differing:
             where = ", ".join(f"{name} {value}" for name, value in zip(keys, key, strict=True))
-            found = "; ".join(f"{column} is {_some(values)}" for column, values in differing.items())
+            found = "; ".join(f"{column} is {_shortened(values)}" for column, values in differing.items())
             raise ValueError(
                 f"{purpose} cannot be made of rows{f' of {where}' if where else ''} that differ: {found}. Filter or "
-                f"average the frame first, by {', '.join(differing)}"
+                f"average the frame by {', '.join(differing)} first"
             )
 
 
 def _comparable(value: Any) -> str:
-    """A cell as text; empty where it says nothing."""
+    """Convert a cell to text. Cells that count as empty become ""."""
     if isinstance(value, dict | list | tuple):
         return json.dumps(value, sort_keys=True, default=str) if value else ""
     if value is None or value is pd.NA or value != value or value is False or str(value) == "False":
@@ -112,7 +120,7 @@ def _comparable(value: Any) -> str:
     return f"{value:g}" if isinstance(value, Real) and not isinstance(value, bool) else str(value)
 
 
-def _some(values: Iterable[str], most: int = 4) -> str:
+def _shortened(values: Iterable[str], most: int = 4) -> str:
     shown = [value or "empty" for value in values]
     return " or ".join([*shown[:most], *(["..."] if len(shown) > most else [])])
 
@@ -133,7 +141,7 @@ def _rows(paths: Iterable[Path], skip_broken: bool) -> Iterable[dict[str, Any]]:
 def _check(run: Any, path: str | Path) -> None:
     missing = [key for key in SECTIONS if not isinstance(run, dict) or not isinstance(run.get(key), dict)]
     if missing:
-        raise ValueError(f"{path} is no result of a run: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is not the result of a run: it lacks {', '.join(missing)}")
     wrong = [key for key in OPTIONAL if not isinstance(run.get(key, {}), dict)]
     if wrong:
-        raise ValueError(f"{path} is no result of a run: its {', '.join(wrong)} must be JSON objects")
+        raise ValueError(f"{path} is not the result of a run: its {', '.join(wrong)} must be JSON objects")

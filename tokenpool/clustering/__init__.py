@@ -1,6 +1,6 @@
 """Batched, weighted K-Means and K-Medoids of tokens, and the reductions over clusters.
 
-`algorithm` is Algorithm 1 of Marin et al. 2021. Behind it stand `distances` (the engines), `ward` (initial centres),
+`algorithm` is Algorithm 1 of Marin et al. 2021. It uses `distances` (the engines), `ward` (initial centres),
 `reductions` (sums, means, highest weights) and `checks` (of arguments).
 """
 

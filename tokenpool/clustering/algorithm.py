@@ -1,10 +1,11 @@
 """Weighted K-Means and K-Medoids: Marin et al. 2021, Algorithm 1, equations (10)-(18).
 
-Tensors in, tensors out, and nothing known of transformers. Every image of a batch is clustered on its own, at the same
-time as the others, without a Python loop over images, clusters or tokens.
+The functions take and return tensors and do not depend on transformers. They cluster all images of a batch at the same
+time, each image independently, without a Python loop over images, clusters or tokens.
 
-Ties: of centres at equal *computed* distance the first wins. Distances are taken between centred points in float32, and
-both steps round. So a token that is exactly as near to two centres may go to the later one.
+Ties: if several centres have the same *computed* distance, the first one wins. The points are centred and the distances
+are computed in float32, and both steps round. So a token with the same exact distance to two centres may be assigned to
+the second one.
 """
 
 from typing import Literal, NamedTuple
@@ -33,8 +34,8 @@ class Clusters(NamedTuple):
     """K clusters of the N tokens of each image.
 
     Attributes:
-        centers: (B, K, D), the weighted mean of each cluster's tokens.
-        assignment: (B, N) int64, the cluster in 0..K-1 that each token belongs to.
+        centers: (B, K, D), the weighted mean of the tokens of each cluster.
+        assignment: (B, N) int64, the cluster of each token, in 0..K-1.
     """
 
     centers: Tensor
@@ -49,25 +50,28 @@ def kmeans(
     iterations: int = 5,
     check_values: bool = True,
 ) -> Clusters:
-    """Weighted K-Means: alternate equations (14) and (15), which are (10) and (11) where all weights are 1.
+    """Cluster tokens by weighted K-Means: alternate equations (14) and (15).
 
-    Assignments are decided in float32 and without gradient. The returned means carry the gradient to the tokens. A
-    cluster without members, or whose members weigh nothing, stays where it was, and its output is that centre.
-    Iterating stops early once no centre moves in any image.
+    With equal weights, these are equations (10) and (11). Assignments are computed in float32 and without gradient.
+    Gradients flow through the returned means to the tokens. A cluster that has no members, or only members of weight
+    zero, keeps its centre. The iterations stop early if no centre moves in any image.
 
     Args:
         tokens: (B, N, D), finite.
         k: number of clusters, 1..N.
         weights: (B, N), not negative, not all zero in any image. Only their ratios matter. Default: all equal.
         init: initial centres, as token indices (B, K) or as points (B, K, D). Default: the K tokens of highest weight,
-            or K evenly spaced tokens where there are no weights.
-        iterations: the most updates of the centres, at least 1.
-        check_values: look for values that are not finite and for unusable weights. On a GPU this costs a
-            synchronisation. Inside `torch.compile` it is left out.
+            or K evenly spaced tokens if there are no weights.
+        iterations: maximum number of updates of the centres, at least 1.
+        check_values: check that the values are finite and the weights usable. On a GPU the check costs a
+            synchronisation. Inside `torch.compile` there is no check.
+
+    Returns:
+        Centres (B, K, D) and assignment (B, N).
 
     Raises:
-        TypeError: where an argument is no tensor.
-        ValueError: where an argument breaks the rules above. The message names it.
+        TypeError: if an argument is not a tensor.
+        ValueError: if an argument is outside its range or has the wrong shape. The message names the argument.
     """
     weights, init = checked(tokens, k, weights, init, iterations, check_values)
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
@@ -91,18 +95,31 @@ def kmedoids(
     check_values: bool = True,
     by: Tensor | None = None,
 ) -> Clusters:
-    """Weighted K-Medoids: alternate equations (16)-(18), which are (10) and (12) where all weights are 1.
+    """Cluster tokens by weighted K-Medoids: alternate equations (16)-(18).
 
-    The medoid of a cluster is the member with the lowest *weighted* sum of squared distances to the members of its
-    cluster, as objective (13) demands. Equation (17) as printed omits the weight. The output is the weighted *mean* of
-    each cluster (Algorithm 1, line 6), not the medoid.
+    With equal weights, these are equations (10) and (12). The medoid of a cluster is the member with the lowest
+    *weighted* sum of squared distances to the other members, as objective (13) requires. Equation (17) as printed
+    omits the weight. The returned centre is the weighted *mean* of the cluster (Algorithm 1, line 6), not the medoid.
 
-    Arguments, errors, gradients, and the treatment of clusters without members are those of `kmeans`, except for:
+    Gradients and clusters without members are treated as in `kmeans`.
 
     Args:
-        init: where it holds points, the tokens nearest to them are the first medoids. "ward", an extension, takes the K
-            tokens that cost most to merge into another (see `ward_init`).
-        by: (B, N, E), the points that distances are measured between, instead of the tokens. An extension.
+        tokens: see `kmeans`.
+        k: see `kmeans`.
+        weights: see `kmeans`.
+        init: initial medoids, as token indices (B, K), or as points (B, K, E) whose nearest tokens are taken. "ward",
+            an extension, takes the K tokens with the highest cost of merging (see `ward_init`). Default: as in
+            `kmeans`.
+        iterations: see `kmeans`.
+        check_values: see `kmeans`.
+        by: (B, N, E), points whose distances are used instead of the distances between tokens. An extension.
+
+    Returns:
+        Centres (B, K, D) and assignment (B, N).
+
+    Raises:
+        TypeError: if an argument is not a tensor.
+        ValueError: if an argument is outside its range or has the wrong shape. The message names the argument.
     """
     if isinstance(init, str) and init != "ward":
         raise ValueError(f'init = {init!r} must be a tensor, None or "ward"')
@@ -123,7 +140,7 @@ def kmedoids(
 def _find_medoids(
     engine: Engine, k: int, iterations: int, points: Tensor, weights: Tensor, init: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """Lines 2-5 of Algorithm 1. Returns the result of `alternate`, or `gpu.Medoids` from the GPU kernel."""
+    """Run lines 2-5 of Algorithm 1. Return the result of `alternate`, or `gpu.Medoids` from the GPU kernel."""
     if engine is Engine.ALL:
         distances = AllDistances(points)
         medoids = _first_medoids(points, weights, k, init, distances.matrix)
@@ -137,7 +154,7 @@ def _find_medoids(
 def _first_medoids(
     points: Tensor, weights: Tensor, k: int, init: Tensor | None, distance: Tensor | None = None
 ) -> Tensor:
-    """Indices (B, K): `init`, or the points nearest to it where it holds points, or `ward_init` where it is None."""
+    """Return indices (B, K): `init` itself, the points nearest to the points in `init`, or `ward_init` for None."""
     if init is None:
         return ward_init(points, weights, k, distance)
     if init.dim() == 2:
@@ -147,16 +164,16 @@ def _first_medoids(
 
 
 def alternate(distances: Distances, weights: Tensor, medoids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """The loop of Algorithm 1 for K-Medoids, lines 3-5.
+    """Run the loop of Algorithm 1 for K-Medoids, lines 3-5.
 
     Args:
         distances: an engine of N points.
         weights: (B, N).
-        medoids: (B, K), the first medoids, as indices of points.
-        iterations: how many assignments are made at most, at least 1.
+        medoids: (B, K), the initial medoids, as indices of points.
+        iterations: maximum number of assignments, at least 1.
 
     Returns:
-        The assignment (B, N), and the medoids (B, K) that it was made from.
+        The last assignment (B, N), and the medoids (B, K) that it belongs to.
     """
     assigned = distances.assign(medoids)  # (16)
     for _ in range(iterations - 1):

@@ -13,11 +13,14 @@ from tokenpool.eager import is_eager_cpu, is_in_graph
 def checked(
     tokens: Tensor, k: int, weights: Tensor | None, init: Tensor | None, iterations: int, check_values: bool
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of `kmeans`. Return weights (B, N) of at most 1, and the initial centres.
+    """Check the arguments of `kmeans` and fill in the defaults.
+
+    Returns:
+        Weights (B, N), scaled to at most 1, and the initial centres (B, K) or (B, K, D).
 
     Raises:
-        TypeError: where an argument is no tensor.
-        ValueError: where an argument is unusable. The message names it.
+        TypeError: if an argument is not a tensor.
+        ValueError: if an argument is unusable. The message names the argument.
     """
     _check_shapes(tokens, k, weights, init, iterations)
     if check_values and not is_in_graph():
@@ -29,12 +32,16 @@ def checked(
         return tokens.new_ones(batch, n, dtype=precision), evenly_spaced if init is None else init
     weights = weights.detach().to(precision)
     largest = weights.amax(dim=1, keepdim=True).clamp(min=torch.finfo(precision).tiny)
-    weights = weights / largest  # so that sums do not overflow and means do not underflow
+    weights = weights / largest  # prevents overflow of sums and underflow of means
     return weights, stable_topk(weights, k) if init is None else init
 
 
 def check_by(by: Tensor, tokens: Tensor, check_values: bool) -> None:
-    """Check the argument `by` of `kmedoids`. ValueError where it is unusable."""
+    """Check the argument `by` of `kmedoids`.
+
+    Raises:
+        ValueError: if it has the wrong shape or is not finite.
+    """
     if by.dim() != 3 or by.shape[:2] != tokens.shape[:2]:
         raise ValueError(f"by must have shape (B, N, E), B, N = {tuple(tokens.shape[:2])}, got {tuple(by.shape)}")
     if check_values and is_eager_cpu(by) and not _all_finite(by):
@@ -64,13 +71,13 @@ def _check_shapes(tokens: Tensor, k: int, weights: Tensor | None, init: Tensor |
 def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -> None:
     if not _all_finite(tokens):
         image = int((~tokens.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"tokens must be finite, but those of image {image} of the batch hold NaN or infinity")
+        raise ValueError(f"tokens must be finite, but image {image} of the batch has NaN or infinite tokens")
     if weights is not None and weights.numel() and not _are_usable(weights):
         usable = (weights.isfinite() & (weights >= 0)).all(1) & (weights > 0).any(1)  # (B,)
         image = int((~usable).nonzero()[0])
         raise ValueError(
             "weights must be finite, not negative, and not all zero, "
-            f"but those of image {image} of the batch lie in {weights[image].min():g}..{weights[image].max():g}"
+            f"but image {image} of the batch has weights in {weights[image].min():g}..{weights[image].max():g}"
         )
     if init is None:
         return
@@ -82,10 +89,10 @@ def _check_values(tokens: Tensor, weights: Tensor | None, init: Tensor | None) -
 
 
 def _all_finite(values: Tensor) -> bool:
-    # A finite sum has finite terms: one pass over the values. A sum may overflow, and then each value is looked at.
+    # If the sum is finite, all values are: one pass. The sum of finite values may overflow, so check each value then.
     return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _are_usable(weights: Tensor) -> bool:
     largest = weights.amax(dim=1)
-    return weights.amin().item() >= 0 and largest.amin().item() > 0 and largest.amax().item() < torch.inf  # not if NaN
+    return weights.amin().item() >= 0 and largest.amin().item() > 0 and largest.amax().item() < torch.inf  # no NaN

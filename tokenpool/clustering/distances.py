@@ -1,9 +1,9 @@
-"""Squared distances between tokens, and the engines that K-Medoids gets them from.
+"""Squared distances between tokens, and the engines that compute them for K-Medoids.
 
-An engine (`Distances`) answers two questions: which medoid is nearest to each point, and what would each point cost as
-the medoid of its cluster. `AllDistances` computes the distances between all points once. `FewDistances` computes the
-distances from the points that are no medoids, in each iteration. The answers are the same up to rounding.
-`choose_engine` decides which engine a batch gets.
+An engine (`Distances`) computes the nearest medoid of each point, and the cost of each point as the medoid of its
+cluster. `AllDistances` computes the distances between all points once. `FewDistances` computes, in each iteration, only
+the distances from points that are not medoids. The results are the same up to rounding. `choose_engine` selects the
+engine for a batch.
 """
 
 from enum import Enum
@@ -18,50 +18,50 @@ from tokenpool.eager import is_eager_cpu
 
 
 class Engine(Enum):
-    """How K-Medoids gets its distances."""
+    """The way in which K-Medoids computes distances."""
 
-    KERNEL = "one GPU kernel makes all iterations"
+    KERNEL = "one GPU kernel runs all iterations"
     ALL = "the distances between all points, once"
-    FEW = "the distances from the points that are no medoids, in each iteration"
+    FEW = "the distances from points that are not medoids, in each iteration"
 
 
 def choose_engine(tokens: Tensor, by: Tensor, k: int, init: Tensor | None, iterations: int) -> Engine:
-    """The engine that takes the least time: see the log in docs/performance.md.
+    """Return the fastest engine, according to the log in docs/performance.md.
 
     Args:
-        tokens: (B, N, D), the tokens whose means are wanted.
-        by: (B, N, E), the points that distances are measured between.
+        tokens: (B, N, D), the tokens to average.
+        by: (B, N, E), the points whose distances are used.
         k: number of clusters.
-        init: first medoids, as token indices (B, K) or as points (B, K, E). The kernel cannot start from points.
-        iterations: the most iterations.
+        init: initial medoids, as token indices (B, K) or as points (B, K, E). The kernel cannot start from points.
+        iterations: maximum number of iterations.
     """
     has_indices = init is None or init.dim() == 2
     if has_indices and gpu.kmedoids_fits(by) and gpu.means_fits(tokens):
         return Engine.KERNEL
     n = by.shape[1]
-    # Medoids seldom move more often than three times.
+    # Medoids rarely move more than three times.
     if is_eager_cpu(by) and min(iterations, 4) * (n - k) <= 2 * n:
         return Engine.FEW
     return Engine.ALL
 
 
 def images_at_a_time(engine: Engine, by: Tensor, k: int) -> int:
-    """Size of the micro-batches of an engine for points (B, N, E)."""
+    """Return the micro-batch size of an engine for points (B, N, E)."""
     batch, n, width = by.shape
     if engine is Engine.KERNEL:
-        return batch  # the kernel bounds its memory itself
+        return batch  # the kernel limits its memory itself
     if engine is Engine.FEW:
-        return micro_batch.fitting(n * (n - k + width), micro_batch.FEW_DISTANCES.on(by.device))
-    return micro_batch.fitting(n * n, micro_batch.DISTANCES.on(by.device))
+        return micro_batch.max_items(n * (n - k + width), micro_batch.FEW_DISTANCES.on(by.device))
+    return micro_batch.max_items(n * n, micro_batch.DISTANCES.on(by.device))
 
 
 class Assigned(NamedTuple):
-    """What `Distances.assign` returns.
+    """Result of `Distances.assign`.
 
     Attributes:
         assignment: (B, N), the cluster of each point.
-        medoids: (B, K), the medoids that the assignment was made from.
-        state: the rest that `Distances.costs` of the same engine needs.
+        medoids: (B, K), the medoids of the clusters.
+        state: further data for `Distances.costs` of the same engine.
     """
 
     assignment: Tensor
@@ -70,17 +70,17 @@ class Assigned(NamedTuple):
 
 
 class Distances(Protocol):
-    """An engine. It holds the points, and nothing that changes."""
+    """An engine. It holds the points and has no mutable state."""
 
     def assign(self, medoids: Tensor) -> Assigned:
-        """Equation (16): each point goes to the nearest of the medoids (B, K), the lowest in a computed tie."""
+        """Assign each point to the nearest medoid (B, K), equation (16). In a computed tie the first medoid wins."""
 
     def costs(self, assigned: Assigned, weights: Tensor) -> Tensor:
-        """The sums of equation (17), weighted: the cost (B, N) of each point as the medoid of its cluster."""
+        """Return the cost (B, N) of each point as the medoid of its cluster: the weighted sums of equation (17)."""
 
 
 class AllDistances:
-    """The squared distances between all points (B, N, E): N^2 E multiply-adds, once.
+    """Compute the squared distances between all points (B, N, E) once: N^2 E multiply-adds.
 
     Attributes:
         matrix: (B, N, N).
@@ -100,17 +100,17 @@ class AllDistances:
         if is_eager_cpu(assignment):
             sums = cluster_sums(self.matrix, weights, assignment, medoids.shape[1])  # (B, K, N)
             return sums.gather(1, assignment[:, None, :]).squeeze(1)
-        same = assignment[:, :, None] == assignment[:, None, :]  # (B, N, N): compiled, a single pass over the matrix
+        same = assignment[:, :, None] == assignment[:, None, :]  # (B, N, N); a compiler fuses this into a single pass
         return (self.matrix * weights[:, None, :] * same).sum(dim=2)
 
 
 class FewDistances:
-    """The squared distances from the points that are no medoids: (N - K) N E multiply-adds, in each iteration.
+    """Compute the squared distances from points that are not medoids: (N - K) N E multiply-adds in each iteration.
 
-    Other distances are not needed. A medoid is nearest to itself, and a cluster is its medoid and some of the other
-    points. In the paper's schedules K is close to N, and N - K is small.
+    Other distances are not needed, because the nearest medoid of a medoid is the medoid itself, and a cluster contains
+    one medoid and points that are not medoids. In the paper's schedules K is close to N, so N - K is small.
 
-    The engine is for points that `suits` accepts.
+    The engine works only for images that `supports` accepts.
     """
 
     def __init__(self, points: Tensor) -> None:
@@ -118,31 +118,31 @@ class FewDistances:
         self.points = (points - points.mean(dim=1, keepdim=True)).contiguous()
         self.norm = self.points.square().sum(dim=2)  # (B, N), exact for whole numbers
 
-    def suits(self, medoids: Tensor) -> Tensor:
-        """Whether the engine can be used for each image: (B,).
+    def supports(self, medoids: Tensor) -> Tensor:
+        """Return for each image whether the engine works: (B,) booleans.
 
-        Squares must neither over- nor underflow. No two of the medoids (B, K) may coincide, because one of them would
-        then go to the cluster of the other. Where more than nine medoids are equally far from the mean, the answer
-        is no without a look at them.
+        Squares must not overflow or underflow. Two medoids (B, K) must not be equal points, because one medoid would
+        then belong to the cluster of the other one. If more than nine medoids have the same distance to the mean, they
+        are not compared, and the result is False.
         """
-        suits = _is_in_range(self.norm.amax(dim=1))
+        supports = _is_in_range(self.norm.amax(dim=1))
         norm, order = self.norm.gather(1, medoids).sort(dim=1)
-        for step in range(1, medoids.shape[1]):  # equal ones are neighbours, then every other one, and so on
+        for step in range(1, medoids.shape[1]):  # compare each medoid with the next one, then the second next, ...
             same = norm[:, step:] == norm[:, :-step]
             if not same.any():
                 break
             if step > 8:
-                return suits & ~same.any(dim=1)
+                return supports & ~same.any(dim=1)
             image, place = same.nonzero(as_tuple=True)
             first, second = (self.points[image, medoids[image, order[image, place + shift]]] for shift in (0, step))
-            suits[image[(first == second).all(dim=1)]] = False
-        return suits
+            supports[image[(first == second).all(dim=1)]] = False
+        return supports
 
     def assign(self, medoids: Tensor) -> Assigned:
         batch, n, width = self.points.shape
         k = medoids.shape[1]
         is_other = torch.ones_like(self.norm, dtype=torch.bool).scatter_(1, medoids, False)
-        place = is_other.flatten().nonzero().squeeze(1)  # among the points of all images laid end to end
+        place = is_other.flatten().nonzero().squeeze(1)  # index into the concatenated points of all images
         points = self.points.view(batch * n, width).index_select(0, place).view(batch, n - k, width)
         norm = self.norm.flatten()[place].view(batch, n - k)
         distance = distances_between(points, norm, self.points, self.norm)  # (B, N - K, N)
@@ -169,11 +169,11 @@ class FewDistances:
         return costs.scatter_(1, others, of_others)
 
 
-class _ByImage:
-    """Some images by one engine and the others by another: `FewDistances` where it suits, else `AllDistances`."""
+class _MixedDistances:
+    """Use `FewDistances` for the images that it supports, and `AllDistances` for the other images."""
 
-    def __init__(self, points: Tensor, suits: Tensor) -> None:
-        good, bad = suits.nonzero().squeeze(1), (~suits).nonzero().squeeze(1)
+    def __init__(self, points: Tensor, supports: Tensor) -> None:
+        good, bad = supports.nonzero().squeeze(1), (~supports).nonzero().squeeze(1)
         self.parts: tuple[tuple[Tensor, Distances], ...] = (
             (good, FewDistances(points[good])),
             (bad, AllDistances(points[bad])),
@@ -190,52 +190,81 @@ class _ByImage:
 
 
 def few_distances(points: Tensor, medoids: Tensor) -> Distances:
-    """`FewDistances` of the points (B, N, E); `AllDistances` for images whose first medoids (B, K) do not suit it."""
+    """Return `FewDistances` of points (B, N, E), with `AllDistances` for images that it does not support.
+
+    Args:
+        points: (B, N, E).
+        medoids: (B, K), the initial medoids.
+    """
     engine = FewDistances(points)
-    suits = engine.suits(medoids)
-    if suits.all():
+    supports = engine.supports(medoids)
+    if supports.all():
         return engine
-    return _ByImage(points, suits) if suits.any() else AllDistances(points)
+    return _MixedDistances(points, supports) if supports.any() else AllDistances(points)
 
 
 def squared_distances(points: Tensor) -> Tensor:
-    """Squared Euclidean distances between the points (B, N, D) of each image: (B, N, N).
+    """Compute squared Euclidean distances between the points of each image.
 
-    The matrix is symmetric and zero on the diagonal to the last bit, whatever order a matrix product adds in. In a
-    cluster of two points both then cost the same, and rounding does not decide which becomes the medoid.
+    The matrix is exactly symmetric and exactly zero on the diagonal, for any order of additions in the matrix product.
+    So in a cluster of two points both points have the same cost, and rounding does not decide which point becomes the
+    medoid.
+
+    Args:
+        points: (B, N, D), floating point.
+
+    Returns:
+        (B, N, N).
     """
-    points = points - points.mean(dim=1, keepdim=True)  # a common offset would only cost digits
+    points = points - points.mean(dim=1, keepdim=True)  # a common offset would reduce the precision
     product = torch.bmm(points, points.mT)  # (B, N, N)
     norm = product.diagonal(dim1=1, dim2=2).contiguous()  # (B, N)
     return (norm[:, :, None] + norm[:, None, :]).sub_(product + product.mT).clamp_(min=0)
 
 
-def distances_between(some: Tensor, some_norm: Tensor, others: Tensor, others_norm: Tensor) -> Tensor:
-    """Squared distances (B, R, M) of points (B, R, E) to others (B, M, E).
+def distances_between(points: Tensor, points_norm: Tensor, others: Tensor, others_norm: Tensor) -> Tensor:
+    """Compute squared distances from points to other points.
 
     Args:
-        some: (B, R, E).
-        some_norm: (B, R), their squared lengths.
+        points: (B, R, E).
+        points_norm: (B, R), squared lengths of the points.
         others: (B, M, E).
-        others_norm: (B, M), their squared lengths.
+        others_norm: (B, M), squared lengths of the other points.
+
+    Returns:
+        (B, R, M).
     """
-    distance = torch.baddbmm(others_norm[:, None, :], some, others.mT, alpha=-2)
-    return distance.add_(some_norm[:, :, None]).clamp_(min=0)
+    distance = torch.baddbmm(others_norm[:, None, :], points, others.mT, alpha=-2)
+    return distance.add_(points_norm[:, :, None]).clamp_(min=0)
 
 
 def nearest_center(points: Tensor, centers: Tensor) -> Tensor:
-    """Equation (14): index (B, N) of the nearest center (B, K, D) of each point (B, N, D), the lowest in a tie."""
+    """Return the index of the nearest centre of each point, equation (14). In a tie the first centre wins.
+
+    Args:
+        points: (B, N, D).
+        centers: (B, K, D).
+
+    Returns:
+        (B, N) int64.
+    """
     offset = points.mean(dim=1, keepdim=True)
     points, centers = points - offset, centers - offset
-    # The squared length of the point itself is the same for all centres and left out.
+    # Without the squared length of the point, which is the same for all centres.
     distance = torch.add(centers.square().sum(-1)[:, :, None], torch.bmm(centers, points.mT), alpha=-2)
     return distance.min(dim=1).indices
 
 
 def scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (B, N, D) between -2 and 2, so that squares neither over- nor underflow, and their scale (B, 1, 1).
+    """Scale the tokens of each image to values between -2 and 2, so that squares do not overflow or underflow.
 
-    The scale is a power of two, so that nothing is rounded.
+    The scale is a power of two, so the division is exact.
+
+    Args:
+        tokens: (B, N, D).
+
+    Returns:
+        The scaled tokens (B, N, D), at least in float32, and the scale (B, 1, 1).
     """
     points = full_precision(tokens)
     largest = torch.maximum(-points.amin(dim=(1, 2)), points.amax(dim=(1, 2)))  # (B,)
@@ -244,5 +273,5 @@ def scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_in_range(largest: Tensor) -> Tensor:
-    """Whether squared distances, the largest of each image (B,), neither over- nor underflow."""
-    return (largest > 1e-20) & (largest < 1e30)  # not if NaN
+    """Return for each image whether its largest squared distance (B,) is far from overflow and underflow."""
+    return (largest > 1e-20) & (largest < 1e30)  # False for NaN

@@ -11,21 +11,48 @@ from tokenpool.eager import is_eager_cpu, is_in_graph
 
 
 def stable_topk(weights: Tensor, k: int) -> Tensor:
-    """Indices (B, K) of the K highest weights (B, N), highest first. Of equal weights the earlier comes first."""
-    if torch.compiler.is_exporting():  # ONNX has no name for a stable sort, but its sort is one
+    """Return the indices of the K highest weights, highest first. Equal weights keep their order.
+
+    Args:
+        weights: (B, N).
+        k: number of indices, 1..N.
+
+    Returns:
+        (B, K) int64.
+    """
+    if torch.compiler.is_exporting():  # ONNX has no stable option, but its sort is stable
         return weights.sort(dim=-1, descending=True).indices[:, :k]
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
 def sums(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Sum of the weights (B, N) over each cluster of the assignment (B, N): (B, K)."""
+    """Sum the weights of each cluster.
+
+    Args:
+        weights: (B, N).
+        assignment: (B, N) int64, the cluster of each token, in 0..K-1.
+        k: number of clusters.
+
+    Returns:
+        (B, K).
+    """
     if weights.is_cuda:
         return _membership_matrix(weights, assignment, k).sum(dim=2)
     return weights.new_zeros(weights.shape[0], k).scatter_add(1, assignment, weights)
 
 
 def means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Weighted mean (B, K, D) of the tokens (B, N, D) of each cluster. The mean of a cluster without weight is zero."""
+    """Compute the weighted mean of the tokens of each cluster. The mean of a cluster of weight zero is zero.
+
+    Args:
+        tokens: (B, N, D).
+        weights: (B, N).
+        assignment: (B, N) int64, the cluster of each token, in 0..K-1.
+        k: number of clusters.
+
+    Returns:
+        (B, K, D).
+    """
     return weighted_means(tokens, weights, assignment, tokens.new_zeros(tokens.shape[0], k, tokens.shape[2]))
 
 
@@ -36,14 +63,17 @@ def weighted_means(
     previous: Tensor,
     members: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Equation (15): the weighted mean (B, K, D) of each cluster's tokens. It carries the gradient to the tokens.
+    """Compute the weighted mean of the tokens of each cluster, equation (15). Gradients flow to the tokens.
 
     Args:
         tokens: (B, N, D).
-        weights: (B, N), in float32 at least.
+        weights: (B, N), at least in float32.
         assignment: (B, N), the cluster of each token.
-        previous: the centre of a cluster without weight, as a point (B, K, D) or as the index (B, K) of a token.
-        members: `order` and `start` of `gpu.Medoids`. The GPU kernel then computes the sums.
+        previous: the result for a cluster of weight zero, as a point (B, K, D) or as the index (B, K) of a token.
+        members: `order` and `start` of `gpu.Medoids`. If given, the GPU kernel computes the sums.
+
+    Returns:
+        (B, K, D).
     """
     k = previous.shape[1]
     with torch.autocast(tokens.device.type, enabled=False):
@@ -60,18 +90,18 @@ def weighted_means(
             found = cluster_sums(full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
         if all_weigh:
             return found
-        stayed = take_rows(tokens, previous) if previous.dim() == 2 else previous
-        return torch.where(total[:, :, None] > 0, found, stayed.to(tokens.dtype))
+        old = take_rows(tokens, previous) if previous.dim() == 2 else previous
+        return torch.where(total[:, :, None] > 0, found, old.to(tokens.dtype))
 
 
 def best_members(cost: Tensor, weights: Tensor, assignment: Tensor, previous: Tensor) -> Tensor:
-    """Equation (17): the member of lowest cost (B, N) of each cluster. Of equal costs the earlier member wins.
+    """Find the member of lowest cost of each cluster, equation (17). In a tie the first member wins.
 
     Args:
         cost: (B, N), the cost of each token as the medoid of its cluster.
         weights: (B, N).
         assignment: (B, N), the cluster of each token.
-        previous: (B, K), the old medoids. A cluster without weight keeps its old medoid.
+        previous: (B, K), the old medoids. A cluster of weight zero keeps its old medoid.
 
     Returns:
         Indices (B, K) of the new medoids.
@@ -86,13 +116,23 @@ def best_members(cost: Tensor, weights: Tensor, assignment: Tensor, previous: Te
 
 
 def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Weighted sum of the rows of the values (B, N, E) over each cluster: (B, K, E)."""
+    """Compute the weighted sum of the rows of each cluster.
+
+    Args:
+        values: (B, N, E).
+        weights: (B, N).
+        assignment: (B, N), the cluster of each row.
+        k: number of clusters.
+
+    Returns:
+        (B, K, E).
+    """
     batch, n, width = values.shape
     if values.is_cuda:
         return torch.bmm(_membership_matrix(weights, assignment, k).to(values.dtype), values)
     target = _flat(assignment, k)
     if is_eager_cpu(values) and not (values.requires_grad and torch.is_grad_enabled()):
-        # Several times as fast as index_add: it copies no rows and uses all cores.
+        # Several times as fast as index_add, because it does not copy rows and uses all cores.
         target, order = target.sort(stable=True)
         start = torch.searchsorted(target, torch.arange(batch * k, device=target.device))
         share = weights.flatten()[order].to(values.dtype)
@@ -103,32 +143,32 @@ def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) ->
 
 
 def _membership_matrix(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Matrix (B, K, N) that holds each token's weight in the row of its cluster, and zero elsewhere.
+    """Return a matrix (B, K, N) with the weight of each token in the row of its cluster, and zero elsewhere.
 
-    A sum on a GPU is a product with this matrix, because index_add and scatter_add add in a random order there.
+    Sums on a GPU are products with this matrix, because index_add and scatter_add on a GPU add in a random order.
     """
     zeros = weights.new_zeros(weights.shape[0], k, weights.shape[1])
     return zeros.scatter(1, assignment[:, None, :], weights[:, None, :])
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, K) of the values (B, N, E) of each image: (B, K, E)."""
+    """Take the rows `index` (B, K) of the values (B, N, E) of each image: (B, K, E)."""
     batch, n, width = values.shape
     return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
 
 
 def take_columns(values: Tensor, index: Tensor) -> Tensor:
-    """Columns `index` (B, K) of the values (B, M, N) of each image: (B, M, K)."""
+    """Take the columns `index` (B, K) of the values (B, M, N) of each image: (B, M, K)."""
     return values.gather(2, index[:, None, :].expand(-1, values.shape[1], -1))
 
 
 def full_precision(tokens: Tensor) -> Tensor:
-    """The tokens in float32 where their dtype has 16 bits."""
+    """Return 16-bit tokens in float32, and other tokens unchanged."""
     return tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
 
 
 def _flat(index: Tensor, size: int) -> Tensor:
-    """Indices (B * M,) into the rows of all images laid end to end, from indices (B, M) into `size` rows an image."""
+    """Convert indices (B, M) into `size` rows of each image to indices (B * M,) into the rows of all images."""
     if not is_in_graph() and index.shape[0] == 1:
         return index.flatten()
     return (index + size * torch.arange(index.shape[0], device=index.device)[:, None]).flatten()

@@ -1,7 +1,7 @@
-"""Downsampling methods, all behind one contract and in one registry.
+"""Downsampling methods, with one interface and one registry.
 
-`contract.py` says what a method takes and returns. `selection.py`, `pooling.py`, `matching.py` and `convolution.py`
-hold the methods. `registry.py` gives each method its name, label, plot style and place in the studies.
+`contract.py` defines the interface. `selection.py`, `pooling.py`, `matching.py` and `convolution.py` contain the
+methods. `registry.py` gives each method its name, label, plot style and role in the studies.
 """
 
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host

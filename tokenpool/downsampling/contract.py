@@ -1,7 +1,7 @@
-"""What every downsampling method takes and returns.
+"""The interface of all downsampling methods.
 
 A downsampler gets the patch tokens of a block and their significance scores. It returns fewer tokens and, for each
-input token, the output token that it went to. It knows nothing of class tokens, sizes or the rest of the network.
+input token, the index of its output token. It does not depend on class tokens or on the rest of the network.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Downsampled(NamedTuple):
 
     Attributes:
         tokens: (B, K, D), the tokens that remain.
-        assignment: (B, N) int64, for each input token the index of its output token, -1 if it was dropped.
+        assignment: (B, N) int64, for each input token the index of its output token, or -1 if it was dropped.
     """
 
     tokens: Tensor
@@ -26,15 +26,15 @@ class Downsampled(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a downsampler may know of the model that it is built into.
+    """The properties of a model that a downsampler may use.
 
     Attributes:
         depth: number of blocks.
-        width: D of the tokens.
+        width: width D of the tokens.
         grid: rows and columns of patches.
         reads_patches: whether the model's head needs at least one patch token.
         is_dynamic: whether the grid may differ from image to image.
-        unpools: whether each patch gets the value of its merged token back, for the model's head.
+        unpools: whether the head reads all patches, each with the value of its merged token.
     """
 
     depth: int
@@ -48,15 +48,17 @@ class Host(NamedTuple):
 class Downsampler(nn.Module):
     """Base class of all methods: at most `keep` of N tokens remain.
 
-    With `keep >= N` the tokens stay as they are. With `keep = 0` all tokens are dropped. No image may depend on the
-    other images of its batch: on a CPU and without gradients, a large batch is processed in parts.
+    With `keep >= N` the tokens do not change. With `keep = 0` all tokens are dropped. The result of an image must not
+    depend on the other images of its batch, because a large batch is processed in parts (on a CPU, without gradients).
+
+    Args:
+        keep: maximum number K of tokens that remain.
 
     Attributes:
         uses_scores: whether `reduce` needs significance scores.
         uses_sizes: whether `reduce` needs `sizes` (B, N), the number of patches that each token stands for.
         uses_keys: whether `reduce` needs `keys` (B, N, d), the mean over heads of the attention's keys.
-        merges: whether no token is dropped: each one goes into an output token, so that `tokenpool.unpool` can put
-            the output back to the patches.
+        merges: whether each token is merged into an output token, and none is dropped. `tokenpool.unpool` needs this.
     """
 
     uses_scores = True
@@ -70,23 +72,33 @@ class Downsampler(nn.Module):
 
     @classmethod
     def for_blocks(cls, host: Host, keep: Sequence[int] | None, **options: Any) -> list["Downsampler | None"]:
-        """One downsampler for each block of the host, None for a block without one.
+        """Create one downsampler for each block of a model.
+
+        Args:
+            host: properties of the model.
+            keep: retention schedule, one whole number for each block.
+            **options: arguments of the class.
+
+        Returns:
+            The downsampler of each block, or None for a block without a downsampler.
 
         Raises:
-            ValueError: if `keep` is missing, does not fit the host, or leaves no token to a head that reads patches.
+            ValueError: if `keep` is missing, has the wrong length, or leaves no token to a head that reads patches.
         """
         if keep is None:
             raise ValueError(
-                f"{cls.__name__} needs keep, a list of {host.depth} whole numbers, one a block, or a spelling of one "
-                "such as 0.9 (see tokenpool.schedules.resolve), or gmacs"
+                f"{cls.__name__} needs a schedule: give gmacs, or keep as a list of {host.depth} whole numbers (one a "
+                "block) or in a short form such as 0.9 (see tokenpool.schedules.resolve)"
             )
         keep = schedules.checked(keep, host.depth)
         if host.reads_patches and 0 in keep:
-            raise ValueError(f"keep[{keep.index(0)}] = 0 would leave nothing to this model's head: it reads patches")
+            raise ValueError(
+                f"keep[{keep.index(0)}] = 0 must be at least 1: the head of this model reads the patch tokens"
+            )
         return [cls(limit, **options) for limit in keep]
 
     def acts_on(self, n: int) -> bool:
-        """Whether the downsampler changes n tokens."""
+        """Return whether the downsampler changes n tokens."""
         return n > self.keep
 
     def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> Downsampled:
@@ -95,7 +107,10 @@ class Downsampler(nn.Module):
         Args:
             tokens: (B, N, D).
             scores: (B, N), significance scores, if the class uses them.
-            **hints: `sizes` (B, N) and `keys` (B, N, d), each if the class uses it.
+            **hints: `sizes` (B, N) and `keys` (B, N, d), if the class uses them.
+
+        Returns:
+            The remaining tokens (B, K, D) and the assignment (B, N).
         """
         batch, n, _ = tokens.shape
         if not self.acts_on(n):
@@ -105,22 +120,22 @@ class Downsampler(nn.Module):
         return self.reduce(tokens, scores, **hints)
 
     def reduce(self, tokens: Tensor, *scores: Any, **hints: Any) -> Downsampled:
-        """Reduce N tokens to `keep` of them, where 0 < keep < N. The arguments are those of `forward`.
+        """Reduce N tokens to `keep` tokens, where 0 < keep < N. The arguments are the same as in `forward`.
 
-        A subclass writes `reduce(self, tokens, scores)`, with the keywords `sizes` and `keys` if it uses them.
+        A subclass implements `reduce(self, tokens, scores)`, with the keywords `sizes` and `keys` if it uses them.
         """
         raise NotImplementedError
 
     def macs(self, n: int, width: int, key_width: int) -> int:
-        """Multiply-adds of `reduce` in closed form, as `flops.count` counts them. Budgets are met faster with it.
+        """Return the multiply-adds of `reduce` by a formula. This makes the search for a budget faster.
 
-        The formula holds for the class that defines it and not for subclasses, which may do more. A class without a
-        formula of its own is traced instead, which takes longer.
+        The result must equal `flops.count`. The formula is used only for the class that defines it, not for its
+        subclasses, which may cost more. A class without its own formula is traced, which takes longer.
 
         Args:
             n: number of tokens N, more than `keep`.
-            width: D, the width of the tokens.
-            key_width: d, the width of the keys.
+            width: width D of the tokens.
+            key_width: width d of the keys.
         """
         raise NotImplementedError
 

@@ -10,14 +10,14 @@ from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 
 
 class Convolution(Downsampler):
-    """2x2 convolution with stride 2 on the token grid, width to width (appendix D).
+    """2x2 convolution with stride 2 on the token grid (appendix D). The width of the tokens stays the same.
 
-    An odd last row or column of the grid is dropped, so that 14 x 14 tokens become 7 x 7, 3 x 3 and 1 x 1: "no more
-    than 3 convolution downsampling layers". The kernel starts as the mean of its four tokens, so that a trained model
-    still works at the start of its fine-tuning.
+    An odd last row or column of the grid is dropped. So 14 x 14 tokens become 7 x 7, 3 x 3 and 1 x 1: "no more than 3
+    convolution downsampling layers". The initial kernel computes the mean of its four tokens, so that a trained model
+    still works at the start of fine-tuning.
 
     Args:
-        width: D, the width of the tokens.
+        width: width D of the tokens.
         grid: rows and columns of tokens.
     """
 
@@ -32,26 +32,33 @@ class Convolution(Downsampler):
             self.convolution.bias.zero_()  # type: ignore[union-attr]  # PyTorch types every bias as optional
 
     @classmethod
-    def for_blocks(  # type: ignore[override]  # `at` is the only one of the base class's options that it takes
+    def for_blocks(  # type: ignore[override]  # `at` replaces the base class's **options
         cls, host: Host, keep: Sequence[int] | None, at: Sequence[int] = ()
     ) -> list[Downsampler | None]:
-        """Convolutions at the blocks `at`, which count from 0.
+        """Create a convolution for each block in `at`.
+
+        Args:
+            host: properties of the model.
+            keep: must be None.
+            at: ascending indices of blocks, starting at 0.
 
         Raises:
             ValueError: if `keep` is given, if the grid is not fixed or too small, or if `at` does not list blocks.
         """
         if keep is not None:
-            raise ValueError("convolution takes no keep: it quarters the tokens at the blocks at=[...]")
+            raise ValueError("convolution takes no keep: give at=[...], the blocks after which a quarter remains")
         if host.is_dynamic:
-            raise ValueError("convolution needs a grid of one shape, but the model has dynamic_img_size=True")
+            raise ValueError("convolution needs a fixed grid, but the model has dynamic_img_size=True")
         usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
         if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
-            raise ValueError(f"at = {at!r} must list different blocks in ascending order, each in 0..{host.depth - 1}")
+            raise ValueError(f"at = {at!r} must list different blocks in ascending order, in 0..{host.depth - 1}")
         layers: list[Downsampler | None] = [None] * host.depth
         height, width = host.grid
         for block in at:
             if min(height, width) < 2:
-                raise ValueError(f"at = {at}: only {height} x {width} tokens are left for the one at block {block}")
+                raise ValueError(
+                    f"at = {at}: only {height} x {width} tokens are left at block {block}, expected at least 2 x 2"
+                )
             layers[block] = cls(host.width, (height, width))
             height, width = height // 2, width // 2
         return layers

@@ -1,4 +1,4 @@
-"""Methods that merge matched pairs of tokens."""
+"""Methods that merge pairs of similar tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from tokenpool.downsampling.contract import Downsampled, Downsampler
 
 
 class BipartiteMatching(Downsampler):
-    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3). It is a baseline that is not in the paper.
+    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3). The method is a baseline that is not in the paper.
 
-    Every other token is matched to the token among the rest whose key is most similar (cosine). The pairs of highest
-    similarity are merged, into their mean weighted by size. One round merges at most half of the tokens. If more tokens
-    have to go, further rounds follow, which the authors do not provide for.
+    Each token of even index is matched with the token of odd index whose key is most similar (cosine similarity). The
+    pairs of highest similarity are merged into their mean, weighted by size. One round merges at most half of the
+    tokens. If fewer tokens have to remain, further rounds follow. (The original method has one round.)
     """
 
     uses_scores = False
@@ -41,7 +41,12 @@ class BipartiteMatching(Downsampler):
 
 
 def _matched(keys: Tensor, pairs: int) -> Tensor:
-    """The output token of each token (B, N) when `pairs` pairs merge. The tokens that remain keep their order."""
+    """Return the output token (B, N) of each token if `pairs` pairs are merged. The remaining tokens keep their order.
+
+    Args:
+        keys: (B, N, d).
+        pairs: number of pairs to merge, at most N // 2.
+    """
     batch, n, _ = keys.shape
     with torch.autocast(keys.device.type, enabled=False):
         units = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)

@@ -1,4 +1,4 @@
-"""Token Pooling: methods that cluster the tokens and continue with the means of the clusters (Algorithm 1)."""
+"""Token Pooling: methods that cluster the tokens and replace each cluster by its mean (Algorithm 1)."""
 
 from collections.abc import Callable
 from numbers import Integral
@@ -13,12 +13,12 @@ from tokenpool.downsampling.selection import Noise
 
 
 class TokenPooling(Downsampler):
-    """Token Pooling: cluster the tokens and continue with the weighted mean of each cluster (Algorithm 1).
+    """Token Pooling: cluster the tokens and replace each cluster by its weighted mean (Algorithm 1).
 
     Args:
-        keep: the most clusters.
+        keep: maximum number of clusters.
         init: initial centres: "scores", the tokens of highest significance score, or "random" (Figure 6).
-        iterations: the most iterations.
+        iterations: maximum number of iterations.
         seed: for `init="random"`, see `Noise`.
         generator: for `init="random"`, see `Noise`.
 
@@ -53,7 +53,7 @@ class TokenPooling(Downsampler):
             weights=_positive(scores) if self.weighted else None,
             init=clustering.stable_topk(priority, self.keep),
             iterations=self.iterations,
-            check_values=not tokens.is_cuda,  # no synchronisation in every block
+            check_values=not tokens.is_cuda,  # avoids a synchronisation in each block
         )
         return Downsampled(clusters.centers, clusters.assignment)
 
@@ -89,20 +89,20 @@ class WKMeans(KMeans):
 
 
 class KeyMedoids(Downsampler):
-    """WK-Medoids on attention keys, for models that are not fine-tuned. It is an extension that is not in the paper.
+    """WK-Medoids on attention keys, for models that are not fine-tuned. The method is an extension of the paper.
 
-    Objective (13) and the means of Algorithm 1, weighted by the significance scores, with two changes. First, distances
-    are between the attention's keys at unit length, mean over heads (as in Bolya et al. 2023). Keys are shorter than
-    tokens: 64 numbers instead of the 384 of DeiT-S. Second, the initial centres are the tokens that cost most to merge
-    (`clustering.ward_init`), which lie apart. The tokens of highest score lie close together. The other
-    values of the options are the alternatives that were compared (table `off_the_shelf`).
+    It is WK-Medoids (objective (13), Algorithm 1) with two changes. First, distances are computed between attention
+    keys of unit length (mean over heads, as in Bolya et al. 2023). A key has fewer numbers than a token: 64 instead of
+    384 in DeiT-S. Second, the initial centres are the tokens with the highest cost of merging
+    (`clustering.ward_init`). They are far from each other, but the tokens of highest score are often close together.
+    The other values of the options are alternatives that the table `off_the_shelf` compares.
 
     Args:
-        keep: the most clusters.
-        iterations: the most iterations.
-        by: distances between "keys" or "tokens", at unit length.
-        weights: "scores", "sizes", or "both", their product.
-        init: "ward", the tokens that cost most to merge, or "scores", the tokens of highest score.
+        keep: maximum number of clusters.
+        iterations: maximum number of iterations.
+        by: vectors whose distances are used, "keys" or "tokens", normalised to unit length.
+        weights: "scores", "sizes", or "both" for their product.
+        init: "ward" for the tokens with the highest cost of merging, or "scores" for the tokens of highest score.
 
     Raises:
         ValueError: for an unknown `by`, `weights` or `init`, or if `iterations` is not a whole number of at least 1.
@@ -136,7 +136,7 @@ class KeyMedoids(Downsampler):
             weights=_positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
             init="ward" if self.init == "ward" else clustering.stable_topk(scores, self.keep),
             iterations=self.iterations,
-            check_values=not tokens.is_cuda,  # no synchronisation in every block
+            check_values=not tokens.is_cuda,  # avoids a synchronisation in each block
             by=F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1),
         )
         return Downsampled(clusters.centers, clusters.assignment)
@@ -146,7 +146,7 @@ class KeyMedoids(Downsampler):
 
 
 def _positive(weights: Tensor) -> Tensor:
-    """The weights; where all of them are zero, because no patch gets any attention, all become equal."""
+    """Make zero weights positive. If no patch gets attention, all weights are zero and become equal."""
     return weights.clamp(min=torch.finfo(weights.dtype).tiny)
 
 

@@ -1,4 +1,4 @@
-"""All methods by name. One entry here is all that tables, figures, studies, help and tests need to know of a method."""
+"""All methods by name. Tables, figures, studies, help texts and tests take all properties of a method from here."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +21,16 @@ class Method:
     """A downsampling method.
 
     Attributes:
-        name: what `tokenpool.patch` and the command line call it.
-        downsampler: its class; None for the plain model.
+        name: name for `tokenpool.patch` and the command line.
+        downsampler: class of the method, or None for the plain model.
         kind: one of `KINDS`: "plain", "convolution", "selection" (drops tokens), "clustering" or "matching" (both merge
-            tokens). It decides in which figures a studied method is drawn.
-        label: what figures call it.
-        description: what remains after the attention of a block, where K = keep[l]; for help and the README.
-        style: how figures draw it: Matplotlib's `color`, `marker`, `linestyle`, `markersize`.
+            tokens). The kind of a studied method decides in which figures it appears.
+        label: name in figures.
+        description: the tokens that remain after the attention of a block, where K = keep[l]. For help texts and the
+            README.
+        style: plot style: Matplotlib's `color`, `marker`, `linestyle`, `markersize`.
         in_paper: whether it is a method of Marin et al. 2021.
-        studied: whether `reproduce --full`, tables and figures run it with every schedule.
+        studied: whether `reproduce --full`, tables and figures include it with every schedule.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Method:
 
     @property
     def has_schedule(self) -> bool:
-        """Whether it takes `keep`, the number of tokens that remain after each block."""
+        """Whether the method takes `keep`, the number of tokens that remain after each block."""
         return self.kind not in _WITHOUT_SCHEDULE
 
 
@@ -51,14 +52,17 @@ REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Add a method, so that it is known by its name everywhere.
+    """Add a method to the registry.
 
     Args:
-        method: the entry, of a built-in method or of your own.
+        method: the entry. Users can register their own methods.
+
+    Returns:
+        The same entry.
 
     Raises:
-        ValueError: if the name is taken or unusable, for an unknown kind, or if a method without a schedule is to be
-            studied.
+        ValueError: if the name is already used or not valid, if the kind is unknown, or if a method without a schedule
+            has `studied=True`.
         TypeError: if `downsampler` is not a subclass of `Downsampler`.
     """
     if method.name in REGISTRY:
@@ -76,10 +80,16 @@ def register(method: Method) -> Method:
 
 
 def find(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] | None]:
-    """Name and class of a method that is given by either.
+    """Return name and class of a method.
+
+    Args:
+        downsampler: name or class of the method. A class that is not registered is allowed.
+
+    Returns:
+        The name, and the class or None for the plain model.
 
     Raises:
-        ValueError: for an unknown name; the message lists the known ones.
+        ValueError: for an unknown name. The message lists the known names.
     """
     if isinstance(downsampler, type) and _is_downsampler(downsampler):
         names = [name for name, method in METHODS.items() if method is downsampler]
@@ -90,17 +100,21 @@ def find(downsampler: str | type[Downsampler]) -> tuple[str, type[Downsampler] |
 
 
 def with_schedule() -> tuple[str, ...]:
-    """Names of the methods that take `keep`."""
+    """Return the names of the methods that take `keep`."""
     return tuple(method.name for method in REGISTRY.values() if method.has_schedule)
 
 
 def studied(*kinds: str) -> tuple[str, ...]:
-    """Names of the methods that studies run with every schedule: those of some kinds, or all."""
+    """Return the names of the methods that studies run with every schedule.
+
+    Args:
+        *kinds: only methods of these kinds. Default: all kinds.
+    """
     return tuple(method.name for method in REGISTRY.values() if method.studied and (not kinds or method.kind in kinds))
 
 
 class Column(Mapping[str, T], Generic[T]):
-    """A read-only mapping from the names of all methods to one of their properties. It follows the registry."""
+    """A read-only mapping from the names of all registered methods to one property of them."""
 
     def __init__(self, read: Callable[[Method], T]) -> None:
         self._read = read
@@ -125,8 +139,8 @@ def _is_downsampler(candidate: object) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, Downsampler)
 
 
-# The order is that of tables, legends and runs. The colours are Okabe and Ito's, which colour-blind readers can tell
-# apart. Markers and lines differ, too, for print in black and white.
+# Tables, legends and runs use this order. The colours are from the palette of Okabe and Ito, which colour-blind readers
+# can distinguish. Markers and lines also differ, for print in black and white.
 for _method in (
     Method(
         "none",

@@ -1,4 +1,4 @@
-"""Methods that keep K of the tokens and drop the others: by significance score, at random, or both."""
+"""Methods that keep K tokens and drop the others: by significance score, at random, or both."""
 
 from numbers import Integral
 from typing import Any
@@ -14,13 +14,13 @@ from tokenpool.downsampling.contract import Downsampled, Downsampler
 class Noise:
     """Uniform random numbers, one for each token.
 
-    Training draws from PyTorch's global generator, anew for every image. Evaluation uses one fixed draw for each number
-    of tokens. The draw is the same for every image, so that evaluation is repeatable and no image depends on its batch.
-    A generator, if given, is used in training and in evaluation and draws anew for every image.
+    In training, the numbers of each image are new draws from PyTorch's global generator. In evaluation, all images
+    with the same number of tokens have the same fixed numbers. So evaluation is repeatable, and the result of an image
+    does not depend on its batch. If a generator is given, the numbers are always new draws from it.
 
     Args:
-        seed: of the fixed draw.
-        generator: to draw from instead.
+        seed: seed of the fixed numbers.
+        generator: generator for training and evaluation, or None.
 
     Raises:
         ValueError: if the seed is not a whole number or is negative.
@@ -33,7 +33,14 @@ class Noise:
             raise ValueError(f"seed = {seed!r} must be a whole number, not negative")
 
     def draw(self, tokens: Tensor, training: bool) -> Tensor:
-        """Numbers (B, N) in [0, 1) for the tokens (B, N, D).
+        """Draw the numbers.
+
+        Args:
+            tokens: (B, N, D), for shape and device.
+            training: whether the model is in training mode.
+
+        Returns:
+            (B, N) float32 in [0, 1).
 
         Raises:
             ValueError: if a model with a generator is compiled or exported.
@@ -41,7 +48,7 @@ class Noise:
         batch, n, _ = tokens.shape
         if self.generator is not None:
             if torch.compiler.is_compiling():
-                raise ValueError("a generator cannot be compiled or exported: select at random by seed instead")
+                raise ValueError("a generator cannot be compiled or exported: give a seed instead of a generator")
             return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
         if training:
             return torch.rand(batch, n, device=tokens.device)
@@ -49,7 +56,7 @@ class Noise:
 
 
 class Selection(Downsampler):
-    """Base class: keep the K tokens of highest priority, in their order, and drop the others."""
+    """Base class: keep the K tokens of highest priority in their original order, and drop the others."""
 
     def reduce(self, tokens: Tensor, scores: Tensor | None) -> Downsampled:
         batch, n, width = tokens.shape
@@ -60,7 +67,12 @@ class Selection(Downsampler):
         return Downsampled(kept, assignment)
 
     def priority(self, tokens: Tensor, scores: Any) -> Tensor:
-        """Priorities (B, N); the highest K are kept. `scores` (B, N) is None for a class that uses none."""
+        """Return the priorities (B, N). The K tokens of highest priority are kept.
+
+        Args:
+            tokens: (B, N, D).
+            scores: (B, N), significance scores, or None if the class does not use them.
+        """
         raise NotImplementedError
 
     def macs(self, n: int, width: int, key_width: int) -> int:
@@ -68,7 +80,7 @@ class Selection(Downsampler):
 
 
 class PowerBert(Selection):
-    """PoWER-BERT: the K tokens of highest significance score, equation (5) (Goyal et al. 2020)."""
+    """PoWER-BERT: keep the K tokens of highest significance score, equation (5) (Goyal et al. 2020)."""
 
     macs = Selection.macs
 
@@ -77,10 +89,10 @@ class PowerBert(Selection):
 
 
 class Random(Selection):
-    """K tokens at random, without replacement.
+    """Keep K random tokens, drawn without replacement.
 
     Args:
-        keep: the most tokens that remain.
+        keep: maximum number K of tokens that remain.
         seed: see `Noise`.
         generator: see `Noise`.
     """
@@ -97,9 +109,14 @@ class Random(Selection):
 
 
 class Importance(Random):
-    """K tokens without replacement, drawn with probability proportional to the significance score.
+    """Keep K tokens, drawn without replacement with probability proportional to the significance score.
 
     The K highest values of log score + Gumbel noise are K successive draws from the categorical distribution.
+
+    Args:
+        keep: maximum number K of tokens that remain.
+        seed: see `Noise`.
+        generator: see `Noise`.
     """
 
     uses_scores = True
@@ -112,9 +129,9 @@ class Importance(Random):
 
 @torch.compiler.assume_constant_result
 def _fixed_draw(n: int, seed: int) -> list[float]:
-    """The numbers that `torch.rand(n)` draws with a new generator, as floats that can be compiled in and exported.
+    """Return the numbers of `torch.rand(n)` with a new generator, as floats that a graph can contain.
 
-    NumPy's Mersenne twister is PyTorch's: the fraction is made of 24 of each 32 random bits.
+    NumPy has the same Mersenne twister as PyTorch. PyTorch takes 24 of each 32 random bits as the fraction.
     """
     twister = np.random.RandomState((seed * 1_000_003 + n) % 2**32)
     bits = twister.randint(0, 2**32, size=n, dtype=np.uint32) & (2**24 - 1)

@@ -1,23 +1,23 @@
-"""Triton kernels for a GPU: weighted K-Medoids, the means of its clusters, and attention that also yields scores.
+"""Triton kernels for GPUs: weighted K-Medoids, the means of its clusters, and attention that also returns scores.
 
-Each kernel does in one launch what `clustering` and `attention` do in many passes over (B, N, N) matrices. The results
-are the same up to rounding. Every function has a plain counterpart. `kmedoids_fits`, `means_fits` and `attention_fits`
-tell whether the kernel may take its place.
+A kernel computes in one launch the same as `clustering` or `attention` in many passes over (B, N, N) matrices. The
+results are the same up to rounding. `kmedoids_fits`, `means_fits` and `attention_fits` return whether a kernel replaces
+the plain function.
 
-The kernels are used on NVIDIA GPUs of compute capability 8.0 and later where Triton is installed, if they pass a
-self-test at their first use. The environment variable TOKENPOOL_KERNELS, or `using`, overrides this. "plain" never uses
-them. "triton" also uses them for tensors on the CPU, in Triton's slow interpreter, if TRITON_INTERPRET=1 is set before
-`tokenpool` is imported.
+The kernels are used on NVIDIA GPUs of compute capability 8.0 and later if Triton is installed and a self-test at the
+first use passes. The environment variable TOKENPOOL_KERNELS, or `using`, overrides this decision. "plain" never uses
+the kernels. "triton" uses them also for tensors on the CPU, in Triton's slow interpreter, if TRITON_INTERPRET=1 is set
+before `tokenpool` is imported.
 
-`kernels` holds the Triton code, `launch` the functions that call it, and `availability` the decision.
+`kernels` contains the Triton code, `launch` the functions that call it, and `availability` the decision.
 """
 
 from tokenpool.gpu.availability import (
     CHOICES,
     DTYPES,
-    MOST_KEYS,
-    MOST_POINTS,
-    MOST_WIDTH,
+    MAX_KEYS,
+    MAX_POINTS,
+    MAX_WIDTH,
     attention_fits,
     kmedoids_fits,
     means_fits,
@@ -31,9 +31,9 @@ __all__ = [
     "CHOICES",
     "DTYPES",
     "INTERPRETED",
-    "MOST_KEYS",
-    "MOST_POINTS",
-    "MOST_WIDTH",
+    "MAX_KEYS",
+    "MAX_POINTS",
+    "MAX_WIDTH",
     "Medoids",
     "attention",
     "attention_fits",

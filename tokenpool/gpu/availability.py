@@ -1,4 +1,4 @@
-"""Whether the Triton kernels are used: the user's choice, the device, the tensors, and a self-test on each GPU."""
+"""The decision whether to use the Triton kernels: by the user's choice, the device, the tensors, and a self-test."""
 
 import functools
 import os
@@ -14,9 +14,9 @@ from tokenpool.gpu.kernels import INTERPRETED, available
 
 CHOICES = ("auto", "triton", "plain")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MOST_POINTS = 1024  # points of an image in K-Medoids: a tile of the kernel holds a whole row of the distance matrix
-MOST_KEYS = 512  # keys in attention: a tile of the kernel holds a whole row of logits
-MOST_WIDTH = 128  # width of a head in attention
+MAX_POINTS = 1024  # points of an image in K-Medoids: a tile of the kernel contains a full row of the distance matrix
+MAX_KEYS = 512  # keys in attention: a tile of the kernel contains a full row of logits
+MAX_WIDTH = 128  # width of a head in attention
 
 
 def _checked(choice: str, name: str) -> str:
@@ -25,16 +25,19 @@ def _checked(choice: str, name: str) -> str:
     return choice
 
 
-# A plain global and no context variable: torch.compile sees that it changes, and compiles anew.
+# A global and not a context variable, because torch.compile notices changes of globals and compiles again.
 _choice = _checked(os.environ.get("TOKENPOOL_KERNELS", "auto"), "TOKENPOOL_KERNELS")
 
 
 @contextmanager
 def using(choice: str) -> Iterator[None]:
-    """Choose the kernels within this context, for all threads.
+    """Choose between kernels and plain functions during the block, for all threads.
 
     Args:
-        choice: "auto" uses them on suitable GPUs, "triton" wherever they run at all, "plain" never.
+        choice: "auto" uses the kernels on suitable GPUs, "triton" on all devices that can run them, "plain" never.
+
+    Raises:
+        ValueError: for another choice.
     """
     global _choice
     before, _choice = _choice, _checked(choice, "choice")
@@ -45,21 +48,21 @@ def using(choice: str) -> Iterator[None]:
 
 
 def kmedoids_fits(points: Tensor) -> bool:
-    """Whether `kmedoids` is to be used for these points (B, N, E)."""
-    return points.shape[1] <= MOST_POINTS and _fits(points)
+    """Return whether to use `kmedoids` for points (B, N, E)."""
+    return points.shape[1] <= MAX_POINTS and _fits(points)
 
 
 def means_fits(tokens: Tensor) -> bool:
-    """Whether `means` is to be used for these tokens (B, N, D)."""
+    """Return whether to use `means` for tokens (B, N, D)."""
     return _fits(tokens)
 
 
 def attention_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` and `received` are to be used for these queries, keys and values (B, H, N, d)."""
+    """Return whether to use `attention` and `received` for queries, keys and values (B, H, N, d)."""
     if not (q.dtype == k.dtype == v.dtype and q.shape == k.shape == v.shape):
         return False
     n, width = q.shape[2:]
-    if not (1 <= n <= MOST_KEYS and 1 <= width <= MOST_WIDTH and _fits(q)):
+    if not (1 <= n <= MAX_KEYS and 1 <= width <= MAX_WIDTH and _fits(q)):
         return False
     return launch.attention_memory(n, width, q.element_size()) <= _shared_memory(q.device.type, q.device.index)
 
@@ -72,7 +75,7 @@ def _fits(values: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs_on(kind: str, index: int | None, choice: str) -> bool:
-    """Whether the kernels run on a device: on a suitable GPU, or, if demanded, in Triton's interpreter."""
+    """Return whether to use the kernels on a device: a suitable GPU, or Triton's interpreter for choice "triton"."""
     if not available:
         return False
     if INTERPRETED.value:
@@ -84,41 +87,41 @@ def _runs_on(kind: str, index: int | None, choice: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _shared_memory(kind: str, index: int | None) -> int:
-    """Bytes of shared memory that a program may have."""
+    """Return the maximum shared memory of a program, in bytes."""
     if kind != "cuda":
-        return 232448  # an H100's
+        return 232448  # of an H100
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin  # type: ignore[attr-defined]  # no stub
 
 
 @functools.cache
 def passes_self_test(kind: str, index: int | None, images: int = 64) -> bool:
-    """Whether the kernels run on a device and give the results of the plain functions. Warns if they do not.
+    """Return whether the kernels run on a device with correct results. Warn if not.
 
-    The test runs once for each device. Compiling needs a C compiler, and new GPUs may need a new Triton. A user must
-    be able to go on without.
+    The test runs once for each device. It is needed because compilation requires a C compiler, and new GPUs can require
+    a newer Triton. If the test fails, the plain functions are used.
 
     Args:
         kind: "cuda", or "cpu" for Triton's interpreter.
-        index: which device of that kind.
-        images: how many images are tried, so that many programs run at the same time.
+        index: index of the device.
+        images: number of test images. With many images, many programs run at the same time.
     """
     device = torch.device(kind) if index is None else torch.device(kind, index)
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             agree = all(_agrees(device, dtype, images) for dtype in DTYPES)
         problem = None if agree else "their results are wrong"
-    except Exception as error:  # whatever a compiler, an assembler or a driver may raise
+    except Exception as error:  # of any kind, from a compiler, an assembler or a driver
         problem = f"{type(error).__name__}: {error}"
     if problem:
         warnings.warn(
-            f"The Triton kernels are not used on {device}: {problem}. The plain functions are used, which are slower.",
+            f"The Triton kernels cannot be used on {device}: {problem}. The slower plain functions are used instead.",
             stacklevel=2,
         )
     return problem is None
 
 
 def _agrees(device: torch.device, dtype: torch.dtype, images: int) -> bool:
-    """The kernels against plain sums of whole numbers, where each sum is exact, and against a little attention."""
+    """Compare the kernels with plain sums of whole numbers, which are exact, and with plain attention."""
     batch, n, k, width = images, 197, 50, 64
     generator = torch.Generator().manual_seed(0)
     half = torch.randint(-3, 4, (batch, n // 2, width), generator=generator)

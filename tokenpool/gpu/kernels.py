@@ -1,4 +1,4 @@
-"""The Triton kernels that `launch` calls. Their arguments are pointers and sizes."""
+"""The Triton kernels for `launch`. Their arguments are pointers and sizes."""
 
 # ruff: noqa: ANN001, ANN201, ANN202 (arguments of kernels are pointers and numbers)
 # mypy: disable-error-code="no-untyped-def"
@@ -9,15 +9,15 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on every system
+except ImportError:  # Triton does not exist for all systems
     triton = None
-    tl = SimpleNamespace(constexpr=bool)  # the only name that is used outside of the kernels
+    tl = SimpleNamespace(constexpr=bool)  # the only name that is used outside the kernels
 
 available = triton is not None
 
 
 def _jit(*sizes: str) -> Callable:
-    """`triton.jit` that does not compile anew for special values of these sizes, which differ from layer to layer."""
+    """Return `triton.jit` without specialisation on these sizes, because they differ between layers."""
     return triton.jit(do_not_specialize=sizes) if available else lambda function: function
 
 
@@ -31,7 +31,7 @@ INTERPRETED = tl.constexpr(available and not isinstance(_rounded_to_tf32, triton
 
 @_jit()
 def _operand(value):
-    """The value in float32 in Triton's interpreter, which cannot multiply bfloat16. The products are the same."""
+    """Convert to float32 in Triton's interpreter, which cannot multiply bfloat16. The products are the same."""
     if INTERPRETED:
         value = value.to(tl.float32)
     return value
@@ -43,7 +43,10 @@ def kmedoids_kernel(
     n, k, width, iterations, image_stride, row_stride, row_length,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One image a program. Its threads exchange values through memory, with a barrier between write and read."""
+    """Run K-Medoids, one program for each image.
+
+    The threads exchange values through memory, with a barrier between write and read.
+    """
     image = tl.program_id(0).to(tl.int64)
     points += image * image_stride
     weights += image * n
@@ -62,7 +65,7 @@ def kmedoids_kernel(
     tl.debug_barrier()
     moved = 1
     for _ in range(1, iterations):
-        if moved > 0:  # otherwise nothing changes any more
+        if moved > 0:  # otherwise further iterations change nothing
             _costs(distance, weights, assignment, cost, n, row_length, TOKENS, ROWS)
             tl.debug_barrier()
             moved = _update(weights, assignment, cost, medoids, n, k, TOKENS, ROWS)
@@ -76,17 +79,17 @@ def kmedoids_kernel(
 def _distances(
     points, distance, length, offset, n, width, row_stride, row_length, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Squared distances (n, n), as rows of `row_length`: symmetric and zero on the diagonal to the last bit.
+    """Compute squared distances (n, n) in rows of `row_length`, exactly symmetric and exactly zero on the diagonal.
 
     Each product of two points is computed once, with the same order of additions in every tile. So two equal points
-    have distance zero, and are equally far from any other point.
+    have distance zero, and the same distance to any other point.
     """
     inverse = _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE, WIDTH)
     tl.debug_barrier()
     lane = tl.arange(0, TILE)
     blocks = tl.cdiv(n, TILE)
     for step in range(blocks):
-        first = blocks - 1 - step  # from the end, so that the squared lengths of later points are known
+        first = blocks - 1 - step  # from the end, because the squared lengths of later points are needed
         row = first * TILE + lane
         product = _products(points, offset, inverse, row, row, n, width, row_stride, TILE, WIDTH)
         row_square = tl.sum(tl.where(lane[:, None] == lane[None, :], product, 0.0), 1)
@@ -105,10 +108,10 @@ def _distances(
 
 @_jit()
 def _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Inverse of the power of two that brings the largest value below 2. Writes the mean point to `offset`.
+    """Return the inverse of the power of two that scales all values below 2, and write the mean point to `offset`.
 
     float16 needs no scale, because its squares fit into float32. Only float32 needs centring: products of 16-bit
-    numbers are exact in float32, and centring would gain no more digits than rounding to 16 bits has lost.
+    numbers are exact in float32, and centring cannot recover the digits that rounding to 16 bits has removed.
     """
     inverse = 1.0
     if points.dtype.element_ty != tl.float16:
@@ -132,19 +135,19 @@ def _inverse_scale_and_offset(points, offset, n, width, row_stride, TILE: tl.con
 
 @_jit()
 def _products(points, offset, inverse, row, column, n, width, row_stride, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """Products (TILE, TILE) of the points `row` with the points `column`.
+    """Compute the products (TILE, TILE) of the points `row` with the points `column`.
 
-    Tensor cores multiply float32 as TF32, with eleven binary digits. Each number is split into two TF32 numbers. Of the
-    four products the product of the two remainders is dropped (CUTLASS's 3xTF32). Each product has a sum of its own.
-    So swapping the two points gives the same to the last bit, and `input_precision="tf32x3"` does not.
+    Tensor cores multiply float32 as TF32, with eleven binary digits. Each number is split into two TF32 numbers. The
+    product of the two remainders is omitted, and the other three products are summed (3xTF32 of CUTLASS). Each product
+    has a separate sum. So the result is exactly symmetric, which `input_precision="tf32x3"` is not.
     """
     product = tl.zeros((TILE, TILE), tl.float32)
     if points.dtype.element_ty == tl.float32:
         left_rest = tl.zeros((TILE, TILE), tl.float32)
         right_rest = tl.zeros((TILE, TILE), tl.float32)
         for first in range(0, width, WIDTH):
-            left = _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
-            right = _some_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
+            left = _load_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
+            right = _load_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
             left_high, right_high = _rounded_to_tf32(left), _rounded_to_tf32(right)
             product = tl.dot(left_high, tl.trans(right_high), product, input_precision="tf32")
             left_rest = tl.dot(left - left_high, tl.trans(right_high), left_rest, input_precision="tf32")
@@ -152,28 +155,28 @@ def _products(points, offset, inverse, row, column, n, width, row_stride, TILE: 
         product += left_rest + right_rest
     else:
         for first in range(0, width, WIDTH):
-            left = _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
-            right = _some_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
+            left = _load_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH)
+            right = _load_points(points, offset, inverse, column, first, n, width, row_stride, WIDTH)
             product = tl.dot(_operand(left), tl.trans(_operand(right)), product)
     return product
 
 
 @_jit()
-def _some_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH: tl.constexpr):
-    """Columns from `first` on of the points `row`, scaled and centred."""
+def _load_points(points, offset, inverse, row, first, n, width, row_stride, WIDTH: tl.constexpr):
+    """Load the columns from `first` on of the points `row`, scaled and centred."""
     column = first + tl.arange(0, WIDTH)
     inside = (row[:, None] < n) & (column[None, :] < width)
     value = tl.load(points + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
     if points.dtype.element_ty == tl.float32:
         value = value * inverse - (tl.load(offset + column, mask=column < width, other=0.0) * inverse)[None, :]
     elif points.dtype.element_ty == tl.bfloat16:
-        value = (value.to(tl.float32) * inverse).to(tl.bfloat16)  # a power of two: nothing is rounded
+        value = (value.to(tl.float32) * inverse).to(tl.bfloat16)  # exact, because the scale is a power of two
     return value
 
 
 @_jit()
 def _assign(distance, medoids, assignment, n, k, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Assign each token to the nearest medoid, in a tie to the first."""
+    """Assign each token to the nearest medoid. In a tie the first medoid wins."""
     token = tl.arange(0, TOKENS)
     nearest = tl.full((ROWS, TOKENS), float("inf"), tl.float32)
     index = tl.zeros((ROWS, TOKENS), tl.int32)
@@ -191,7 +194,7 @@ def _assign(distance, medoids, assignment, n, k, row_length, TOKENS: tl.constexp
 
 @_jit()
 def _costs(distance, weights, assignment, cost, n, row_length, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Cost of each token as the medoid of its cluster."""
+    """Compute the cost of each token as the medoid of its cluster."""
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -207,7 +210,10 @@ def _costs(distance, weights, assignment, cost, n, row_length, TOKENS: tl.conste
 
 @_jit()
 def _update(weights, assignment, cost, medoids, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Make the cheapest member of each cluster its medoid, in a tie the first. Return how many medoids moved."""
+    """Make the member of lowest cost the medoid of each cluster, and return how many medoids moved.
+
+    In a tie the first member wins.
+    """
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=-1).to(tl.int32)
     weight = tl.load(weights + token, mask=token < n, other=0.0)
@@ -222,14 +228,14 @@ def _update(weights, assignment, cost, medoids, n, k, TOKENS: tl.constexpr, ROWS
         old = tl.load(medoids + cluster, mask=cluster < k, other=0).to(tl.int32)
         new = tl.where(weighs, tl.min(candidate, 1), old)
         moved += tl.sum((new != old).to(tl.int32), 0)
-        tl.debug_barrier()  # several threads may hold the same medoid, and all must read it before one writes
+        tl.debug_barrier()  # several threads can have the same medoid, and all must read it before one writes
         tl.store(medoids + cluster, new.to(tl.int64), mask=cluster < k)
     return moved
 
 
 @_jit()
 def _sort(assignment, order, start, n, k, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """Sort the tokens by cluster. The place of a token is the number of tokens that come before it."""
+    """Sort the tokens by cluster. The position of a token is the number of tokens before it."""
     token = tl.arange(0, TOKENS)
     own = tl.load(assignment + token, mask=token < n, other=k).to(tl.int32)
     rank = own * TOKENS + token
@@ -248,7 +254,7 @@ def _sort(assignment, order, start, n, k, TOKENS: tl.constexpr, ROWS: tl.constex
 def means_kernel(
     tokens, share, order, start, out, n, k, width, image_stride, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One cluster of one image a program, and WIDTH of its columns."""
+    """Compute the mean of each cluster, one program for each cluster of each image and each WIDTH columns."""
     program = tl.program_id(0).to(tl.int64)
     image, cluster = program // k, program % k
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -271,7 +277,7 @@ def attention_kernel(
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_OUTPUT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one image a program. Blocks of queries are taken one after the other, against all keys."""
+    """Compute attention, one program for each head of each image. It loops over blocks of queries, with all keys."""
     program = tl.program_id(0).to(tl.int64)
     image, head = program // heads, program % heads
     key, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)

@@ -1,4 +1,4 @@
-"""Functions that launch the Triton kernels. Each has a plain counterpart in `clustering` or `attention`."""
+"""Functions that launch the Triton kernels. Each function has a plain version in `clustering` or `attention`."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class Medoids(NamedTuple):
 
     Attributes:
         assignment: (B, N) int64, the cluster in 0..K-1 of each point.
-        previous: (B, K) int64, the medoids that the assignment was made from.
+        previous: (B, K) int64, the medoids that the assignment belongs to.
         order: (B, N) int32, the points sorted by cluster, and by index within a cluster.
         start: (B, K + 1) int32. The points of cluster j are order[start[j]:start[j + 1]].
     """
@@ -33,24 +33,31 @@ class Medoids(NamedTuple):
 
 
 def kmedoids(points: Tensor, weights: Tensor, medoids: Tensor, iterations: int) -> Medoids:
-    """Weighted K-Medoids: see `tokenpool.clustering.kmedoids`.
+    """Cluster points by weighted K-Medoids, see `tokenpool.clustering.kmedoids`.
 
-    Distances and costs are computed in float32. Without gradient.
+    Distances and costs are computed in float32, without gradient.
 
     Args:
-        points: (B, N, E), float16, bfloat16 or float32; N is at most `availability.MOST_POINTS`.
-        weights: (B, N) float32, at most 1, not negative.
-        medoids: (B, K) integers in 0..N-1, the indices of the first medoids. They are not checked.
-        iterations: how many assignments are made at most, at least 1.
+        points: (B, N, E), float16, bfloat16 or float32. N is at most `availability.MAX_POINTS`.
+        weights: (B, N) float32, in 0..1.
+        medoids: (B, K) integers in 0..N-1, the indices of the initial medoids. They are not checked.
+        iterations: maximum number of assignments, at least 1.
     """
     return Medoids(*_kmedoids(points.detach(), weights.detach(), medoids, iterations))
 
 
 def means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, start: Tensor) -> Tensor:
-    """Sum (B, K, D) over the members of each cluster of the tokens (B, N, D) times their share (B, N) float32.
+    """Sum the tokens of each cluster, each multiplied by its share. Gradients flow to the tokens, not to the share.
 
-    The sum is computed in float32 and returned in the tokens' dtype. A cluster without members becomes zero. The result
-    carries the gradient to the tokens, but not to the share. The other arguments are those of `Medoids`.
+    Args:
+        tokens: (B, N, D).
+        share: (B, N) float32. If the shares of a cluster sum to 1, the result is its weighted mean.
+        assignment: see `Medoids`.
+        order: see `Medoids`.
+        start: see `Medoids`.
+
+    Returns:
+        (B, K, D), computed in float32 and returned in the dtype of the tokens. Zero for a cluster without members.
     """
     return _means(tokens, share, assignment, order, start)
 
@@ -64,8 +71,8 @@ def _kmedoids(
     points, weights = _readable(points), weights.float().contiguous()
     found = _empty_medoids(points, weights, medoids, iterations)
     found[1].copy_(medoids)
-    row_length = -(-n // 16) * 16  # so that rows can be read in pieces of 16 bytes
-    images = min(micro_batch.fitting(n * row_length, micro_batch.DISTANCES.gpu), max(batch, 1))
+    row_length = -(-n // 16) * 16  # so that each row can be read 16 bytes at a time
+    images = min(micro_batch.max_items(n * row_length, micro_batch.DISTANCES.gpu), max(batch, 1))
     scratch = points.new_empty(images, n + 2, row_length, dtype=torch.float32)  # distances, costs, lengths
     offset = points.new_empty(images, width, dtype=torch.float32)
     for first in range(0, batch, images):
@@ -80,7 +87,7 @@ def _kmedoids(
 
 
 def medoid_shape(n: int, item: int) -> dict[str, Any]:
-    """Block sizes and compile options of the K-Medoids kernel, for numbers of `item` bytes."""
+    """Return block sizes and compile options of the K-Medoids kernel, for n points of numbers of `item` bytes."""
     tokens = max(1 << (n - 1).bit_length(), 16)
     return {
         "TOKENS": tokens,
@@ -88,8 +95,8 @@ def medoid_shape(n: int, item: int) -> dict[str, Any]:
         "TILE": min(tokens, 64),
         "WIDTH": 128 // item,
         "num_warps": 8,
-        "maxnreg": 128 if item == 2 else None,  # then the registers of a multiprocessor hold two programs
-        "enable_fp_fusion": True,  # Triton 3.9 warns if it is missing
+        "maxnreg": 128 if item == 2 else None,  # two programs then share the registers of a multiprocessor
+        "enable_fp_fusion": True,  # Triton 3.9 warns if this option is missing
     }
 
 
@@ -122,7 +129,7 @@ def _means(tokens: Tensor, share: Tensor, assignment: Tensor, order: Tensor, sta
 
 
 def mean_shape(width: int) -> dict[str, Any]:
-    """Block sizes and compile options of the kernel of the means."""
+    """Return block sizes and compile options of the kernel for means, for tokens of a width."""
     columns = min(max(1 << (width - 1).bit_length(), 32), 512)
     return {"ROWS": 4, "WIDTH": columns, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -153,20 +160,22 @@ _means.register_autograd(_gradient, setup_context=_save_for_gradient)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output of softmax attention, and the attention that each key receives.
+    """Compute softmax attention, and the attention that each key receives. Without gradient.
 
-    The softmax is exact and in float32. The attention matrix is never written to memory. Without gradient.
+    The softmax is exact and in float32. The attention matrix is never written to memory.
 
     Args:
-        q, k, v: (B, H, N, d), of one dtype: float16, bfloat16 or float32. Any strides.
+        q: queries (B, H, N, d), float16, bfloat16 or float32, with any strides.
+        k: keys, like `q`.
+        v: values, like `q`.
         bias: (B, N), added to the logits of each key. It may be -inf, but not for all keys of an image.
-        scale: the logits are multiplied by it before the bias is added.
+        scale: factor of the logits, applied before the bias is added.
 
     Returns:
-        The output (B, H, N, d), which lies in memory as (B, N, H, d) unless it is float32. And the attention (B, N)
-        float32 that each key receives, summed over queries and heads.
+        The output (B, H, N, d), with the memory layout (B, N, H, d) unless it is float32. The attention (B, N) float32
+        that each key receives, summed over queries and heads.
     """
-    if q.dtype == torch.float32:  # keys and values, both in a high and a low part, exceed the shared memory
+    if q.dtype == torch.float32:  # keys and values, each with a high and a low part, exceed the shared memory
         mask = None if bias is None else bias[:, None, None, :]
         out = F.scaled_dot_product_attention(q.detach(), k.detach(), v.detach(), attn_mask=mask, scale=scale)
         return out, received(q, k, bias, scale)
@@ -175,7 +184,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 
 
 def received(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """The attention (B, N) float32 that each key receives: the second result of `attention`."""
+    """Compute the attention (B, N) float32 that each key receives, the second result of `attention`.
+
+    Args:
+        q: see `attention`.
+        k: see `attention`.
+        bias: see `attention`.
+        scale: see `attention`.
+    """
     return _received(q.detach(), k.detach(), bias, scale)
 
 
@@ -204,7 +220,7 @@ def _empty_received(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> 
 def _launch_attention(
     q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, scale: float, out: Tensor | None
 ) -> Tensor:
-    """Write the output to `out` (B, N, H, d), unless v is None; return the attention received (B, N)."""
+    """Write the output to `out` (B, N, H, d), unless v is None, and return the received attention (B, N)."""
     batch, heads, n, width = q.shape
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     v = v if v is None or v.stride(3) == 1 else v.contiguous()
@@ -223,15 +239,15 @@ def _launch_attention(
 
 
 def attention_shape(n: int, width: int, item: int) -> dict[str, Any]:
-    """Block sizes and compile options of the attention kernel, for numbers of `item` bytes.
+    """Return block sizes and compile options of the attention kernel, for numbers of `item` bytes.
 
-    A row of logits and the sums over rows stay in registers, 32 numbers of each in a thread. So two or more programs
-    fit on one multiprocessor, and one computes while another waits.
+    Each thread has 32 logits and 32 sums over rows in registers. So two or more programs fit on one multiprocessor, and
+    one program computes while another one waits.
     """
     keys = max(1 << (n - 1).bit_length(), 16)
     columns = max(1 << (width - 1).bit_length(), 32)
     return {
-        # Fewer rows than columns. Otherwise Triton gives each warp its own rows, and there are too few rows.
+        # Fewer rows than columns. Otherwise Triton assigns rows to warps, and there are too few rows for all warps.
         "ROWS": 32 if item == 2 and min(keys, columns) > 32 else 16,
         "KEYS": keys,
         "WIDTH": columns,
@@ -243,9 +259,10 @@ def attention_shape(n: int, width: int, item: int) -> dict[str, Any]:
 
 
 def attention_memory(n: int, width: int, item: int) -> int:
-    """The most bytes of shared memory that the attention kernel takes.
+    """Return an upper bound on the shared memory of the attention kernel, in bytes.
 
-    They hold all keys and values, or the high and low parts of the keys, two blocks of queries, and a block of weights.
+    The memory contains all keys and values (or the high and low parts of the keys), two blocks of queries, and a block
+    of attention weights.
     """
     shape = attention_shape(n, width, item)
     rows, keys, columns = shape["ROWS"], shape["KEYS"], shape["WIDTH"]
@@ -253,11 +270,11 @@ def attention_memory(n: int, width: int, item: int) -> int:
 
 
 def _readable(points: Tensor) -> Tensor:
-    """Points (B, N, D) as a kernel reads them: each point contiguous, and offsets within an image below 2^31."""
+    """Return points (B, N, D) in a layout for kernels: each point contiguous, offsets within an image below 2^31."""
     good = points.stride(2) == 1 and points.stride(1) * points.shape[1] < 2**31
     return points if good else points.contiguous()
 
 
 def _device(values: Tensor) -> AbstractContextManager:
-    """Make the GPU of the values the current one, because Triton launches on the current GPU."""
+    """Make the GPU of the values the current GPU, because Triton launches kernels on the current GPU."""
     return torch.cuda.device(values.device) if values.is_cuda else nullcontext()

@@ -1,6 +1,6 @@
-"""Families of models that can be pooled: one adapter a family, one file an adapter.
+"""Families of models that can be pooled. Each family has an adapter in its own file.
 
-To add a family, write a subclass of `Adapter` in a file of its own and add the class to `ADAPTERS`.
+To add a family, write a subclass of `Adapter` in a new file, and add the class to `ADAPTERS`.
 """
 
 from torch import nn
@@ -16,14 +16,19 @@ SUPPORTED = f"supported are {', '.join(adapter.FAMILY for adapter in ADAPTERS)}"
 
 
 def find(model: nn.Module) -> Adapter | None:
-    """Return the adapter of a model, patched or plain; None if the model belongs to no family."""
+    """Return the adapter of a model, patched or plain, or None if the model belongs to no family."""
     return next((adapter(model) for adapter in ADAPTERS if adapter.fits(model)), None)
 
 
 def inside(model: nn.Module) -> tuple[str, Adapter] | None:
-    """Return name and adapter of the first module in a model that belongs to a family; the name of the model is "".
+    """Find the first module in a model that belongs to a family.
 
-    `features_only` models of timm count as models without such a module: the model inside is not for use on its own.
+    Args:
+        model: a model. It may belong to a family itself; the name is "" then.
+
+    Returns:
+        Name of the module in the model, and its adapter. None if there is no such module, and for `features_only`
+        models of timm, because the model inside cannot be used alone.
     """
     if type(model).__name__.startswith("FeatureGetter"):
         return None
@@ -32,7 +37,7 @@ def inside(model: nn.Module) -> tuple[str, Adapter] | None:
 
 
 def wrapped_name(model: nn.Module) -> str | None:
-    """Return the name of the model to pool in a model that wraps it; None if the model wraps no such model."""
+    """Return the name of the module to pool inside a wrapper, or None if the model is no wrapper of such a module."""
     return (inside(model) or ("", None))[0] or None
 
 
@@ -40,9 +45,9 @@ def of(model: nn.Module) -> Adapter:
     """Return the adapter of a model, patched or plain.
 
     Raises:
-        TypeError: if the model belongs to no family; the message says why the model cannot be pooled, and names the
-            model inside if this model only wraps one (peft's `PeftModel`, `DistributedDataParallel`, the result of
-            `torch.compile`).
+        TypeError: if the model belongs to no family. The message says why the model cannot be pooled. If the model
+            wraps a supported model (peft's `PeftModel`, `DistributedDataParallel`, the result of `torch.compile`), the
+            message names the model inside.
     """
     adapter = find(model)
     if adapter is not None:

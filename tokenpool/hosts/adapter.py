@@ -17,8 +17,8 @@ class Layers(NamedTuple):
     """The layers of a block that determine its cost. All other layers of a block cost nothing.
 
     Attributes:
-        before: layers that run on the tokens that enter the block, before the downsampler: each with its input width.
-        after: layers that run on the tokens that leave the downsampler: each with its input width.
+        before: layers that run before the downsampler, each with its input width.
+        after: layers that run after the downsampler, each with its input width.
         heads: number of attention heads.
         head_dim: width of the queries and keys of a head; values have the same width.
     """
@@ -30,20 +30,20 @@ class Layers(NamedTuple):
 
 
 class Adapter(ABC):
-    """What the library needs to know of a model that belongs to one family of models.
+    """Access to the parts of a model that belongs to one family of models.
 
-    An adapter holds the model and nothing else, so that it is cheap to make one whenever it is needed. It works on
-    plain and on patched models. All that depends on the family is in the subclass; other modules of the library ask
-    the adapter, and never name the parts of a model themselves.
+    An adapter holds only the model, so it is cheap to create. It works on plain and on patched models. A subclass
+    contains all code that depends on the family. Other modules of the library use the adapter and never name the parts
+    of a model.
 
     Class attributes that a subclass sets:
-        FAMILY: the family in words, for the message of refused models.
-        PARTS: pairs of a pattern and one of `flops.PARTS` (or another name), for the names of modules in the model.
-            The first pattern that matches the start of a name decides which part the module's FLOPs belong to.
-        OPTIONS: for each argument of `timm.create_model` that a saved model keeps, a function that reads the value
-            from a model.
-        IDENTITY: attributes of a model that, besides its modules and weights, decide its output. A model is saved only
-            if the model that is built from the file agrees in them.
+        FAMILY: the family in words, for error messages.
+        PARTS: pairs of a pattern and the name of a part, usually one of `flops.PARTS`. The first pattern that matches
+            the start of a module's name decides to which part the module's FLOPs belong.
+        OPTIONS: the arguments of `timm.create_model` that a checkpoint stores, each with a function that reads the
+            value from a model.
+        IDENTITY: attributes that change the output of a model, besides modules and weights. A model can be saved only
+            if a model that is built from the checkpoint has the same values.
         CLASSIFIERS: names of the parameters that depend on the number of classes.
     """
 
@@ -56,19 +56,19 @@ class Adapter(ABC):
     )
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model  # Any, since PyTorch's stubs know no attributes of a model
+        self.model: Any = model  # Any, because PyTorch's stubs do not know the attributes of a model
 
     @classmethod
     @abstractmethod
     def fits(cls, model: nn.Module) -> bool:
-        """Whether a model belongs to this family, by its class alone. `check` looks at its blocks."""
+        """Return whether the class of a model belongs to this family. `check` examines the blocks."""
 
-    # What the model is made of
+    # Parts of the model
 
     @property
     @abstractmethod
     def blocks(self) -> Any:
-        """The stack of blocks that is in the model now: `PooledBlocks` in a patched model."""
+        """The current stack of blocks: `PooledBlocks` in a patched model."""
 
     @property
     @abstractmethod
@@ -93,30 +93,39 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def head_reads_patches(self) -> bool:
-        """Whether the model's head reads all patch tokens, and not only the class token."""
+        """Whether the head reads the patch tokens, not only the class token."""
 
     @abstractmethod
     def grid(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
-        """Rows and columns of patches of an image of this height and width; default: of the position embedding."""
+        """Return rows and columns of patches.
+
+        Args:
+            image_size: height and width of an image in pixels. Default: the grid of the position embedding.
+        """
 
     # Patching
 
     @abstractmethod
     def check(self) -> None:
-        """Check that the blocks can be exchanged for pooled blocks, or a patched model's blocks for plain ones.
+        """Check that `pool` (of a plain model) or `unpool` (of a patched model) can replace the blocks.
 
         Raises:
-            TypeError: if a block is of a kind that cannot be pooled; the message says why.
-            ValueError: if an exchanged module has hooks, parameters or a forward method that would be lost.
+            TypeError: if a block cannot be pooled. The message gives the reason.
+            ValueError: if a replaced module has hooks, parameters or a forward method that would be lost.
         """
 
     @abstractmethod
     def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
-        """Exchange the blocks of a plain model for pooled blocks with these downsamplers, one a block, in place."""
+        """Replace the blocks of a plain model by pooled blocks, in place.
+
+        Args:
+            layers: the downsampler of each block, or None.
+            setting: arguments that the model is patched with.
+        """
 
     @abstractmethod
     def unpool(self) -> None:
-        """Exchange the pooled blocks of a patched model for its own blocks, in place."""
+        """Replace the pooled blocks of a patched model by the model's own blocks, in place."""
 
     # Costs, signals, weights
 
@@ -126,9 +135,12 @@ class Adapter(ABC):
 
     @abstractmethod
     def watch_attention(self, block: nn.Module, record: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
-        """Call `record` with name and value of each signal in a plain block, whenever the block runs.
+        """Call `record(name, value)` for each signal of a plain block, whenever the block runs.
 
-        The names and shapes are those of `redundancy.Signals`, with prefix tokens.
+        The signals have the names and shapes of `redundancy.Signals`, but include prefix tokens.
+
+        Returns:
+            Handles that remove the hooks.
         """
 
     @abstractmethod
@@ -136,11 +148,11 @@ class Adapter(ABC):
         """Convert weights of a file to the names and sizes of this model.
 
         Returns:
-            The weights, and a note in words on each change that a user should know of. What cannot be converted is
-            returned as it is.
+            The weights, and a note in words on each important change. Weights that cannot be converted are returned
+            unchanged.
         """
 
-    # The same for all families
+    # Methods for all families
 
     @property
     def depth(self) -> int:
@@ -154,25 +166,25 @@ class Adapter(ABC):
 
     @property
     def setting(self) -> Setting | None:
-        """How the model was patched; None if it is plain."""
+        """The arguments that the model was patched with. None for a plain model."""
         return self.blocks.setting if self.is_patched else None
 
     @property
     def downsamplers(self) -> list[Downsampler | None]:
-        """The downsampler of each block, None for a block that has none."""
+        """The downsampler of each block, or None for a block without a downsampler."""
         return [block.downsampler if self.is_patched else None for block in self.blocks]
 
     def host(self, dense: bool = False) -> Host:
-        """Return what a downsampler may know of the model; for `dense` see `tokenpool.patch`."""
+        """Return the properties of the model that a downsampler may use. See `tokenpool.patch` for `dense`."""
         unpools = dense or self.head_reads_patches
         reads_patches = unpools or not self.prefix
         return Host(self.depth, self.width, self.grid(), reads_patches, self.is_dynamic, unpools)
 
-    def copy_around(self, stand_in: nn.Module) -> nn.Module:
-        """Return a copy of the model with a stand-in for its stack of blocks; the blocks themselves are not copied."""
+    def copy_with_blocks(self, stand_in: nn.Module) -> nn.Module:
+        """Return a copy of the model with another module as its stack of blocks. The model's blocks are not copied."""
         return copy.deepcopy(self.model, {id(self.blocks): stand_in})
 
     def blank_image(self, image_size: tuple[int, int] | None = None) -> Tensor:
-        """Return a black image (1, C, H, W); default: of the size that the model is built for."""
+        """Return a black image (1, C, H, W). The default is the model's own image size."""
         channels, *size = self.image_shape
         return torch.zeros(1, channels, *(image_size or size))

@@ -1,4 +1,4 @@
-"""Why a model cannot be pooled, as far as the names of its modules and parameters tell."""
+"""Reasons why a model cannot be pooled, guessed from the names of its modules and parameters."""
 
 import re
 
@@ -10,12 +10,12 @@ _OBSTACLES = (
     ("stages|downsample|pool_block", "it is hierarchical: its stages need the whole grid of patches"),
     ("rope|rotary", "its rotary positions tie each token to one place of the grid, and a merged token has several"),
     ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
-    ("parallel", "its attention and MLP run side by side, so that there is no place between them"),
+    ("parallel", "its attention and MLP run in parallel, so a downsampler cannot run between them"),
 )
 
 
 def obstacle(model: nn.Module) -> str:
-    """Return the reason why a model, or one of its blocks, cannot be pooled."""
+    """Return the reason why a model or a block cannot be pooled, in words."""
     classes = (type(module).__name__ for module in model.modules())
     names = " ".join([*classes, *(name for name, _ in model.named_modules()), *model.state_dict()]).lower()
     reasons = (reason for pattern, reason in _OBSTACLES if re.search(pattern, names))

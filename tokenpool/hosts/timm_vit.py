@@ -24,7 +24,7 @@ class PooledTimmBlock(PooledBlock):
         host: timm's block.
         downsampler: see `PooledBlock`.
         prefix: see `PooledBlock`.
-        setting: how the model is patched.
+        setting: arguments that the model is patched with.
     """
 
     norm1: nn.Module
@@ -47,14 +47,14 @@ class PooledTimmBlock(PooledBlock):
         return self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
 
     def give_back(self) -> nn.Module:
-        """Return timm's block, with the submodules that are in this block now."""
+        """Return timm's block with the current submodules of this block."""
         host = super().give_back()
         host.attn = self.attn.give_back()
         return host
 
 
 class TimmViT(Adapter):
-    """Adapter of `timm.models.vision_transformer.VisionTransformer` and its subclasses, if all blocks are `Block`."""
+    """Adapter of timm's `VisionTransformer` and its subclasses, if all blocks are timm's `Block`."""
 
     FAMILY = "timm's VisionTransformer models of standard blocks (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, ...)"
     PARTS = (
@@ -182,19 +182,19 @@ class TimmViT(Adapter):
         ]
 
     def convert(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Convert weights by timm's own function: names of other formats, and position and patch embeddings' sizes."""
+        """Convert names of other formats and sizes of position and patch embeddings, by timm's own function."""
         try:
             converted = checkpoint_filter_fn(dict(weights), self.model, adapt_layer_scale=True, **self._interpolation())
-        except Exception:  # timm's function checks nothing; the caller then finds by name and shape what does not fit
+        except Exception:  # timm's function does not check the weights; the caller then reports the wrong keys
             return weights, []
         before, own = weights.get("pos_embed"), self.model.pos_embed
         if before is not None and own is not None and before.shape == own.shape:
-            converted["pos_embed"] = before  # timm would resample it, as if its grid were square
+            converted["pos_embed"] = before  # timm would assume a square grid and resample
         notes = [] if set(converted) == set(weights) else ["converted the names as timm does"]
         height, width = self.grid()
         is_square = math.isqrt(height * width) ** 2 == height * width
         if converted.get("pos_embed") is before is not None and height != width and is_square:
-            notes.append(f"took pos_embed for one of {height} x {width} patches, as the model's")
+            notes.append(f"assumed that pos_embed has {height} x {width} patches, like the model")
         for key in ("pos_embed", "patch_embed.proj.weight"):
             if key in weights and key in converted and weights[key].shape != converted[key].shape:
                 shapes = tuple(weights[key].shape), tuple(converted[key].shape)
@@ -202,7 +202,7 @@ class TimmViT(Adapter):
         return converted, notes
 
     def _interpolation(self) -> dict[str, Any]:
-        """How timm resamples for this model; FlexiViT is the exception."""
+        """Return timm's options for resampling. FlexiViT models need other options than the default."""
         name = (getattr(self.model, "pretrained_cfg", None) or {}).get("architecture") or ""
         return {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
 
@@ -212,6 +212,5 @@ def _check_pooled(block: nn.Module, name: str) -> None:
     for module, kind, where in ((block, PooledTimmBlock, name), (attention, ScoredAttention, f"{name}.attn")):
         if type(module) is not kind:
             raise TypeError(
-                f"{where} is a {type(module).__name__} in place of the {kind.__name__} that patch has put there, and "
-                "would be lost: put that back first"
+                f"{where} is a {type(module).__name__} and would be lost: put the {kind.__name__} of patch back first"
             )

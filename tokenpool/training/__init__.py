@@ -1,4 +1,4 @@
-"""Training: the recipe, the LightningModule, the data modules, and what makes a training repeatable."""
+"""Training: the recipe, the LightningModule, the data modules, and tools for repeatable training."""
 
 from tokenpool.extras import require
 

@@ -13,12 +13,12 @@ from tokenpool.patching import is_patched
 
 
 class FlopsCallback(Callback):
-    """Counts the model at the start of a fit and logs `gmacs`, `backbone_gmacs`, `clustering_gmacs` and the parts.
+    """Log the cost of the model at the start of a fit: `gmacs`, `backbone_gmacs`, `clustering_gmacs`, `gmacs/PART`.
 
-    The LightningModule must have the network as `model`.
+    The network must be the attribute `model` of the LightningModule.
 
     Attributes:
-        count: the count, once the fit has started.
+        count: the count. None before the fit starts.
     """
 
     count: flops.Count | None = None
@@ -35,9 +35,9 @@ class FlopsCallback(Callback):
 
 
 class ReconstructionErrorCallback(Callback):
-    """Measures the reconstruction error of each block's downsampling while Lightning tests.
+    """Measure the reconstruction error of the downsampler in each block during a test.
 
-    The LightningModule must have a patched network as `model`; for a plain network nothing is measured.
+    The network must be the attribute `model` of the LightningModule. For a plain network nothing is measured.
     """
 
     def __init__(self) -> None:
@@ -47,9 +47,9 @@ class ReconstructionErrorCallback(Callback):
 
     @property
     def relative(self) -> list[float | None]:
-        """For each block, the error of equation (8) as a share of the input tokens' squared distance to their mean.
+        """For each block, the error of equation (8) divided by the squared distance of input tokens to their mean.
 
-        Both are summed over tokens and images. 0 for a block that downsamples nothing, None if no token remains.
+        Both sums are over tokens and images. 0 for a block that does not downsample, None if no token remains.
         """
         shares: list[float | None] = [0.0] * self._depth
         for block, (error, spread) in self._sums.items():
@@ -69,7 +69,7 @@ class ReconstructionErrorCallback(Callback):
             shared = torch.zeros(self._depth, 2, device=module.device)
             for block, sums in self._sums.items():
                 shared[block] = torch.tensor(sums)
-            shared = trainer.strategy.reduce(shared, reduce_op="sum")  # each process has its own images
+            shared = trainer.strategy.reduce(shared, reduce_op="sum")  # each process has different images
             self._sums = {block: sums for block, sums in enumerate(shared.tolist()) if any(sums)}
 
     def _add(self, block: int, before: Tensor, after: Downsampled) -> None:

@@ -1,4 +1,4 @@
-"""Data: scikit-learn's handwritten digits, which need no download, and image folders in ImageNet's layout."""
+"""Data modules: scikit-learn's handwritten digits (no download), and image folders in ImageNet's layout."""
 
 import signal
 from collections.abc import Sequence
@@ -26,12 +26,13 @@ from tokenpool.training.seeding import step_seed
 
 
 class _DataModule(LightningDataModule):
-    """Batches depend only on seed, epoch and step, not on the number of processes or on interruptions.
+    """Base class. Batches depend only on seed, epoch and step, not on the number of processes or on interruptions.
 
-    The recipe's batch size counts the images of one step of the optimiser, over all processes and accumulated batches.
+    The batch size of the recipe is the number of images of one optimiser step, over all processes and accumulated
+    batches.
     """
 
-    classes: Sequence[str]  # their names; label l is the l-th
+    classes: Sequence[str]  # names of the classes; label l is class `classes[l]`
     num_classes: int
     train_set: Dataset
     test_set: Dataset
@@ -47,7 +48,7 @@ class _DataModule(LightningDataModule):
         batch = self._training_batch()
         sampler = EpochSampler(self.train_set, batch, rank, ranks, self.seed, self.recipe.repeats)
         if self.trainer:
-            # Lightning sets the epoch too, but for the first epoch of a resumed run when the workers already exist.
+            # Lightning sets the epoch too, but in a resumed run only after the workers for its first epoch exist.
             progress = self.trainer.fit_loop.epoch_progress.current
             sampler.set_epoch(progress.processed)  # type: ignore[attr-defined]  # the declared type is a base class
         return self._loader(ResumableLoader, self.train_set, batch // ranks, sampler)
@@ -58,7 +59,9 @@ class _DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         rank, ranks = self._processes
         if length(self.test_set) < ranks:
-            raise ValueError(f"{length(self.test_set)} images to evaluate are fewer than the {ranks} processes")
+            raise ValueError(
+                f"{length(self.test_set)} test images are too few for {ranks} processes: use fewer processes"
+            )
         sampler = EvaluationSampler(self.test_set, rank, ranks)
         return self._loader(DataLoader, self.test_set, max(self.recipe.batch_size // ranks, 1), sampler)
 
@@ -67,7 +70,7 @@ class _DataModule(LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return images, labels
         accumulated = self.trainer.accumulate_grad_batches
-        number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # of this batch in the epoch
+        number = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch in the epoch
         step = self.trainer.global_step * accumulated + number % accumulated
         images = self._augmented(images, step)
         if not self.recipe.mixup and not self.recipe.cutmix:
@@ -80,11 +83,11 @@ class _DataModule(LightningDataModule):
 
     @property
     def _processes(self) -> tuple[int, int]:
-        """Number of this process, and number of processes."""
+        """Index of this process, and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _training_batch(self) -> int:
-        """Images a batch of all processes together, fewer where there are not so many."""
+        """Return the number of images of a batch, over all processes. It is smaller for a small training set."""
         _, ranks = self._processes
         accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         unit = ranks * (2 if self.recipe.mixup or self.recipe.cutmix else 1)
@@ -92,12 +95,12 @@ class _DataModule(LightningDataModule):
         if rest or batch % unit:
             pairs = ", in pairs for mixup" if unit > ranks else ""
             raise ValueError(
-                f"batch_size = {self.recipe.batch_size} cannot be shared out evenly among {ranks} processes and "
-                f"{accumulated} accumulated batches{pairs}"
+                f"batch_size = {self.recipe.batch_size} must be a multiple of {unit * accumulated}, for {ranks} "
+                f"processes and {accumulated} accumulated batches{pairs}"
             )
         batch = min(batch, length(self.train_set) // unit * unit)
         if not batch:
-            raise ValueError(f"{length(self.train_set)} training images are too few: expected at least {unit}")
+            raise ValueError(f"{length(self.train_set)} training images are too few, expected at least {unit}")
         return batch
 
     def _loader(self, kind: type[DataLoader], dataset: Dataset, batch: int, sampler: DistributedSampler) -> DataLoader:
@@ -107,13 +110,13 @@ class _DataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0 and kind is ResumableLoader,  # not those of both at once
+            persistent_workers=self.workers > 0 and kind is ResumableLoader,  # workers for tests end after the test
             worker_init_fn=_ignore_signals,
         )
 
 
 def _ignore_signals(worker: int) -> None:
-    """Signals go to all processes of a job. A process that loads data ignores them; the training process ends it."""
+    """Ignore signals in a worker. All processes of a job receive them, but the training process ends its workers."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -121,15 +124,15 @@ def _ignore_signals(worker: int) -> None:
 class DigitsDataModule(_DataModule):
     """The 1,797 handwritten digits of scikit-learn's `load_digits`, enlarged from 8x8 to 16x16 pixels.
 
-    1,347 images are for training and 450 are held out, with the same share of each digit; `split` chooses them.
-    Training images are shifted at random.
+    1,347 images are for training and 450 for testing, with the same share of each digit. Training images are shifted at
+    random.
 
     Args:
-        recipe: its batch size, mixup, CutMix and repeats count here.
+        recipe: hyper-parameters. Batch size, mixup, CutMix and repeats are used here.
         split: random state of the split.
-        shift: the most pixels that a training image is shifted in each direction.
-        workers: processes that load data.
-        seed: of order, shifts and mixing.
+        shift: maximum shift of a training image in each direction, in pixels.
+        workers: number of processes that load data.
+        seed: seed of order, shifts and mixing.
     """
 
     classes = tuple(map(str, range(10)))
@@ -150,7 +153,7 @@ class DigitsDataModule(_DataModule):
 
     @staticmethod
     def fingerprint() -> str:
-        """Fingerprint of the digits that the installed scikit-learn has, see `tokenpool.training.fingerprint`."""
+        """Return the fingerprint of the digits in the installed scikit-learn, see `tokenpool.training.fingerprint`."""
         digits = load_digits()
         return f"{len(digits.target)} handwritten digits, {of_arrays(digits.images, digits.target)}"
 
@@ -167,7 +170,7 @@ class DigitsDataModule(_DataModule):
         self.test_set = TensorDataset(images[test], labels[test])
 
     def _augmented(self, images: Tensor, step: int) -> Tensor:
-        # Drawn for the whole batch from the step's own seed: the same after an interruption and with more processes.
+        # Draw for the full batch from the seed of the step, so that interruptions and processes change nothing.
         rank, ranks = self._processes
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         offsets = torch.randint(-self.shift, self.shift + 1, (len(images) * ranks, 2), generator=generator)
@@ -177,31 +180,31 @@ class DigitsDataModule(_DataModule):
 class ImageFolderDataModule(_DataModule):
     """Images from folders in ImageNet's layout, or from Hugging Face `datasets`, with timm's transforms.
 
-    Training images get DeiT's augmentation: random resized crops, flips, RandAugment and random erasing.
+    The augmentation of training images is DeiT's: random resized crops, flips, RandAugment and random erasing.
 
     Args:
-        root: folder that holds `train/<class>/*` (not needed to evaluate) and `val/<class>/*` (or `test`); or "hf:" and
-            what `datasets` can open, see `tokenpool.training.images.open_images`.
-        image_size: height and width in pixels, one number for both or two.
-        recipe: its batch size, mixup, CutMix, repeats and images of a class count here, and its `crop_pct` unless that
-            is 0. The augmentation is that of the class of the data module.
-        workers: processes that load data.
-        seed: of order, augmentation and mixing.
-        mean: of each channel, for normalisation.
-        std: of each channel.
-        crop_pct: share of the resized image that evaluation crops, if the recipe has none.
-        limit: evaluate on so many images only, evenly spaced over the list of all; 0 for all.
-        part: evaluate on a part of those: "1/2" is the first of two interleaved halves; empty for all.
-        interpolation: of resizing: "bicubic", "bilinear" and so on, as timm has it.
-        crop_mode: of evaluation, as timm has it: "center" crops the middle, "squash" gives up the aspect ratio,
+        root: folder with `train/<class>/*` (not needed for evaluation) and `val/<class>/*` (or `test`), or "hf:" and a
+            data set of Hugging Face `datasets`, see `tokenpool.training.images.open_images`.
+        image_size: height and width in pixels. One number means a square.
+        recipe: hyper-parameters. Batch size, mixup, CutMix, repeats, images of each class and `crop_pct` are used here.
+            `augmentation` is not used: each class of data modules has one kind of augmentation.
+        workers: number of processes that load data.
+        seed: seed of order, augmentation and mixing.
+        mean: mean of each channel, for normalisation.
+        std: standard deviation of each channel, for normalisation.
+        crop_pct: share of the resized image that evaluation crops, if the recipe's `crop_pct` is 0.
+        limit: number of test images, evenly spaced over all test images. 0 for all.
+        part: evaluate only a part of these images: "1/2" is the first of two interleaved halves. Empty for all.
+        interpolation: timm's name of the interpolation for resizing: "bicubic", "bilinear" and so on.
+        crop_mode: timm's name of the crop in evaluation: "center" crops the middle, "squash" changes the aspect ratio,
             "border" adds a border.
         allow_empty: see `tokenpool.training.images.open_images`.
         allow_truncated: see `tokenpool.training.images.load_image`.
 
     Raises:
-        FileNotFoundError: if a folder that is needed is missing or holds no image.
-        ValueError: on reading an image that cannot be read; the message names it. Also if train and val have different
-            classes, too few images of a class, or if `mean` has not three channels.
+        FileNotFoundError: if a needed folder is missing or has no image.
+        ValueError: if an image cannot be read; the message names the image. Also if train and val have different
+            classes, if a class has too few images, or if `mean` does not have three channels.
     """
 
     def __init__(
@@ -235,7 +238,7 @@ class ImageFolderDataModule(_DataModule):
         if stage == "fit":
             folder = self._training_images(tested, training_transform(**self.transforms))
             chosen = first_of_each_class(folder, self.recipe.train_per_class, f"train of {self.root}")
-            # An array, which workers share; torch declares a Sequence, and takes whatever has numbers by index.
+            # An array, because workers can share it. torch declares a Sequence, but accepts an array.
             part = Subset(folder, chosen)  # type: ignore[arg-type]
             self.train_set = SeededDataset(part if self.recipe.train_per_class else folder, self.seed)
         chosen = first_of_each_class(tested, self.recipe.test_per_class, f"val of {self.root}")
@@ -245,7 +248,7 @@ class ImageFolderDataModule(_DataModule):
         images = open_images(self.root, "val", transform, **self.allowed)
         channels = len(self.transforms["mean"])
         if channels != 3:
-            raise ValueError(f"the model takes images of {channels} channels, but those of {self.root} have 3")
+            raise ValueError(f"the model expects {channels} channels, but the images of {self.root} have 3")
         self.classes = images.classes
         self.num_classes = len(self.classes)
         return images
@@ -253,11 +256,11 @@ class ImageFolderDataModule(_DataModule):
     def _training_images(self, tested: Images, transform: Any = None) -> Images:
         images = open_images(self.root, "train", transform, **self.allowed)
         if images.classes != tested.classes:
-            raise ValueError(f"the classes of train and val of {self.root} differ")
+            raise ValueError(f"train and val of {self.root} must have the same classes")
         return images
 
     def _evaluated(self, images: int) -> list[int]:
-        """Indices of the images to evaluate, by `limit` and `part`."""
+        """Return the indices of the test images, by `limit` and `part`."""
         order = list(range(images))
         if 0 < self.limit < images:
             order = torch.linspace(0, images - 1, self.limit).long().tolist()
@@ -265,29 +268,30 @@ class ImageFolderDataModule(_DataModule):
 
 
 def training_transform(**options: Any) -> Compose:
-    """DeiT's augmentation (Touvron et al. 2021, Table 9), by timm.
+    """Create DeiT's augmentation (Touvron et al. 2021, Table 9) with timm.
 
     Args:
-        options: of timm's `create_transform`: `input_size`, `mean`, `std`, and `interpolation`, by default bicubic.
+        **options: arguments of timm's `create_transform`: `input_size`, `mean`, `std` and `interpolation` (default:
+            bicubic).
     """
     transform = create_transform(
         **{"interpolation": "bicubic"} | options,
         is_training=True,
         auto_augment="rand-m9-mstd0.5-inc1",
-        color_jitter=None,  # type: ignore[arg-type]  # timm takes None for none
+        color_jitter=None,  # type: ignore[arg-type]  # timm accepts None
         re_prob=0.25,
         re_mode="pixel",
     )
     augment = next(step for step in transform.transforms if isinstance(step, RandAugment))
     for operation in augment.ops:
         if operation.name == "PosterizeIncreasing":
-            # At a magnitude of 10 timm asks for 0 bits, which Pillow refuses since its version 13. Below, it is 1 bit.
+            # At magnitude 10, timm keeps 0 bits, which is an error in Pillow 13. Below 10, at least 1 bit remains.
             operation.magnitude_max = 9.99
     return transform
 
 
 def _part(text: str) -> slice:
-    """The images of a part, as a slice: "2/3" is slice(1, None, 3)."""
+    """Convert the text of a part to a slice: "2/3" is slice(1, None, 3)."""
     if not text:
         return slice(None)
     index, slash, count = text.partition("/")
@@ -297,7 +301,15 @@ def _part(text: str) -> slice:
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images (B, C, H, W) moved down and to the right by offsets (B, 2) in pixels. The edge is repeated."""
+    """Shift images down and to the right. The edge is repeated.
+
+    Args:
+        images: (B, C, H, W).
+        offsets: (B, 2) integers, shifts in pixels.
+
+    Returns:
+        (B, C, H, W).
+    """
     batch, _, height, width = images.shape
     rows = (torch.arange(height, device=images.device) - offsets[:, :1]).clamp(0, height - 1)  # (B, H)
     columns = (torch.arange(width, device=images.device) - offsets[:, 1:]).clamp(0, width - 1)  # (B, W)

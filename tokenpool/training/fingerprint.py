@@ -1,4 +1,4 @@
-"""Fingerprints of images and of weights: short texts that differ where the content differs."""
+"""Fingerprints of images and weights: short texts that differ if the content differs."""
 
 import hashlib
 import math
@@ -13,26 +13,27 @@ from tqdm import tqdm
 from tokenpool import files
 from tokenpool.training.images import Images
 
-READ_BYTES = 2**31  # so much of a data set's content is read; of a larger one, evenly spaced images
+READ_BYTES = 2**31  # maximum size of a data set that is read completely
 
 T = TypeVar("T")
 
-_BLOCK = 512  # images that a thread asks for at a time
-_THREADS = 16  # that ask for sizes and times: on a network file system most of the time is waiting
+_BLOCK = 512  # images that a thread handles at a time
+_THREADS = 16  # threads that read sizes and times, because a network file system is slow to answer
 
 
 def of_images(images: Images) -> str:
-    """Fingerprint of one part of a data set: its classes, labels, and the names, sizes and content of its images.
+    """Compute the fingerprint of one part of a data set.
 
-    All content is read up to 2 GiB (`READ_BYTES`). Of a larger data set every n-th image is read, so that ImageNet
-    takes a minute or two, and the other images are told apart by name and size. The result is kept in a cache under the
-    sizes and times of all files, so that nothing is read again while no file is touched.
+    The fingerprint depends on classes, labels, and the names, sizes and content of the images. Up to 2 GiB
+    (`READ_BYTES`), all content is read. In a larger data set, only every n-th image is read, so ImageNet takes one or
+    two minutes. The other images count with name and size only. The result is stored in a cache. The key of the cache
+    contains sizes and times of all files, so nothing is read again while the files do not change.
 
     Args:
-        images: from `tokenpool.training.images.open_images`.
+        images: result of `tokenpool.training.images.open_images`.
 
     Returns:
-        Such as "1000 images of 1000 classes, 3fa9c1d2e0ab4c55".
+        A text such as "1000 images of 1000 classes, 3fa9c1d2e0ab4c55".
     """
     about = f"{len(images)} images of {len(images.classes)} classes"
     stamp = _digest([str(READ_BYTES), *_description(images), *_parallel(images.stamp, len(images), f"list of {about}")])
@@ -47,25 +48,28 @@ def of_images(images: Images) -> str:
     names = (f"{images.relative_name(index)} {size}" for index, size in enumerate(sizes))
     found = _digest([*_description(images), *names, *(_of_bytes(images.content(index)) for index in read)])[:16]
     try:
-        with files.whole(cached) as path:
+        with files.atomic_write(cached) as path:
             path.write_text(found)
     except OSError:
-        pass  # without a cache it takes longer, and is as right
+        pass  # the cache only saves time
     return f"{about}, {found}"
 
 
 def of_arrays(*arrays: np.ndarray) -> str:
-    """Fingerprint of arrays: of their types, shapes and values."""
+    """Compute the fingerprint of the types, shapes and values of arrays."""
     parts = [f"{array.dtype.str} {array.shape} {_of_bytes(np.ascontiguousarray(array).tobytes())}" for array in arrays]
     return _digest(parts)[:16]
 
 
 def of_weights(path: str | Path) -> str:
-    """Fingerprint of a file of weights, or of a folder with all files in it: of the content, not of the name.
+    """Compute the fingerprint of the content of a file of weights, or of all files in a folder.
+
+    Args:
+        path: path of the file or folder. Its name does not change the fingerprint.
 
     Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if it is a URL.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if the path is a URL.
     """
     path = Path(path)
     files.check_local(path)
@@ -78,17 +82,17 @@ def of_weights(path: str | Path) -> str:
 
 
 def _description(images: Images) -> list[str]:
-    """Classes and labels: what the images are taken for."""
+    """Describe classes and labels."""
     return [*images.classes, _of_bytes(np.asarray(images.labels, dtype=np.int64).tobytes())]
 
 
-def _parallel(ask: Callable[[int], T], count: int, title: str) -> Iterator[T]:
-    """`ask(index)` for each index, in order, by several threads."""
+def _parallel(function: Callable[[int], T], count: int, title: str) -> Iterator[T]:
+    """Call `function(index)` for each index in several threads, and yield the results in order."""
     blocks = [range(first, min(first + _BLOCK, count)) for first in range(0, count, _BLOCK)]
     with ThreadPoolExecutor(_THREADS) as executor, tqdm(total=count, desc=title, leave=False, delay=2) as bar:
-        for answers in executor.map(lambda block: [ask(index) for index in block], blocks):
-            yield from answers
-            bar.update(len(answers))
+        for found in executor.map(lambda block: [function(index) for index in block], blocks):
+            yield from found
+            bar.update(len(found))
 
 
 def _of_bytes(content: bytes) -> str:
@@ -101,7 +105,7 @@ def _of_file(path: Path) -> str:
 
 
 def _digest(texts: Iterable[str]) -> str:
-    """Of a sequence of texts; each ends in a zero, which no name holds, so that none runs into the next."""
+    """Hash a sequence of texts. A zero byte, which names cannot contain, separates them."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode(errors="surrogateescape") + b"\0")

@@ -1,4 +1,4 @@
-"""The LightningModule: trains and tests any image classifier, and learns a retention schedule where there is one."""
+"""The LightningModule that trains and tests image classifiers, and learns retention schedules."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -22,28 +22,29 @@ from tokenpool.training.seeding import step_seed
 
 
 class ClassificationModule(LightningModule):
-    """Train with cross-entropy, AdamW and a cosine schedule; test top-1 and top-5 accuracy.
+    """Train with cross-entropy, AdamW and a cosine schedule, and test top-1 and top-5 accuracy.
 
-    Labels are classes (B,), or targets (B, classes) as mixup makes them. If the model has soft selection (PoWER-BERT's
-    second stage), the recipe's `retention_penalty` times `soft_selection.retention_loss` is added to the loss, and the
-    retention weights have their own learning rate.
+    Labels are classes (B,), or targets (B, classes) from mixup. If the model has soft selection (PoWER-BERT's second
+    stage), the loss includes `retention_penalty` of the recipe times `soft_selection.retention_loss`, and the retention
+    weights have a separate learning rate.
 
-    Every step is seeded by its number, and the sums behind the epoch's training loss are part of checkpoints, so that a
-    run resumed in the middle of an epoch repeats what an uninterrupted one does.
+    The seed of each step depends on the number of the step, and checkpoints contain the sums for the epoch's training
+    loss. So a run that is resumed within an epoch has the same result as an uninterrupted run.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
         num_classes: number of classes of the data.
-        recipe: hyper-parameters. The number of epochs is the Trainer's, and the data module sees to the images.
-        seed: of stochastic layers, such as stochastic depth and random selection.
+        recipe: hyper-parameters. `epochs` is not used here but by the Trainer, and the data module uses the fields for
+            images.
+        seed: seed of stochastic layers, such as stochastic depth and random selection.
         outputs: the model's output for each class of the data, see `tokenpool.training.labels.outputs_of`. Loss and
-            accuracy leave out the other logits. None: all outputs, in their order.
+            accuracy ignore other logits. None means all outputs in their order.
 
     Attributes:
         recipe: hyper-parameters.
-        ema: timm's `ModelEmaV3`, whose `module` has the averaged weights; None without `ema_decay`.
-        correct: after a test, whether each image is classified right, in the order of the data set: (images,) booleans
-            in each process, if an `EvaluationSampler` has shared out the images. None before.
+        ema: timm's `ModelEmaV3`, whose `module` has the averaged weights, or None without `ema_decay`.
+        correct: (images,) booleans after a test, whether each image is classified correctly, in the order of the data
+            set. Each process has all values if an `EvaluationSampler` distributes the images. None before a test.
         ema_correct: the same for the averaged weights.
     """
 
@@ -77,7 +78,7 @@ class ClassificationModule(LightningModule):
         )
         self.correct: Tensor | None = None
         self.ema_correct: Tensor | None = None
-        self._tested: list[list[Tensor]] = [[], []]  # whether right, a batch an entry: by the model, by its average
+        self._tested: list[list[Tensor]] = [[], []]  # correctness for each batch: of the model, of its moving average
         self._shared_generator: torch.Generator | None = None
         self.searches = bool(soft_selection.layers(model))
 
@@ -104,7 +105,7 @@ class ClassificationModule(LightningModule):
         if self.searches:
             loss = loss + self.recipe.retention_penalty * soft_selection.retention_loss(self.model)
         self._check_finite(loss.detach())
-        classes = labels.argmax(-1) if labels.dim() == 2 else labels  # of a mixed image, the one of the larger share
+        classes = labels.argmax(-1) if labels.dim() == 2 else labels  # mixed image: its larger class
         self.train_metrics["top1"].update(logits.detach(), classes)
         self.train_metrics["loss"].update(loss.detach(), weight=len(images))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -141,7 +142,7 @@ class ClassificationModule(LightningModule):
         self.correct, self.ema_correct = (_of_all_processes(correct) for correct in self._tested)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the sums of the epoch so far, those of all processes together."""
+        """Store the sums of the current epoch over all processes."""
         sums = {}
         for name, metric in self.train_metrics.items(keep_base=True):
             with metric.sync_context():
@@ -150,7 +151,7 @@ class ClassificationModule(LightningModule):
         checkpoint["train_sums"] = sums
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.global_rank == 0:  # once among all processes
+        if self.global_rank == 0:  # only one process gets the sums of all processes
             for name, sums in checkpoint.get("train_sums", {}).items():
                 for key, value in sums.items():
                     setattr(self.train_metrics[name], key, value.to(self.device))
@@ -158,7 +159,7 @@ class ClassificationModule(LightningModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], metrics: MetricCollection, ema: MetricCollection
     ) -> list[Tensor | None]:
-        """Logits of the model, and of its moving average if it has one."""
+        """Update metrics. Return the logits of the model, and of its moving average or None."""
         images, labels = batch
         found: list[Tensor | None] = []
         for model, measures in ((self.model, metrics), (self.ema, ema)):
@@ -179,7 +180,7 @@ class ClassificationModule(LightningModule):
             measures.reset()
 
     def _check_finite(self, loss: Tensor) -> None:
-        """Stop all processes before the weights are spoilt, even if the loss of one of them only is not finite."""
+        """Stop all processes before the optimiser step if the loss of any process is not finite."""
         finite = loss.isfinite().float()
         if self.trainer.world_size > 1:
             finite = self.trainer.strategy.reduce(finite, reduce_op="min")
@@ -187,7 +188,7 @@ class ClassificationModule(LightningModule):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             value = "not finite in another process" if loss.isfinite() else loss.item()
             raise FloatingPointError(
-                f"the loss is {value} at step {self.global_step}, at a learning rate of {rate:.3g}"
+                f"the loss is {value} at step {self.global_step}: lower the learning rate, now {rate:.3g}"
             )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -215,9 +216,9 @@ class ClassificationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def _total_steps(self) -> int:
-        """Steps of the optimiser in the whole fit.
+        """Return the number of optimiser steps of the whole fit.
 
-        Lightning's own estimate would start the loader's workers before a resumed run knows its epoch.
+        Lightning's own estimate starts the workers of the loader, before a resumed run knows its epoch.
         """
         trainer = self.trainer
         data = trainer.datamodule  # type: ignore[attr-defined]  # a property that Lightning adds later
@@ -229,13 +230,13 @@ class ClassificationModule(LightningModule):
 
 
 def _of_all_processes(parts: list[Tensor]) -> Tensor | None:
-    """Values of all images in the order of the data set; the r-th of R processes has those of images r, r + R, ..."""
+    """Gather values of all images in the order of the data set. Process r of R has images r, r + R, ..."""
     if not parts:
         return None
     mine = torch.cat(parts)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return mine.cpu()
-    shares = gather_all_tensors(mine)  # of different lengths
+    shares = gather_all_tensors(mine)  # the lengths can differ
     found = torch.empty(sum(map(len, shares)), dtype=mine.dtype)
     for rank, share in enumerate(shares):
         found[rank :: len(shares)] = share.cpu()

@@ -1,4 +1,7 @@
-"""Which images a process gets, and when: exact, whatever the number of processes, and resumable at any batch."""
+"""Samplers that distribute images over processes. The result does not depend on the number of processes.
+
+An interrupted epoch can be resumed at any batch.
+"""
 
 import random
 from collections.abc import Iterator
@@ -13,29 +16,31 @@ from tokenpool.training.seeding import step_seed
 
 
 def length(dataset: Dataset) -> int:
-    """Number of images of a data set."""
-    return len(dataset)  # type: ignore[arg-type]  # torch declares no length, for data sets that are iterated only
+    """Return the number of images of a data set."""
+    return len(dataset)  # type: ignore[arg-type]  # torch declares no length, because some data sets have none
 
 
 class EpochSampler(DistributedSampler):
-    """The share of one process in an epoch's images, in an order that seed and epoch alone decide.
+    """Yield the images of one process for an epoch, in an order that depends only on seed and epoch.
 
-    The n-th batches of all processes together hold the n-th piece of that order, whatever the number of processes. What
-    is left of the last piece is dropped. With repeated augmentation (Hoffer et al. 2020; Touvron et al. 2021 take 3) an
-    image comes `repeats` times in a row and an epoch stays as long as it was, so that it has fewer different images.
+    The n-th batches of all processes together contain the n-th part of this order, for any number of processes. An
+    incomplete last part is dropped. With repeated augmentation (Hoffer et al. 2020; 3 repeats in Touvron et al. 2021),
+    an image is repeated `repeats` times in a row. The length of an epoch does not change, so an epoch contains fewer
+    different images.
 
-    A DistributedSampler, because Lightning replaces others.
+    The class is a DistributedSampler, because Lightning replaces other samplers.
 
     Args:
-        dataset: of the images. For a `SeededDataset` this yields (epoch * repeats + repetition) * length + index.
-        batch: images a batch of all processes together.
-        rank: number of this process.
+        dataset: data set of the images. For a `SeededDataset` the sampler yields
+            (epoch * repeats + repetition) * length + index.
+        batch: number of images of a batch, over all processes.
+        rank: index of this process.
         ranks: number of processes.
-        seed: of the order.
-        repeats: how many times in a row an image comes.
+        seed: seed of the order.
+        repeats: how often an image is repeated in a row.
 
     Attributes:
-        skipped: batches of the next epoch to pass over, because an interrupted run has seen them.
+        skipped: number of batches to skip in the next epoch, because an interrupted run has already used them.
     """
 
     def __init__(
@@ -63,7 +68,13 @@ class EpochSampler(DistributedSampler):
 
 
 class EvaluationSampler(DistributedSampler):
-    """The share of one process in the images to evaluate: each image once, none twice to make shares equal."""
+    """Yield the test images of one process. Each image occurs exactly once, without padding.
+
+    Args:
+        dataset: data set of the images.
+        rank: index of this process.
+        ranks: number of processes.
+    """
 
     def __init__(self, dataset: Dataset, rank: int = 0, ranks: int = 1) -> None:
         super().__init__(dataset, num_replicas=ranks, rank=rank)
@@ -76,7 +87,7 @@ class EvaluationSampler(DistributedSampler):
 
 
 class ResumableLoader(DataLoader):
-    """A loader with an `EpochSampler` whose place in the epoch Lightning keeps in checkpoints, and goes on from."""
+    """A loader with an `EpochSampler`. Lightning stores its position in checkpoints, and resumes there."""
 
     sampler: EpochSampler
     _yielded = 0
@@ -88,17 +99,22 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many batches of it have been yielded."""
+        """Return the epoch, and the number of batches that it has yielded."""
         return {"epoch": self.sampler.epoch, "batches": self._yielded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """If the sampler is to begin with the state's epoch, let it go on where that was left."""
+        """Skip the batches that the epoch of the state has yielded, if the sampler starts with this epoch."""
         if state["epoch"] == self.sampler.epoch and state["batches"] < len(self):
             self.sampler.skipped = state["batches"]
 
 
 class SeededDataset(Dataset):
-    """A data set whose random transforms depend on seed, epoch and index alone, not on worker, batch or restart."""
+    """A data set whose random transforms depend only on seed, epoch and index, not on worker, batch or restarts.
+
+    Args:
+        dataset: data set with random transforms.
+        seed: seed of the transforms.
+    """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
@@ -108,7 +124,7 @@ class SeededDataset(Dataset):
         return length(self.dataset)
 
     def __getitem__(self, number: int) -> Any:
-        """The image that an `EpochSampler` means by a number."""
+        """Return the item for a number from an `EpochSampler`."""
         with isolate_rng(include_cuda=False):
             seed = step_seed(self.seed, number)
             torch.manual_seed(seed)

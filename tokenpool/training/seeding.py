@@ -1,17 +1,17 @@
-"""Seeds that depend on the step, not on what ran before it."""
+"""Seeds that depend on the step, not on earlier steps."""
 
 import numpy as np
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """A seed for one training step on one device: a resumed run draws what an uninterrupted one would have drawn.
+    """Compute the seed of one training step in one process, so that a resumed run draws the same random numbers.
 
-    A hash, because with a sum such as seed + epoch, seed 0 would draw in its epoch 1 what seed 1 draws in its epoch 0.
+    The seed is a hash. With a sum such as seed + epoch, seed 0 in epoch 1 would equal seed 1 in epoch 0.
 
     Args:
-        seed: of the run.
-        step: of the optimiser; or an epoch, or the number of an image.
-        rank: of the process.
+        seed: seed of the run.
+        step: index of an optimiser step, of an epoch or of an image.
+        rank: index of the process.
 
     Returns:
         A number in 0..2^63-1.

@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016) that the number of processes does not change."""
+"""Stochastic depth (Huang et al. 2016) whose result does not depend on the number of processes."""
 
 import torch
 from timm.layers import DropPath
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class SharedDropPath(DropPath):
-    """timm's DropPath for one of several processes, which draws for the images of all of them and takes its own.
+    """timm's DropPath for several processes. Each process draws for the images of all processes, and uses its own.
 
     Args:
-        drop_path: the one in whose place it stands.
-        generator: of the draws, with the same state in all processes.
-        rank: number of this process, which has every `ranks`-th image from the `rank`-th on.
+        drop_path: the module to replace.
+        generator: generator with the same state in all processes.
+        rank: index of this process. The process has every `ranks`-th image, starting at image `rank`.
         ranks: number of processes.
     """
 
@@ -31,7 +31,14 @@ class SharedDropPath(DropPath):
 
 
 def share(model: nn.Module, generator: torch.Generator, rank: int, ranks: int) -> None:
-    """Put a `SharedDropPath` in the place of each of the model's DropPaths. Weights keep their names."""
+    """Replace each DropPath of a model by a `SharedDropPath`, in place. The names of weights do not change.
+
+    Args:
+        model: the model.
+        generator: see `SharedDropPath`.
+        rank: see `SharedDropPath`.
+        ranks: see `SharedDropPath`.
+    """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, DropPath):

@@ -1,4 +1,4 @@
-"""Images that are decoded and resized once, so that training on a CPU spends no time on JPEG and interpolation."""
+"""Images that are decoded and resized once, to save time in training on a CPU."""
 
 import hashlib
 import shutil
@@ -20,22 +20,21 @@ from tokenpool.training.data import ImageFolderDataModule, shifted
 from tokenpool.training.images import Images, first_of_each_class, load_image
 from tokenpool.training.seeding import step_seed
 
-_BATCH = 64  # images written at a time
+_BATCH = 64  # number of images that are written at a time
 
 
 class StoredImageDataModule(ImageFolderDataModule):
-    """Images from folders and other sources as of `ImageFolderDataModule`, stored as the model takes them.
+    """Images from the sources of `ImageFolderDataModule`, stored at the size of the model's input.
 
-    `setup` decodes the images, resizes and crops them as for evaluation, and keeps them in a file in
-    `tokenpool.files.cache_folder`, once for all processes and all later runs. In training, half of the images are
-    flipped, and all are shifted by up to an eighth of their size in each direction; the edge fills what comes free.
-    Flips and shifts are drawn from seed and step alone, so that neither an interruption nor the number of processes
-    matters.
+    `setup` decodes the images, resizes and crops them as in evaluation, and stores them in a file in
+    `tokenpool.files.cache_folder`, once for all processes and later runs. In training, half of the images are flipped,
+    and all images are shifted by up to an eighth of their size in each direction. The edge is repeated. Flips and
+    shifts depend only on seed and step, not on interruptions or on the number of processes.
 
-    Arguments and errors are those of `ImageFolderDataModule`; also
+    The arguments are the same as for `ImageFolderDataModule`.
 
     Raises:
-        OSError: if the disk cannot hold the images.
+        OSError: if the disk is too small for the images. Other errors are the same as for `ImageFolderDataModule`.
     """
 
     def setup(self, stage: str | None = None) -> None:
@@ -48,7 +47,7 @@ class StoredImageDataModule(ImageFolderDataModule):
         self.test_set = Subset(self._stored(tested, chosen), self._evaluated(len(chosen)))
 
     def _stored(self, images: Images, chosen: np.ndarray) -> "StoredImages":
-        # A prefetcher normalises by itself, so that the values stay 8 bits.
+        # With use_prefetcher, the transform does not normalise, so that the values stay 8 bits.
         transform = create_transform(**self.transforms, **self.cropping, use_prefetcher=True)
         path = store(images, chosen, transform)
         return StoredImages(path, images.labels[chosen], self.transforms["mean"], self.transforms["std"])
@@ -64,16 +63,16 @@ class StoredImageDataModule(ImageFolderDataModule):
 
 
 class StoredImages(Dataset):
-    """Images of a file that `store` has written, as normalised floats (3, H, W), each with its label.
+    """Images in a file of `store`, as normalised floats (3, H, W), each with its label.
 
     Args:
-        path: of the file.
-        labels: (N,) of the images in it.
-        mean: of each channel, for normalisation.
-        std: of each channel.
+        path: path of the file.
+        labels: (N,), labels of the images in the file.
+        mean: mean of each channel, for normalisation.
+        std: standard deviation of each channel, for normalisation.
 
     Raises:
-        ValueError: if the file is damaged, or does not hold N images; the message names it.
+        ValueError: if the file is damaged, or does not contain N images. The message names the file.
     """
 
     def __init__(self, path: Path, labels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -81,15 +80,15 @@ class StoredImages(Dataset):
         self.labels = labels
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or len(self.pixels) != len(labels):
-            raise ValueError(f"{path} does not hold {len(labels)} images: delete it to have it made again")
+            raise ValueError(f"{path} does not hold {len(labels)} images: delete it, and it will be created again")
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """(N, 3, H, W) uint8, memory-mapped: all processes share it, and it need not fit into memory."""
+        """(N, 3, H, W) uint8, memory-mapped: all processes share the memory, and the file may be larger than it."""
         try:
             return np.load(self.path, mmap_mode="r")
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged ({error}): delete it to have it made again") from error
+            raise ValueError(f"{self.path} is damaged ({error}): delete it, and it will be created again") from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,29 +98,29 @@ class StoredImages(Dataset):
         return image.sub_(self.mean).div_(self.std), int(self.labels[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the pixels: a process that is not forked maps the file itself instead of getting a copy."""
+        """Exclude the pixels, so that a process that is not forked maps the file instead of receiving a copy."""
         return {name: value for name, value in self.__dict__.items() if name != "pixels"}
 
 
 def store(images: Images, chosen: np.ndarray, transform: Callable, folder: Path | None = None) -> Path:
-    """Transform images once, and keep them in a file. What is there already is not made again.
+    """Transform images once and store them in a file. An existing file is used again.
 
-    The file's name stands for names, sizes and times of the images (`Images.stamp`), the transform and the version of
-    Pillow: images that have changed are stored anew. The file is written whole or not at all, by one process while
-    others wait.
+    The name of the file is a hash of names, sizes and times of the images (`Images.stamp`), of the transform, and of
+    the version of Pillow. So changed images are stored again. One process writes the file atomically, while other
+    processes wait.
 
     Args:
-        images: of one part of a data set.
-        chosen: numbers of the images to store, in this order.
-        transform: of a PIL image, to 8 bits (3, H, W), without chance; its text (`repr`) must tell what it does.
-        folder: default: "images" in `tokenpool.files.cache_folder`.
+        images: images of one part of a data set.
+        chosen: indices of the images to store, in this order.
+        transform: deterministic function from a PIL image to 8 bits (3, H, W). Its `repr` must describe it completely.
+        folder: folder of the file. Default: "images" in `tokenpool.files.cache_folder`.
 
     Returns:
-        The file, (N, 3, H, W) in NumPy's format.
+        The path of the file, (N, 3, H, W) in NumPy's format.
 
     Raises:
-        OSError: if the disk is full, or would be.
-        ValueError: if an image cannot be read; the message names it.
+        OSError: if the disk is too small.
+        ValueError: if an image cannot be read. The message names the image.
     """
     folder = folder or files.cache_folder() / "images"
     text = "\n".join(
@@ -129,8 +128,8 @@ def store(images: Images, chosen: np.ndarray, transform: Callable, folder: Path 
     )
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
     if not path.exists():
-        with files.alone(path.with_suffix(".lock")):
-            if not path.exists():  # another process has made it meanwhile
+        with files.file_lock(path.with_suffix(".lock")):
+            if not path.exists():  # another process may have written the file in the meantime
                 _write(path, images, chosen, transform)
     return path
 
@@ -143,13 +142,13 @@ def _write(path: Path, images: Images, chosen: np.ndarray, transform: Callable) 
     size, free = first.nbytes * len(chosen), shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(
-            f"{len(chosen)} images take {size / 2**30:.1f} GiB, but {path.parent} has {free / 2**30:.1f} GiB free: let "
-            "$TOKENPOOL_CACHE name a folder on another disk"
+            f"{len(chosen)} images take {size / 2**30:.1f} GiB, but {path.parent} has {free / 2**30:.1f} GiB free: set "
+            "$TOKENPOOL_CACHE to a folder on another disk"
         )
-    with files.whole(path) as temporary, open(temporary, "wb") as file:
+    with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *first.shape)}
         np.lib.format.write_array_header_1_0(file, header)
-        # Not through a memory map: on a full disk its owner is killed.
+        # Not by a memory map, because on a full disk the system kills a process that writes to it.
         bar = tqdm(total=len(chosen), desc=f"storing images in {path.parent}", unit="image", mininterval=1)
         with bar:
             for start in range(0, len(chosen), _BATCH):

@@ -1,7 +1,7 @@
-"""Images with labels, by index: from folders in ImageNet's layout, and from Hugging Face `datasets`.
+"""Labelled images, from folders in ImageNet's layout and from Hugging Face `datasets`.
 
-A source is a folder, or "hf:" and what `datasets` can open: a folder written by `save_to_disk`, a folder of parquet
-files or of tar shards in webdataset's layout, or a name on the Hugging Face hub, such as "hf:ILSVRC/imagenet-1k".
+A source is a folder, or "hf:" and a data set: a folder written by `save_to_disk`, a folder of parquet files or of tar
+shards in webdataset's layout, or a name on the Hugging Face hub, such as "hf:ILSVRC/imagenet-1k".
 """
 
 from collections.abc import Callable
@@ -39,24 +39,27 @@ def open_images(
     allow_empty: bool = False,
     allow_truncated: bool = False,
 ) -> Images:
-    """The images of one part of a data set, in an order that does not change.
+    """Open the images of one part of a data set. Their order never changes.
 
     Args:
-        root: a folder that holds `<part>/<class>/<image>`; or, as a string, "hf:" and a folder written by
-            `datasets.save_to_disk`, a folder of parquet files or tar shards in webdataset's layout whose names say the
-            part (`train-000.tar`), or a name on the Hugging Face hub. Parquet files and shards are copied once into the
-            cache of `datasets` ($HF_HOME), from which images are read by index. Or "cifar10", where there is no folder
-            of that name: torchvision's, downloaded into `tokenpool.files.cache_folder`.
-        part: "train" or "val". Where there is no val (`validation` with "hf:"), `test` is taken.
-        transform: of the image; None leaves it a PIL image.
-        allow_empty: let a class folder be empty. The class counts, and has no image.
+        root: one of these sources. A folder with `<part>/<class>/<image>`. A string of "hf:" and a folder written by
+            `datasets.save_to_disk`, a folder of parquet files or tar shards in webdataset's layout, whose names contain
+            the part (`train-000.tar`), or a name on the Hugging Face hub. Parquet files and shards are copied once into
+            the cache of `datasets` ($HF_HOME). "cifar10", if there is no folder of this name: torchvision's CIFAR-10,
+            downloaded into `tokenpool.files.cache_folder`.
+        part: "train" or "val". If there is no val (`validation` with "hf:"), `test` is used.
+        transform: function from a PIL image to the returned image. None returns the PIL image.
+        allow_empty: allow empty class folders. The class then has a label but no image.
         allow_truncated: see `load_image`.
 
+    Returns:
+        The images, as a PyTorch data set.
+
     Raises:
-        FileNotFoundError: if a folder is missing or holds no image.
-        RuntimeError: if the package `datasets` is needed and missing.
-        ValueError: if there is no such part, if columns are missing, if labels are not 0..C-1, if images lie outside of
-            class folders, or if `root` is a URL; the message says what was found and what was expected.
+        FileNotFoundError: if a folder is missing or has no image.
+        RuntimeError: if the package `datasets` is needed and not installed.
+        ValueError: if there is no such part, if columns are missing, if labels are not 0..C-1, if images are outside
+            class folders, or if `root` is a URL. The message contains the found and the expected value.
     """
     if part not in SPLITS:
         raise ValueError(f"part = {part!r} must be one of {', '.join(SPLITS)}")

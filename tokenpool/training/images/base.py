@@ -12,13 +12,19 @@ from tokenpool.training.images.decoding import load_image
 
 
 class Images(Dataset):
-    """Images of one part of a data set, each with its label, by index.
+    """Images of one part of a data set, each with its label.
 
-    A subclass says where an image comes from (`source`) and what changes when the image does (`stamp`).
+    A subclass implements `source`, `stamp` and `relative_name`.
+
+    Args:
+        classes: names of the classes.
+        labels: (N,) integers.
+        transform: function from a PIL image to the returned image, or None.
+        allow_truncated: see `load_image`.
 
     Attributes:
-        classes: their names; label l is class `classes[l]`.
-        labels: of all images, (N,) integers.
+        classes: names of the classes. Label l is class `classes[l]`.
+        labels: (N,) integers, the labels of all images.
     """
 
     def __init__(
@@ -27,7 +33,7 @@ class Images(Dataset):
         self.classes = classes
         self.labels = labels
         self.transform = transform
-        self.allow_truncated = allow_truncated  # here, so that it reaches the processes that load data
+        self.allow_truncated = allow_truncated  # an attribute, so that worker processes have it, too
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,41 +43,44 @@ class Images(Dataset):
         return self.transform(image) if self.transform else image, int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """What messages call the image."""
+        """Return the name of an image for messages."""
         return self.source(index)[1]
 
     def source(self, index: int) -> tuple[Path | bytes, str]:
-        """What `load_image` takes: the image's file or its bytes, and its name."""
+        """Return the file or the bytes of an image, and its name for messages, as arguments of `load_image`."""
         raise NotImplementedError
 
     def stamp(self, index: int) -> str:
-        """A text that is another one if the image has changed, without reading it."""
+        """Return a text that changes if the image changes, without reading the image."""
         raise NotImplementedError
 
     def relative_name(self, index: int) -> str:
-        """The image's name within the data set, wherever that lies."""
+        """Return the name of an image within the data set, without the location of the data set."""
         raise NotImplementedError
 
     def content(self, index: int) -> bytes:
-        """The image's bytes, not decoded."""
+        """Return the bytes of an image, not decoded."""
         file, _ = self.source(index)
         return file if isinstance(file, bytes) else Path(file).read_bytes()
 
     def size(self, index: int) -> int:
-        """Length of `content` in bytes, or what comes near it without reading the image."""
+        """Return the length of `content` in bytes, or an estimate, without reading the image."""
         return os.stat(self.source(index)[0]).st_size
 
 
 def first_of_each_class(images: Images, count: int, title: str) -> np.ndarray:
-    """Numbers of the first `count` images of each class, ascending; of all images if `count` is 0.
+    """Select the first images of each class.
 
     Args:
-        images: with `labels` and `classes`.
-        count: images a class.
-        title: what messages call them.
+        images: the images.
+        count: number of images of each class. 0 for all images.
+        title: name of the images for messages.
+
+    Returns:
+        Ascending indices of the images.
 
     Raises:
-        ValueError: if a class has fewer; the message says which class has how many.
+        ValueError: if a class has fewer images. The message names these classes and their numbers of images.
     """
     if not count:
         return np.arange(len(images))

@@ -7,22 +7,22 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from tokenpool.files import alone, cache_folder
+from tokenpool.files import cache_folder, file_lock
 from tokenpool.training.images.base import Images
 from tokenpool.training.images.sources import HUB
 
 
 class Cifar10Images(Images):
-    """CIFAR-10 (Krizhevsky 2009) by torchvision, which downloads it into the cache folder and checks it."""
+    """CIFAR-10 (Krizhevsky 2009). torchvision downloads it into the cache folder and checks it."""
 
     def __init__(self, part: str, transform: Callable | None = None) -> None:
         folder = cache_folder() / "cifar10"
         try:
-            with alone(folder / ".lock"):
+            with file_lock(folder / ".lock"):
                 opened = CIFAR10(folder, train=part == "train", download=True)
-        except Exception as error:  # of the network, of the disk, and of a download that was cut off
+        except Exception as error:  # errors of the network, of the disk, and of incomplete downloads
             raise ValueError(
-                f"cannot download CIFAR-10 into {folder} ({error}); --data can also name a folder of it, or "
+                f"cannot download CIFAR-10 into {folder} ({error}): give --data a folder with CIFAR-10, or "
                 f"{HUB}uoft-cs/cifar10"
             ) from error
         self.pixels = opened.data  # (N, 32, 32, 3) uint8
@@ -33,7 +33,7 @@ class Cifar10Images(Images):
 
     def source(self, index: int) -> tuple[bytes, str]:
         file = BytesIO()
-        Image.fromarray(self.pixels[index]).save(file, "PNG")  # which loses nothing
+        Image.fromarray(self.pixels[index]).save(file, "PNG")  # PNG is lossless
         return file.getvalue(), f"{index} of {self.title}"
 
     def stamp(self, index: int) -> str:

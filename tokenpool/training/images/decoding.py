@@ -1,4 +1,4 @@
-"""Decode one image file, whatever its format, into RGB."""
+"""Decode an image file of any format to RGB."""
 
 import os
 from collections.abc import Iterator
@@ -14,17 +14,20 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 def load_image(
     file: str | Path | bytes | BinaryIO, name: str | None = None, allow_truncated: bool = False
 ) -> Image.Image:
-    """An image as RGB, upright, 8 bits a channel; what is transparent becomes white.
+    """Load an image as RGB with 8 bits for each channel. The EXIF orientation is applied. Transparency becomes white.
 
     Args:
-        file: its path, its bytes, or a file that is open for reading.
-        name: what messages call it; default: the path.
-        allow_truncated: accept an image whose end is missing or whose checksums are wrong, as
-            `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` does. What is missing becomes grey or black.
+        file: path of the image, its bytes, or a file that is open for reading.
+        name: name of the image for messages. Default: the path.
+        allow_truncated: accept an image with a missing end or wrong checksums, as
+            `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` does. Missing pixels become grey or black.
+
+    Returns:
+        The image, in mode "RGB".
 
     Raises:
-        ValueError: if the file is missing, empty, damaged or no image, or holds floating-point values; the message
-            names it.
+        ValueError: if the file is missing, empty, damaged, not an image, or has floating-point values. The message
+            names the file.
     """
     if name is None:
         name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
@@ -32,14 +35,14 @@ def load_image(
         with _truncated(allow_truncated), Image.open(BytesIO(file) if isinstance(file, bytes) else file) as opened:
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
-                raise ValueError("its values are floating-point, of no known range; expected 8 or 16 bits")
-            if image.mode.startswith("I"):  # more than 8 bits, which Pillow would clip to white
+                raise ValueError("its values are floating-point numbers of unknown range, expected 8 or 16 bits")
+            if image.mode.startswith("I"):  # more than 8 bits; Pillow would clip the values to white
                 image = Image.fromarray(_eight_bits(np.asarray(image)))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
-    except UnidentifiedImageError as error:  # whose message names a file once more, or an address in memory
-        reason = "it is empty" if _is_empty(file) else "it is in no format that Pillow knows"
+    except UnidentifiedImageError as error:  # its message repeats the file name, or has a memory address
+        reason = "it is empty" if _is_empty(file) else "Pillow does not know its format"
         raise ValueError(f"cannot read image {name}: {reason}") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
@@ -49,13 +52,13 @@ def load_image(
         if isinstance(file, str | Path) and os.path.islink(file):
             reason = f"it is a link to {os.readlink(file)}, which does not exist"
         raise ValueError(f"cannot read image {name}: {reason}") from error
-    except Exception as error:  # Pillow raises whatever the decoder does
+    except Exception as error:  # Pillow does not catch errors of its decoders
         raise ValueError(f"cannot read image {name}: {error}") from error
 
 
 @contextmanager
 def _truncated(allowed: bool) -> Iterator[None]:
-    """Pillow has this switch for the whole process only."""
+    """Set Pillow's option for truncated images, which is global for the process, during the block."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = before or allowed
     try:
@@ -73,8 +76,8 @@ def _is_empty(file: str | Path | bytes | BinaryIO) -> bool:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values of 16 bits, or of 8 in a wider type, as 8 bits."""
+    """Convert values of 16 bits, or of 8 bits in a wider type, to 8 bits."""
     if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError(f"its values lie in {values.min()}..{values.max()}; expected 8 or 16 bits")
+        raise ValueError(f"its values are in {values.min()}..{values.max()}, expected 8 or 16 bits")
     wide = values.dtype.itemsize == 2 or values.max(initial=0) > 255
     return (values // 257 if wide else values).astype(np.uint8)

@@ -14,7 +14,7 @@ from tokenpool.training.images.sources import HUB, SPLITS, is_hidden
 
 
 class HubImages(Images):
-    """A split of Hugging Face `datasets`, memory-mapped; `root` begins with "hf:"."""
+    """A split of a data set of Hugging Face `datasets`, memory-mapped. `root` begins with "hf:"."""
 
     def __init__(self, root: str, part: str, transform: Callable | None = None, allow_truncated: bool = False) -> None:
         datasets = _datasets()
@@ -24,7 +24,7 @@ class HubImages(Images):
         classes, labels = _labels(datasets, dataset, self.title)
         cached = [Path(file["filename"]) for file in dataset.cache_files]
         self.files = " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in cached)
-        self.bytes_each = sum(file.stat().st_size for file in cached) // max(len(dataset), 1)  # on the average
+        self.bytes_each = sum(file.stat().st_size for file in cached) // max(len(dataset), 1)  # the mean
         dataset = dataset.with_format(None).select_columns([self.column])
         if isinstance(dataset.features[self.column], datasets.Image):
             dataset = dataset.cast_column(self.column, datasets.Image(decode=False))
@@ -61,7 +61,7 @@ def _datasets() -> ModuleType:
 
 
 def _split(datasets: ModuleType, root: str, part: str) -> tuple[str, Any]:
-    """Name and data of the split that `part` means."""
+    """Return name and data of the split for a part."""
     source = root.removeprefix(HUB)
     folder = Path(source).expanduser()
     try:
@@ -73,7 +73,7 @@ def _split(datasets: ModuleType, root: str, part: str) -> tuple[str, Any]:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(folder))
             if not isinstance(saved, dict):
-                raise ValueError("it is a single Dataset; expected a DatasetDict with train and validation")
+                raise ValueError("it is a single Dataset, expected a DatasetDict with train and validation")
             name = _chosen_split(part, saved)
             return name, saved[name]
         splits, suffix = _files(folder)
@@ -81,11 +81,12 @@ def _split(datasets: ModuleType, root: str, part: str) -> tuple[str, Any]:
         check_numbering(splits[name])
         if suffix == ".parquet":
             return name, datasets.load_dataset("parquet", data_files={name: list(map(str, splits[name]))}, split=name)
-        # Not by load_dataset("webdataset"), which drops what the first five samples do not have, and ends at damage.
+        # Not by load_dataset("webdataset"), which ignores fields that the first five samples do not have, and stops
+        # without an error at damaged data.
         shards = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in splits[name]]
         features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
         return name, datasets.Dataset.from_generator(samples_of_shards, features, gen_kwargs={"shards": shards})
-    except Exception as error:  # of many kinds, with the reason in the cause
+    except Exception as error:  # datasets raises many kinds of errors, with the reason in the cause
         reason = str(error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error)
         raise ValueError(f"cannot open {root}: {reason}") from error
 
@@ -94,14 +95,14 @@ def _chosen_split(part: str, found: Iterable[str]) -> str:
     for name in SPLITS[part]:
         if name in found:
             return name
-    raise ValueError(f"it has the splits {', '.join(found) or 'none'}; expected {' or '.join(SPLITS[part])}")
+    raise ValueError(f"it has the splits {', '.join(found) or 'none'}, expected {' or '.join(SPLITS[part])}")
 
 
 def _files(folder: Path) -> tuple[dict[str, list[Path]], str]:
-    """The parquet files or tar shards of each split, and which of the two they are.
+    """Return the parquet files or tar shards of each split, and their suffix.
 
     Raises:
-        ValueError: if there are none, or if a name could mean two splits.
+        ValueError: if there are no such files, or if a name matches two splits.
     """
     for suffix in (".parquet", ".tar"):
         splits: dict[str, list[Path]] = {}
@@ -109,17 +110,17 @@ def _files(folder: Path) -> tuple[dict[str, list[Path]], str]:
             parents = path.relative_to(folder).parent.parts
             if any(map(is_hidden, (path.name, *parents))):
                 continue
-            for text in (path.stem, *reversed(parents)):  # the file's own name says it, else a folder's
+            for text in (path.stem, *reversed(parents)):  # the name of the file has priority over folders
                 names = set(re.split("[^a-z]+", text.lower())) & {name for names in SPLITS.values() for name in names}
                 if len(names) > 1:
-                    raise ValueError(f"{path} could belong to {' or to '.join(sorted(names))}: rename {text!r}")
+                    raise ValueError(f"{path} could belong to {' or '.join(sorted(names))}: rename {text!r}")
                 if names:
                     splits.setdefault(names.pop(), []).append(path)
                     break
         if splits:
             return splits, suffix
     raise ValueError(
-        f"no data in it: expected a folder of datasets.save_to_disk, or files like train-*.parquet or "
+        f"it has no data: expected a folder of datasets.save_to_disk, or files such as train-*.parquet or "
         f"train-*.tar; found {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
     )
 
@@ -129,7 +130,7 @@ def _image_column(datasets: ModuleType, features: Any, title: str) -> str:
     feature = features[column]
     is_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
     if not (isinstance(feature, datasets.Image) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)):
-        raise ValueError(f"column {column} of {title} holds {feature}; expected images")
+        raise ValueError(f"column {column} of {title} holds {feature}, expected images")
     return column
 
 
@@ -137,13 +138,13 @@ def _column(features: Any, names: tuple[str, ...], content: str, title: str) -> 
     found = [name for name in names if name in features]
     if len(found) != 1:
         raise ValueError(
-            f"{title} has the columns {', '.join(features)}; expected one with {content}, called {' or '.join(names)}"
+            f"{title} has the columns {', '.join(features)}, expected one for {content}: {' or '.join(names)}"
         )
     return found[0]
 
 
 def _labels(datasets: ModuleType, dataset: Any, title: str) -> tuple[list[str], np.ndarray]:
-    """Names of the classes, and the label of each image."""
+    """Return the names of the classes, and the label of each image."""
     column = _column(dataset.features, LABEL_COLUMNS, "labels", title)
     feature = dataset.features[column]
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
@@ -154,16 +155,18 @@ def _labels(datasets: ModuleType, dataset: Any, title: str) -> tuple[list[str], 
         raise ValueError(f"image {index} of {title} has no label")
     labels = values.to_numpy()
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"column {column} of {title} holds {feature}; expected integers or a ClassLabel")
+        raise ValueError(f"column {column} of {title} holds {feature}, expected integers or a ClassLabel")
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
         if not 0 <= labels.min() <= labels.max() < len(names):
             wrong = labels.min() if labels.min() < 0 else labels.max()
-            raise ValueError(f"{title} has the label {wrong}; expected 0..{len(names) - 1}. Are its labels withheld?")
+            raise ValueError(
+                f"{title} has the label {wrong}, expected 0..{len(names) - 1}: choose a split with public labels"
+            )
         return names, labels.astype(np.int64)
     distinct = np.unique(labels)
     if distinct[0] != 0 or distinct[-1] != len(distinct) - 1:
         raise ValueError(
-            f"{title} has {len(distinct)} labels in {distinct[0]}..{distinct[-1]}; expected 0..{len(distinct) - 1}"
+            f"{title} has {len(distinct)} labels in {distinct[0]}..{distinct[-1]}, expected 0..{len(distinct) - 1}"
         )
     return [str(label) for label in distinct], labels.astype(np.int64)
