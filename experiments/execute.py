@@ -36,7 +36,7 @@ from tokenpool import files, flops
 from tokenpool.analysis import bits, results
 from tokenpool.training import fingerprint, soft_selection
 from tokenpool.training.callbacks import ReconstructionErrorCallback
-from tokenpool.training.interruption import InterruptibleCheckpoint
+from tokenpool.training.interruption import InterruptibleCheckpoint, recorded_signals
 from tokenpool.training.labels import outputs_of
 from tokenpool.training.module import ClassificationModule
 
