@@ -54,7 +54,7 @@ def test_what_is_given_to_train_reaches_the_run_and_the_rest_is_the_presets(
     assert seen[1].recipe == replace(digits.recipe, epochs=digits.base_epochs)
 
 
-@pytest.mark.parametrize("folder, runs", [("cifar10_128", 187), ("digits", 421), ("pretrained", 192)])
+@pytest.mark.parametrize("folder, runs", [("cifar10_128", 187), ("digits", 421), ("pretrained", 208)])
 def test_every_stored_setting_makes_a_run_that_gives_it_back(folder: str, runs: int) -> None:
     paths = sorted((ROOT / "results" / folder).glob("*.json"))
     assert len(paths) == runs
