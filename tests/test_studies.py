@@ -130,7 +130,7 @@ def test_missing_goes_on_after_a_broken_file(stage: str, tmp_path: Path) -> None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         missing = study.missing(everything(study))
-    assert any(f"{broken.name}.json is no JSON file" in str(warning.message) for warning in caught)
+    assert any(f"{broken.name}.json is not a JSON file" in str(warning.message) for warning in caught)
     assert (broken.name in {run.name for run in missing}) == (stage != "search")  # finished runs hold its schedule
 
 
@@ -206,7 +206,7 @@ def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Pa
     table = in_process("table", "3", *place)
     assert table.returncode == 0 and (tmp_path / "out" / "digits" / "table-3-digits.tex").exists()
     assert "unknown figure '13'; known are 1b, 1c" in in_process("figure", "13").stderr
-    assert "unknown table 'x'; known are 1, 2" in in_process("table", "x").stderr
+    assert "unknown table 'x'; known are claims, 1, 2" in in_process("table", "x").stderr
     assert (
         "no file or folder nowhere" in in_process("figure", "9", "--preset", "pretrained", "--data", "nowhere").stderr
     )
