@@ -218,7 +218,7 @@ def test_a_copy_of_every_preset_under_a_name_of_its_own_is_taken(name: str, tmp_
         ({"main": presets.Variant("a", "A")}, "the name of main is 'a', but must be empty"),
         (
             {"main": presets.Variant("", "A", schedules="deit_small")},
-            "are for 12 blocks, not for 6; .* or none of them",
+            "for 12 blocks, not for 6; .* or none of them",
         ),
         ({"family": {"deit_small": presets.Variant("s", "S")}}, "family has deit_small, but main stands for it"),
         ({"family": {"deit_huge": presets.Variant("h", "H")}}, "'deit_huge' is not a model of the paper"),

@@ -259,7 +259,7 @@ def test_without_slurm(quick: Study, tmp_path: Path, monkeypatch: pytest.MonkeyP
             lambda text: text.replace("node={{ processes }}", "node=3"),
             "1 x 3 tasks, but the batch of 32 images",
         ),
-        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 1 tasks, which cannot share"),
+        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 1 tasks, but the batch of 32"),
     ],
 )
 def test_templates_are_checked_before_anything_is_queued(

@@ -154,7 +154,7 @@ def _wrong_shape(preset: "Preset", variant: "Variant") -> Iterator[str]:
 
 @cache
 def _shape(name: str, options: str) -> tuple[int, int] | None:
-    """Return the blocks of a timm model and the tokens along the shorter side, or None if it is no VisionTransformer."""
+    """Return blocks of a timm model and tokens along the shorter side, or None if it is not a VisionTransformer."""
     with torch.device("meta"):  # allocates no weights
         model = timm.create_model(name, **json.loads(options))
     return (len(model.blocks), min(model.patch_embed.grid_size)) if isinstance(model, VisionTransformer) else None

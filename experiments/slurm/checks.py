@@ -65,8 +65,8 @@ def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
         pairs = 2 if recipe.mixup or recipe.cutmix else 1
         if recipe.epochs and recipe.batch_size % (nodes * tasks * pairs):
             raise ValueError(
-                f"{template} requests {nodes} x {tasks} tasks, but the batch of {recipe.batch_size} images of {run.name} "
-                f"cannot be split equally between them{', in pairs for mixup' if pairs > 1 else ''}"
+                f"{template} requests {nodes} x {tasks} tasks, but the batch of {recipe.batch_size} images of "
+                f"{run.name} cannot be split equally{', in pairs for mixup' if pairs > 1 else ''}"
             )
 
 
