@@ -315,7 +315,7 @@ def test_all_of_the_plain_cost_keeps_all_tokens() -> None:
         ({"downsampler": "kmedoids", "gmacs": 0.2, "iteration": 3}, "'kmedoids': .*unexpected keyword"),
         ({"downsampler": "convolution", "gmacs": 1.0}, "'convolution' has no schedule that could meet a budget"),
         ({"downsampler": "none", "gmacs": 1.0}, "'none' has no schedule"),
-        ({"downsampler": tokenpool.soft_selection.SoftSelection, "gmacs": 0.2}, "soft selection takes no keep"),
+        ({"downsampler": tokenpool.soft_selection.SoftSelection, "gmacs": 0.2}, "soft selection learns a schedule"),
     ],
 )
 def test_bad_budgets_are_named(arguments: dict, message: str) -> None:

@@ -175,7 +175,7 @@ def test_bad_models_are_named(small, photos) -> None:
     with pytest.raises(ValueError, match="takes these options.*widht"):
         tokenpool.create_model("deit_tiny_patch16_224", widht=3)
     siglip = timm.create_model("vit_base_patch16_siglip_224", depth=1)
-    with pytest.raises(ValueError, match="it reads patches"):
+    with pytest.raises(ValueError, match="reads the patch tokens"):
         tokenpool.patch(siglip, "wkmedoids", [0])
     with pytest.raises(ValueError, match="no downsamplers to trace"):
         tokenpool.trace(small, photos)

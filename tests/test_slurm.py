@@ -197,7 +197,7 @@ def test_a_failed_run_is_shown_and_holds_back_what_needs_it(cluster: Path, tmp_p
     wait_for(lambda: re.search(r"^all +0 +0 +0 +6 +0$", study.status(), re.MULTILINE), study, "base-seed0")
     said = study.status()
     assert "failed base-seed0, job" in said and "error: the loss is" in said
-    assert "failed search-lambda0.01-seed0" in said and "it never began" in said
+    assert "failed search-lambda0.01-seed0" in said and "it never started" in said
     study.preset.write_text(study.preset.read_text().replace("1e30", "1e-3"))  # mended, and submitted again
     (study.folder / "checkpoints" / "base-seed0.ckpt").unlink(missing_ok=True)
     assert "6 runs to submit" in study.submit("--all", "--dry-run")
@@ -209,7 +209,7 @@ def test_what_slurm_would_not_take_is_said_before_anything_is_queued(cluster: Pa
     study.template.write_text(text)
     before = jobs()
     done = study.call("submit", "--all", "--template", str(study.template))
-    assert done.returncode == 1 and "Slurm would not take" in done.stderr and "invalid partition" in done.stderr
+    assert done.returncode == 1 and "Slurm rejects" in done.stderr and "invalid partition" in done.stderr
     assert str(study.template) in done.stderr
     assert jobs() <= before  # those of the test before this one may end meanwhile
 

@@ -220,7 +220,7 @@ def test_only_some_and_what_they_need(slurm: Path, quick: Study) -> None:
     expected = {"base-seed0", "search-lambda0.001-seed0"}
     expected |= {f"finetune-{method}-level1-seed0" for method in quick.preset.methods}
     assert queue.submitted(quick.folder).keys() == expected
-    with pytest.raises(ValueError, match="--only finetune-x: no missing run has such a name"):
+    with pytest.raises(ValueError, match="--only finetune-x matches no missing run"):
         put_in_order(quick, patterns=["finetune-x"])
 
 
@@ -243,7 +243,7 @@ def test_without_slurm(quick: Study, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="squeue not found"):
         put_in_order(quick)
-    assert "whether it would take the scripts is not known" in put_in_order(quick, dry_run=True)
+    assert "the scripts are not tested" in put_in_order(quick, dry_run=True)
     queue.remember(["base-seed0"], "5", quick.folder)
     shown = "\n".join(status.show(quick, everything(quick)))
     assert "squeue not found" in shown and re.search(r"base +0 +0 +0 +0 +1 +0\n", shown)
@@ -259,9 +259,9 @@ def test_without_slurm(quick: Study, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (lambda text: text.replace("##SBATCH --partition=gpu", "#SBATCH --partition=nowhere"), "nowhere"),
         (
             lambda text: text.replace("node={{ processes }}", "node=3"),
-            "1 x 3 tasks, which cannot share the batch of 32",
+            "1 x 3 tasks, but the batch of 32 images",
         ),
-        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 1 tasks, which cannot share"),
+        (lambda text: text.replace("#SBATCH --nodes=1", "#SBATCH -N 3"), "3 x 1 tasks, but the batch of 32"),
     ],
 )
 def test_templates_are_checked_before_anything_is_queued(
@@ -370,7 +370,7 @@ def test_status_of_every_kind(slurm: Path, quick: Study) -> None:
     assert "queued 1 run: waits for search-lambda0.0001-seed0" in shown
     said = "\n".join(f"    line {index}" for index in range(4, 9))
     assert f"job {jobs['finetune-random-level0-seed0']}\n{said}\n    no memory" in shown and "line 3" not in shown
-    assert f"job {jobs['finetune-power_bert-level0-seed0']}\n    it never began" in shown
+    assert f"job {jobs['finetune-power_bert-level0-seed0']}\n    it never started" in shown
     long = "\n".join(status.show(quick, everything(quick), long=True))
     for run in quick.with_awaited(everything(quick)):
         assert run.name in long

@@ -1,4 +1,4 @@
-"""Presets: what to train, on what, for how long. Each module states command, cost and expected result at its top."""
+"""Presets: settings of a study. The docstring of each preset states commands, cost and expected results."""
 
 import runpy
 from dataclasses import dataclass, field, fields, replace
@@ -18,13 +18,15 @@ class Variant:
     """A base model of a study.
 
     Attributes:
-        name: part of the names of its runs; empty for the study's main model.
-        title: what figures call it.
-        model_options: of the timm model, beside the preset's.
-        model: name of the timm model, where it is not the preset's.
-        schedules: name of the paper's schedules (see `tokenpool.schedules.paper`) to use instead of a search.
-        effort: of an epoch, relative to the main model's, for estimates.
-        qk_norm: see `tokenpool.patch`, as the others below.
+        name: part of the names of its runs. Empty for the main model of the study.
+        title: name in figures.
+        model_options: arguments of the timm model, in addition to the preset's.
+        model: name of the timm model, if it differs from the preset's.
+        schedules: name of the paper's schedules (see `tokenpool.schedules.paper`), to use instead of a search.
+        effort: time of an epoch relative to the main model, for estimates.
+        qk_norm: see `tokenpool.patch`.
+        alpha: see `tokenpool.patch`.
+        learn_alpha: see `tokenpool.patch`.
     """
 
     name: str
@@ -40,45 +42,46 @@ class Variant:
 
 @dataclass(frozen=True)
 class Preset:
-    """All choices of a study. What contradicts itself is refused, see `checks`.
+    """All settings of a study. Contradictory settings are errors, see `checks`.
 
     Attributes:
-        name: of the preset.
-        title: of its data, as figures state it.
+        name: name of the preset.
+        title: name of the data in figures.
         data: name of a data set, see `experiments.data_sets`; or a folder in ImageNet's layout.
         model: name of the timm model.
-        pretrained: start from the weights that `--weights` names, or from timm's, instead of training afresh.
-        recipe: hyper-parameters of stages 1, 3 and 4. The fields below set its epochs, and what is special in stage 2.
-        base_epochs: of the base model's training (stage 1); 0 for a preset that trains nothing.
-        search_epochs: of each search for a schedule (stage 2).
-        finetune_epochs: of each method's fine-tuning (stage 3), and of the base model's (stage 4).
-        search_learning_rate: of the network in stage 2.
-        retention_learning_rate: of the retention weights in stage 2.
-        penalties: the weights lambda of stage 2, ascending; one schedule each. Level i is the i-th.
+        pretrained: start from the weights of `--weights`, or else from timm's weights, instead of random weights.
+        recipe: hyper-parameters of stages 1, 3 and 4. The fields below set the epochs and the settings of stage 2.
+        base_epochs: epochs of the base model (stage 1). 0 for a preset without training.
+        search_epochs: epochs of each search for a schedule (stage 2).
+        finetune_epochs: epochs of fine-tuning of each method (stage 3) and of the base model (stage 4).
+        search_learning_rate: learning rate of the network in stage 2.
+        retention_learning_rate: learning rate of the retention weights in stage 2.
+        penalties: weights lambda of stage 2, ascending, one for each schedule. Level i is entry i.
         full_penalties: the same for the full study.
-        methods: fine-tuned with every schedule in the quick study; in the full one all are.
-        seeds: of the study; each has its own base model, and its own split of data that are split by seed.
-        full_seeds: of the full study.
-        extra_seeds: of the full study's runs with other base models, initial centres, several convolutions, or
-            without fine-tuning.
-        main: the model itself, as one of the paper's family.
-        stands_for: the paper's name of the model that it is or stands for.
-        family: the paper's other models or their stand-ins, by the paper's names ("deit_tiny", "deit_e252", ...).
-        normalised: the model with normalised queries and keys (Figure 10), by the figure's number.
-        grid: tokens along the image's shorter side, which limits convolutions.
-        processes: that train one model on a cluster, each with a GPU of its own.
-        clustered_level: number of the schedule that Figure 1c shows; one of the quick study, too.
-        redundancy_images: so many images of a folder are enough to measure redundancy; 0 for all.
-        budgets: in 10^9 multiply-adds, of the study of models that are not fine-tuned.
-        placements: of convolutions in the full study, as blocks, on the extra seeds; None for all that appendix D
-            allows, single ones on all seeds.
-        depth: blocks.
+        methods: methods of the quick study, fine-tuned with every schedule. The full study has all methods.
+        seeds: seeds of the quick study. Each seed has its own base model and its own split of the data.
+        full_seeds: seeds of the full study.
+        extra_seeds: seeds of the full study for other base models, other initial centres, several convolutions, and
+            models without fine-tuning.
+        main: the main model.
+        stands_for: the paper's name of the main model, or of the model that it represents.
+        family: the other models of the paper, or models that represent them, by the paper's names ("deit_tiny",
+            "deit_e252", ...).
+        normalised: the main model with normalised queries and keys (Figure 10), by number of the figure.
+        grid: number of tokens along the shorter side of the image. It limits convolutions.
+        processes: number of processes that train one model on a cluster, each with one GPU.
+        clustered_level: level of the schedule in Figure 1c. The quick study must have it, too.
+        redundancy_images: number of images for the measurement of redundancy. 0 for all.
+        budgets: budgets of the study of models that are not fine-tuned, in 10^9 multiply-adds.
+        placements: blocks of convolutions in the full study, with the extra seeds. None for all placements of appendix
+            D, where single convolutions have all seeds.
+        depth: number of blocks.
         model_options: further arguments of the timm model.
-        trainer_options: of Lightning's Trainer, such as the precision.
-        epoch_seconds: that an epoch takes one process of the machine in the preset's docstring, for estimates.
-        evaluation_seconds: the same for the test of a run, and all that it does beside training.
-        pooled_effort: of a model with fewer tokens, relative to the plain one's, mean over methods and schedules.
-        file: that it was read from, if it is none of this package.
+        trainer_options: arguments of Lightning's Trainer, such as the precision.
+        epoch_seconds: time of an epoch for one process on the machine in the preset's docstring, for estimates.
+        evaluation_seconds: time of a run without its training, mainly the test.
+        pooled_effort: training time of a pooled model relative to the plain model, mean over methods and schedules.
+        file: path of the preset's file, if it is not part of this package.
     """
 
     name: str
@@ -121,7 +124,7 @@ class Preset:
 
     @property
     def argument(self) -> str:
-        """What `--preset` takes for it."""
+        """Value of `--preset` for this preset."""
         return str(self.file or self.name)
 
     @property
@@ -146,16 +149,19 @@ class Preset:
 
     @property
     def trains(self) -> bool:
-        """Whether there are models to train; else all is measured on pretrained ones."""
+        """Whether the study trains models. Otherwise it measures pretrained models only."""
         return self.base_epochs > 0
 
 
 def get(name: str) -> Preset:
-    """The preset of that name, or the one that a Python file defines as PRESET.
+    """Return a preset.
+
+    Args:
+        name: name of the preset, or path of a Python file that defines PRESET.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such preset; the message lists those that there are.
+        ValueError: if there is no such preset. The message lists all presets.
     """
     if name.endswith(".py"):
         return _read(Path(name))
@@ -169,7 +175,7 @@ def _read(path: Path) -> Preset:
         raise FileNotFoundError(f"no preset {path}")
     try:
         preset = runpy.run_path(str(path)).get("PRESET")
-    except (Exception, SystemExit) as error:  # whatever the code in it raises
+    except (Exception, SystemExit) as error:  # the code in the file can raise any error
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"cannot read preset {path}: {kind}{error}{_hint(error)}") from error
     if not isinstance(preset, Preset) or preset.name in NAMES:
@@ -178,7 +184,7 @@ def _read(path: Path) -> Preset:
 
 
 def _hint(error: BaseException) -> str:
-    """What to write instead, where a preset has a hyper-parameter beside its recipe, as presets had until 0.1."""
+    """Return advice for presets of versions before 0.1, which had hyper-parameters outside the recipe."""
     for each in fields(Recipe):
         if isinstance(error, TypeError) and f"argument '{each.name}'" in str(error) and each.name not in OF_A_STAGE:
             return f"; write recipe=Recipe({each.name}=...)"

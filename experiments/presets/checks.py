@@ -1,4 +1,4 @@
-"""Checks that the choices of a preset go together, when the preset is made.
+"""Checks that a preset does not contradict itself, before a study starts.
 
 The functions take a `Preset` or `Variant` of `experiments.presets`, which imports this module.
 """
@@ -20,15 +20,15 @@ from tokenpool.schedules import LEVELS, MODELS, paper
 from tokenpool.training.recipe import Recipe
 
 _NOT_NEGATIVE = ("search_learning_rate", "retention_learning_rate", "epoch_seconds", "evaluation_seconds")
-OF_A_STAGE = ("epochs", "retention_penalty", "retention_learning_rate")  # of the recipe; other fields set them
-_FIGURES = ("10a", "10b")  # of models with normalised queries and keys
+OF_A_STAGE = ("epochs", "retention_penalty", "retention_learning_rate")  # recipe fields that fields of the preset set
+_FIGURES = ("10a", "10b")  # figures of models with normalised queries and keys
 
 
 def check(preset: Any) -> None:
-    """Whether all choices of a preset go together.
+    """Check that the settings of a preset are consistent.
 
     Raises:
-        ValueError: if not; the message names the preset and everything that is wrong.
+        ValueError: if not. The message names the preset and all errors.
     """
     wrong = list(_wrong(preset))
     if wrong:
@@ -58,7 +58,7 @@ def _wrong_ranges(preset: Any) -> Iterator[str]:
     for name in OF_A_STAGE:
         value = getattr(preset.recipe, name)
         if value != getattr(Recipe(), name):
-            yield f"recipe has {name} = {value!r}, which has no effect: the preset's own fields say it of each stage"
+            yield f"recipe has {name} = {value!r}, which has no effect: set the preset's own field for each stage"
 
 
 def _wrong_lists(preset: Any) -> Iterator[str]:
@@ -67,44 +67,44 @@ def _wrong_lists(preset: Any) -> Iterator[str]:
         if any(not value > 0 for value in values):
             yield f"{name} = {values} must be above 0"
         if name != "budgets" and any(not first < second for first, second in pairwise(values)):
-            yield f"{name} = {values} must ascend: level i is the i-th"
-    for name in ("penalties", "full_penalties"):  # as they stand in the names of files
+            yield f"{name} = {values} must be ascending, because level i is entry i"
+    for name in ("penalties", "full_penalties"):  # with the digits that file names have
         yield from _repeated(name, [f"{value:g}" for value in getattr(preset, name)])
     yield from _repeated("budgets", [f"{value:g}" for value in preset.budgets])
     for name in ("seeds", "full_seeds", "extra_seeds"):
         values = getattr(preset, name)
         yield from _repeated(name, values)
         if not values or any(not isinstance(seed, int) or seed < 0 for seed in values):
-            yield f"{name} = {values} must be whole numbers, 0 or more, at least one of them"
+            yield f"{name} = {values} must be one or more whole numbers, 0 or larger"
     yield from _repeated("methods", preset.methods)
     for name in preset.methods:
         if name not in with_schedule():
-            yield f"methods has {name!r}; those with a schedule are {', '.join(with_schedule())}"
+            yield f"methods has {name!r}; methods with a schedule are {', '.join(with_schedule())}"
 
 
 def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
     if len(set(values)) < len(values):
-        yield f"{name} has the same twice: {', '.join(map(str, values))}"
+        yield f"{name} has equal entries: {', '.join(map(str, values))}"
 
 
 def _wrong_variants(preset: Any) -> Iterator[str]:
     if preset.main.name:
-        yield f"the name of main is {preset.main.name!r}, but must be empty: runs of the main model bear none"
+        yield f"the name of main is {preset.main.name!r}, but must be empty"
     yield from _repeated("the names of family and normalised", [variant.name for variant in _all(preset)[1:]])
     for variant in _all(preset)[1:]:
         if not re.fullmatch(r"[A-Za-z0-9_]+", variant.name):
             yield f"the name of variant {variant.name!r} must consist of letters, digits and _"
     for name in (preset.stands_for, *preset.family):
         if name not in ("deit_tiny", *MODELS):
-            yield f"{name!r} is no model of the paper's; those are deit_tiny, {', '.join(MODELS)}"
+            yield f"{name!r} is not a model of the paper, expected one of deit_tiny, {', '.join(MODELS)}"
     if preset.stands_for in preset.family:
-        yield f"{preset.stands_for} stands in family, too, but is what main stands for"
+        yield f"family has {preset.stands_for}, but main stands for it already"
     for figure, variant in preset.normalised.items():
         if figure not in _FIGURES or variant.qk_norm is None:
             yield f"normalised has {figure!r}: expected {' and '.join(_FIGURES)}, with qk_norm"
     for variant in _all(preset):
         if variant.schedules is not None and variant.schedules not in MODELS:
-            yield f"schedules = {variant.schedules!r}: the paper has those of {', '.join(MODELS)}"
+            yield f"schedules = {variant.schedules!r} must be one of {', '.join(MODELS)}"
         elif variant.schedules is not None and preset.depth != (blocks := len(paper(variant.schedules, 0))):
             yield f"the schedules of {variant.schedules} are for {blocks} blocks, not for {preset.depth}"
 
@@ -116,27 +116,27 @@ def _wrong_stages(preset: Any) -> Iterator[str]:
     if not all(printed):
         levels = {name: len(getattr(preset, name)) for name in levels}
     if any(printed) and not all(printed):
-        yield "main has schedules, but not all of family have, or the other way round: name those of all, or of none"
+        yield "main and all models of family must have schedules, or none of them"
     for name, count in levels.items():
         if not 0 <= preset.clustered_level < count:
             yield f"clustered_level = {preset.clustered_level}, but there are {count} {name}"
     if not preset.trains and not all(printed):
-        yield "base_epochs = 0: what trains nothing learns no schedules; main must name printed ones"
+        yield "base_epochs = 0: without training there is no search, so main must have schedules"
     if preset.trains:
         for name in ("finetune_epochs", *([] if all(printed) else ["search_epochs"])):
             if getattr(preset, name) == 0:
-                yield f"{name} = 0, but base_epochs = {preset.base_epochs}: there is no such stage without epochs"
+                yield f"{name} = 0, but base_epochs = {preset.base_epochs}: each stage needs epochs"
         final, search = preset.recipe.final_learning_rate, preset.search_learning_rate
         if final > search and not all(printed):
             yield f"final_learning_rate = {final} is above search_learning_rate = {search}"
         unit = preset.processes * (2 if preset.recipe.mixup or preset.recipe.cutmix else 1)
         if preset.processes and preset.recipe.batch_size % unit:
             pairs = ", in pairs for mixup" if unit > preset.processes else ""
-            yield f"batch_size = {preset.recipe.batch_size} cannot be shared by {preset.processes} processes{pairs}"
+            size = preset.recipe.batch_size
+            yield f"batch_size = {size} must be a multiple of {unit}, for {preset.processes} processes{pairs}"
     found = data_set(preset.data)
     if found.embedded and preset.redundancy_images:
-        limited = f"only image folders can be limited, not {found.title}"
-        yield f"redundancy_images = {preset.redundancy_images}, but {limited}"
+        yield f"redundancy_images = {preset.redundancy_images} must be 0 for {found.title}"
 
 
 def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
@@ -144,11 +144,11 @@ def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
     options = preset.model_options | variant.model_options
     try:
         found = _shape(name, json.dumps(options, sort_keys=True))
-    except Exception as error:  # timm's, of many kinds
-        yield f"timm makes no {name} with {options}: {error}"
+    except Exception as error:  # timm raises many kinds of errors
+        yield f"timm cannot create {name} with {options}: {error}"
         return
     if found is None:
-        yield f"{name} is no VisionTransformer of timm"
+        yield f"{name} is not a VisionTransformer of timm"
     elif found != (preset.depth, preset.grid):
         has = f"{name} has {found[0]} blocks and {found[1]} tokens along a side"
         yield f"depth = {preset.depth} and grid = {preset.grid}, but {has}"
@@ -156,8 +156,8 @@ def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
 
 @cache
 def _shape(name: str, options: str) -> tuple[int, int] | None:
-    """Blocks of a timm model, and tokens along the shorter side of its image; None if it is no VisionTransformer."""
-    with torch.device("meta"):  # no weights
+    """Return blocks of a timm model and tokens along the shorter side, or None if it is not a VisionTransformer."""
+    with torch.device("meta"):  # allocates no weights
         model = timm.create_model(name, **json.loads(options))
     return (len(model.blocks), min(model.patch_embed.grid_size)) if isinstance(model, VisionTransformer) else None
 

@@ -3,12 +3,12 @@
     python -m experiments figure 5a --preset cifar10 --run --data FOLDER [--weights FILE] --jobs 1
     python -m experiments submit --preset cifar10 --all --data FOLDER --template my-cluster.sh
 
-FOLDER holds train/<class>/* and test/<class>/*, or is hf:uoft-cs/cifar10; without --weights, timm downloads them. The
-nearest thing to the paper's own fine-tuning that one GPU can do in a day.
+FOLDER contains train/<class>/* and test/<class>/*, or is hf:uoft-cs/cifar10. Without --weights, timm downloads the
+weights. The study is close to the paper's fine-tuning, and is small enough for one GPU and one day.
 
-Cost and expected result: no GPU was at hand to measure them; estimates take a minute an epoch for granted. The preset
-was proven on 40 training and 20 test images: `figure 5a --quick` takes 6 minutes on a CPU with them, and its accuracies
-mean nothing.
+Cost and expected result: not measured, because we had no GPU. Estimates assume one minute for each epoch. The preset
+was tested with 40 training and 20 test images: `figure 5a --quick` then takes 6 minutes on a CPU. The accuracies of
+this test are meaningless.
 """
 
 from experiments.presets import Preset, Variant

@@ -1,9 +1,10 @@
-"""The protocol on scikit-learn's handwritten digits: small DeiTs, on a CPU, no download.
+"""The protocol on scikit-learn's handwritten digits, with small DeiTs on a CPU. Nothing is downloaded.
 
     python -m experiments reproduce --preset digits          # 8 minutes on two cores
     python -m experiments reproduce --preset digits --full   # every run of every figure: about 2 hours
 
-Expected: 97.0 % top-1 (base), 97.4 % (fine-tuned), 96.1 % with PoWER-BERT or WK-Medoids at a fifth of the FLOPs.
+Expected top-1: 97.0 % for the base model, 97.4 % after fine-tuning, 96.1 % with PoWER-BERT or WK-Medoids and a fifth of
+the FLOPs.
 """
 
 from experiments.presets import Preset, Variant
@@ -34,7 +35,7 @@ PRESET = Preset(
     methods=("random", "power_bert", "wkmedoids"),
     full_seeds=(0, 1, 2),
     extra_seeds=(0,),
-    # Widths 24, 32, 40 and 48 are to each other as the paper's 192, 252, 318 and 384.
+    # Widths 24, 32, 40 and 48 have nearly the same ratios as the paper's 192, 252, 318 and 384.
     stands_for="deit_small",
     main=Variant("", "width 48 (DeiT-S)"),
     family={
@@ -46,7 +47,7 @@ PRESET = Preset(
         "10a": Variant("alpha1", "normalised, alpha = 1", qk_norm="l2"),
         "10b": Variant("alpha", "normalised, alpha learned", qk_norm="l2", learn_alpha=True),
     },
-    model_options={"weight_init": "jax"},  # timm's default starts too small for so narrow a model
+    model_options={"weight_init": "jax"},  # timm's default weights are too small for this narrow model
     epoch_seconds=3.0,
     evaluation_seconds=3.0,
 )

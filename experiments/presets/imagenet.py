@@ -1,17 +1,19 @@
-"""The paper's full protocol on ImageNet-1k, with the recipe of DeiT: one node of 4 GPUs a run, on a Slurm cluster.
+"""The full protocol of the paper on ImageNet-1k, with DeiT's recipe, on a Slurm cluster. A run uses a node of 4 GPUs.
 
     python -m experiments check-data --data FOLDER
     python -m experiments submit --preset imagenet --figure 3a --data FOLDER --template my-cluster.sh --dry-run
     python -m experiments status --preset imagenet
 
-Cost: a DeiT-S of 300 epochs takes less than 3 days on 4 GPUs, say its authors (Touvron et al. 2021, section 5.6), from
-which the estimates of `--dry-run` come: at most 0.96 GPU-hours an epoch, in proportion to the FLOPs for other widths,
-and downsampled models counted as plain ones. Nothing of it has been run here: no ImageNet, and no cluster of GPUs.
+Cost: 300 epochs of DeiT-S take less than 3 days on 4 GPUs, according to its authors (Touvron et al. 2021, section 5.6).
+The estimates of `--dry-run` are based on this: at most 0.96 GPU-hours for each epoch, proportional to the FLOPs for
+other widths. Downsampled models are counted like plain models. We have not run this study, because we had no ImageNet
+and no cluster of GPUs.
 
-Expected, as printed: DeiT-S 79.9 % top-1 (base model; the repository of Touvron et al.), fine-tuned 81.2 % at 4.60
-GFLOPs; WK-Medoids 80.7 % at 3.0, 80.4 % at 2.3 and 78.1 % at 1.6 GFLOPs (Marin et al. 2021, Tables 2 and 3; the others
-are in `experiments/paper/accuracy_tables.csv`). The weights lambda of the searches are not printed: those below are the
-digits', scaled to the sum over 12 blocks of 196 tokens, and unproven. `imagenet_printed` needs no search.
+Expected results, as printed: DeiT-S has 79.9 % top-1 (base model; repository of Touvron et al.), and 81.2 % after
+fine-tuning at 4.60 GFLOPs. WK-Medoids has 80.7 % at 3.0, 80.4 % at 2.3 and 78.1 % at 1.6 GFLOPs (Marin et al. 2021,
+Tables 2 and 3; all values are in `experiments/paper/accuracy_tables.csv`). The paper does not print the weights lambda
+of the searches. The weights below are the weights for the digits, scaled to 12 blocks of 196 tokens. They are not
+tested. `imagenet_printed` needs no search.
 """
 
 from experiments.presets import Preset, Variant

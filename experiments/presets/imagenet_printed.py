@@ -1,8 +1,9 @@
-"""The paper's protocol on ImageNet with its printed retention schedules (Tables 3 to 5) instead of searches.
+"""The protocol of the paper on ImageNet, with the printed retention schedules (Tables 3 to 5) instead of searches.
 
     python -m experiments submit --preset imagenet_printed --table 3 --data FOLDER --template my-cluster.sh --dry-run
 
-All else is as in `imagenet`: recipe, cost and expected results. DeiT-S with normalised queries and keys uses DeiT-S's.
+Recipe, cost and expected results are the same as in `imagenet`. DeiT-S with normalised queries and keys uses the
+schedules of DeiT-S.
 """
 
 from dataclasses import replace

@@ -3,11 +3,12 @@
     python -m experiments figure 9 --preset pretrained --run --data FOLDER [--weights FILE]
     python -m experiments table off_the_shelf --preset pretrained --run --data FOLDER [--weights FILE]
 
-FOLDER holds val/<class>/<image>; without --weights, timm downloads them. 113 settings of Figure 9 take half an hour for
-1000 images on two cores, the 52 of the table twenty minutes. The schedules of the figures are those of DeiT-e252, whose
-width is next to DeiT-Ti's, which has none in print.
+FOLDER contains val/<class>/<image>. Without --weights, timm downloads the weights. For 1000 images on two cores, the
+113 settings of Figure 9 take half an hour, and the 52 settings of the table twenty minutes. The paper prints no
+schedules for DeiT-Ti. The figures use the schedules of DeiT-e252, whose width is the closest.
 
-Expected, on 1000 photographs: 79.4 % plain; at level 3 PoWER-BERT 36.7 %, WK-Medoids 18.5 %, with carry 72.7 %.
+Expected on 1000 photographs: 79.4 % for the plain model; at level 3, 36.7 % with PoWER-BERT, 18.5 % with WK-Medoids,
+and 72.7 % with WK-Medoids and carry.
 """
 
 from experiments.presets import Preset, Variant

@@ -1,1 +1,1 @@
-"""The protocol on a Slurm cluster: the missing runs as job arrays that wait for each other, and how far they are."""
+"""The protocol on a Slurm cluster: submit missing runs as dependent job arrays, and show their progress."""

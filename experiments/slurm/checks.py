@@ -1,4 +1,4 @@
-"""What would make runs fail on the cluster is said here, before anything is queued."""
+"""Checks that find errors of runs before they are queued on the cluster."""
 
 import os
 import shlex
@@ -16,11 +16,11 @@ from tokenpool.training.labels import outputs_of
 
 
 def check_data(runs: Sequence[Run]) -> None:
-    """Whether the images are there, with the classes that the models have.
+    """Check that the images exist, and have the classes of the models.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if no images are named, if they cannot be opened, or if their classes are others.
+        ValueError: if no source of images is given, if the images cannot be opened, or if their classes differ.
     """
     runs = [run for run in runs if not data_set(run.data).embedded]
     for root in sorted({image_source(run) for run in runs}):
@@ -37,11 +37,11 @@ def check_data(runs: Sequence[Run]) -> None:
 
 
 def check_weights(runs: Sequence[Run]) -> None:
-    """Whether the weights that `--weights` names fit each model that starts from them.
+    """Check that the file of `--weights` matches each model that starts from it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another model.
+        ValueError: if the weights are of another model.
     """
     if not os.environ.get(WEIGHTS):
         return
@@ -52,29 +52,29 @@ def check_weights(runs: Sequence[Run]) -> None:
 
 
 def check_batches(runs: Sequence[Run], script: str, template: Path) -> None:
-    """Whether the processes that train together can share each batch equally.
+    """Check that each batch can be split equally between the processes that train one model.
 
     Raises:
-        ValueError: if not; the message names the template.
+        ValueError: if not. The message names the template.
     """
     nodes, tasks = _number(script, "--nodes", "-N"), _number(script, "--ntasks-per-node")
     if not tasks and _number(script, "--ntasks", "-n"):
-        raise ValueError(f"{template} has --ntasks: expected --ntasks-per-node, which says what runs where")
+        raise ValueError(f"{template} has --ntasks: use --ntasks-per-node instead")
     nodes, tasks = nodes or 1, tasks or 1
     for run in runs:
         recipe = run.recipe
         pairs = 2 if recipe.mixup or recipe.cutmix else 1
         if recipe.epochs and recipe.batch_size % (nodes * tasks * pairs):
             raise ValueError(
-                f"{template} asks for {nodes} x {tasks} tasks, which cannot share the batch of {recipe.batch_size} "
-                f"images of {run.name} equally{', in pairs for mixup' if pairs > 1 else ''}"
+                f"{template} requests {nodes} x {tasks} tasks, but the batch of {recipe.batch_size} images of "
+                f"{run.name} cannot be split equally{', in pairs for mixup' if pairs > 1 else ''}"
             )
 
 
 def _class_names(root: str, part: str) -> list[str]:
     if root.startswith(HUB) or is_downloaded(root):
         return open_images(root, part).classes
-    # The folders are listed; listing a million images takes minutes on some file systems.
+    # List folders only, because listing a million images takes minutes on some file systems.
     return class_names(part_folder(Path(root), part))
 
 
@@ -84,7 +84,7 @@ def _classes(run: Run) -> int:
 
 
 def _number(script: str, *names: str) -> int:
-    """What a script's last #SBATCH option of these names gives; 0 if there is none."""
+    """Return the value of the last #SBATCH option with one of these names in a script, or 0."""
     lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     words = [word for line in lines for word in shlex.split(line.removeprefix("#SBATCH"), comments=True)]
     pairs = [(word, following) for word, following in zip(words, [*words[1:], ""], strict=True)]

@@ -1,4 +1,4 @@
-"""What Slurm's queue holds, and which run is which of its jobs."""
+"""Read Slurm's queue, and store which run is which job."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenpool import files
 
-# States of jobs that are over: squeue goes on to show them for some minutes. All others are in the queue.
+# States of jobs that have ended. squeue still shows such jobs for some minutes. All other jobs are in the queue.
 _OVER = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -29,9 +29,9 @@ class Task:
     """One task of a job array that is in the queue.
 
     Attributes:
-        state: as squeue names it: PENDING, RUNNING, ...
-        reason: why it is pending.
-        nodes: that it runs on.
+        state: state in squeue: PENDING, RUNNING, ...
+        reason: reason why the task is pending.
+        nodes: nodes that the task runs on.
     """
 
     state: str
@@ -40,16 +40,16 @@ class Task:
 
 
 def call(*command: str) -> str:
-    """What one of Slurm's commands prints.
+    """Run a Slurm command, and return its output.
 
     Raises:
-        FileNotFoundError: if it is not installed.
-        RuntimeError: if it fails; the message is Slurm's.
+        FileNotFoundError: if the command is not installed.
+        RuntimeError: if the command fails. The message is Slurm's message.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{command[0]} not found: run this where Slurm's commands are") from error
+        raise FileNotFoundError(f"{command[0]} not found: run this on a machine with Slurm's commands") from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).replace("\n", "; ")
         raise RuntimeError(f"{command[0]} failed (exit code {done.returncode}): {said}")
@@ -57,7 +57,7 @@ def call(*command: str) -> str:
 
 
 def tasks() -> dict[str, Task]:
-    """This user's array tasks that are in the queue, by Slurm's name for them, such as "17_3"."""
+    """Return the user's array tasks in the queue, by their Slurm name, such as "17_3"."""
     lines = call("squeue", "-h", "-r", "-t", "all", "-u", str(os.getuid()), "-o", "%i|%T|%r|%N").splitlines()
     found = {}
     for line in lines:
@@ -68,7 +68,7 @@ def tasks() -> dict[str, Task]:
 
 
 def longest_array() -> int:
-    """How many tasks a job array may have here."""
+    """Return the maximum number of tasks of a job array on this cluster."""
     try:
         settings = call("scontrol", "show", "config").splitlines()
     except (FileNotFoundError, RuntimeError):
@@ -78,10 +78,10 @@ def longest_array() -> int:
 
 
 def submitted(folder: Path) -> dict[str, str]:
-    """The task that each run was last submitted as, by the run's name.
+    """Return the Slurm name of the last task of each run, by name of the run.
 
     Raises:
-        ValueError: if the file that holds it is broken; the message names it.
+        ValueError: if the file with this information is broken. The message names the file.
     """
     path = _record(folder)
     if not path.exists():
@@ -90,12 +90,12 @@ def submitted(folder: Path) -> dict[str, str]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path} is no JSON file ({error}); delete it once none of these runs is in the queue"
+            f"{path} is not a JSON file ({error}): delete it when no run of this folder is in the queue"
         ) from error
 
 
 def remember(runs: Sequence[str], job: str, folder: Path) -> None:
-    """Write down that the runs are the tasks 0, 1, ... of a job, atomically."""
+    """Store that the runs are the tasks 0, 1, ... of a job. The file is written atomically."""
     known = submitted(folder) | {run: f"{job}_{index}" for index, run in enumerate(runs)}
     path = _record(folder)
     with files.atomic_write(path) as temporary:

@@ -1,4 +1,4 @@
-"""How far the runs of a study are on the cluster."""
+"""The progress of a study on the cluster."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ _FIRST = {"base": 0, "search": 1, "finetune": 2}
 
 @dataclass(frozen=True)
 class Progress:
-    """Where one run is.
+    """The state of one run.
 
     Attributes:
-        run: which.
-        state: one of `STATES`; "unknown" was submitted, but Slurm cannot be asked.
-        job: the task that it was last submitted as; empty if it never was.
-        note: why it is queued, or where it runs.
+        run: the run.
+        state: one of `STATES`. "unknown" means that the run was submitted, but Slurm's commands are not available.
+        job: Slurm name of the last task of the run. Empty if the run was never submitted.
+        note: reason why the run is queued, or the nodes that it runs on.
     """
 
     run: Run
@@ -33,12 +33,12 @@ class Progress:
 
 
 def progress(study: Study, wanted: Sequence[Run], tasks: dict[str, queue.Task] | None) -> list[Progress]:
-    """Where the runs are, and those that they need in turn.
+    """Return the state of runs, and of all runs that they need.
 
     Args:
-        study: that the runs are of.
+        study: study of the runs.
         wanted: the runs.
-        tasks: what was in the queue a moment before, see `queue.tasks`; None if it is not known.
+        tasks: tasks in the queue, see `queue.tasks`, read before this call. None if they are unknown.
     """
     jobs = queue.submitted(study.folder)
     lacking = {run.name for run in study.missing(wanted)}
@@ -46,18 +46,18 @@ def progress(study: Study, wanted: Sequence[Run], tasks: dict[str, queue.Task] |
 
 
 def show(study: Study, wanted: Sequence[Run], long: bool = False) -> Iterator[str]:
-    """Lines that say how far the runs are: counts by stage, what runs, what it waits for, and how runs failed.
+    """Yield lines on the progress of runs: counts by stage, running runs, reasons for waiting, and errors.
 
     Args:
-        study: that the runs are of.
+        study: study of the runs.
         wanted: the runs.
-        long: name every run.
+        long: list every run.
     """
     try:
         tasks = queue.tasks()
     except (FileNotFoundError, RuntimeError) as error:
         tasks = None
-        yield f"{error}\nwithout Slurm, where the submitted runs are is unknown\n"
+        yield f"{error}\nwithout Slurm, the state of submitted runs is unknown\n"
     found = progress(study, wanted, tasks)
     states = [state for state in STATES if state != "unknown" or any(one.state == state for one in found)]
     counts = Counter((one.run.stage, one.state) for one in found)
@@ -100,11 +100,11 @@ def _progress(study: Study, run: Run, job: str, tasks: dict[str, queue.Task] | N
 
 
 def _said(one: Progress, logs: Path) -> list[str]:
-    """How a failed run's log ends, and what Slurm wrote about it."""
+    """Return the last lines of a failed run's log, and Slurm's messages on it."""
     lines = _last_lines(logs / f"{one.run.name}.log", 5)
     for path in logs.glob(f"*-{one.job}.out"):
         lines += _last_lines(path, 5)
-    return lines or ["it never began: it was cancelled, or what it waited for failed"]
+    return lines or ["it never started: it was cancelled, or a run that it needs has failed"]
 
 
 def _last_lines(path: Path, count: int) -> list[str]:
@@ -113,6 +113,6 @@ def _last_lines(path: Path, count: int) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 10_000))
         text = file.read().decode(errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]  # bars of progress return
-    # What srun says of its other tasks follows the reason why the first one failed.
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]  # progress bars contain carriage returns
+    # Skip srun's messages on other tasks, which follow the error of the first task.
     return [line for line in lines if line and not line.startswith(("srun:", "slurmstepd"))][-count:]

@@ -1,4 +1,4 @@
-"""Submit what is missing of a study: runs of one kind that wait for the same others are one job array."""
+"""Submit the missing runs of a study. Runs of one kind that need the same other runs are one job array."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ from experiments.study import TIMED, Study
 from tokenpool.training.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
-_NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # of a template
+_NEEDED = {"array", "command", "job", "output", "results", "runs", "variables"}  # placeholders of a template
 _OPTIONAL = {"directory", "processes", "timed", "trains"}
 
 
@@ -33,9 +33,9 @@ class Array:
     """Runs that are the tasks of one job array.
 
     Attributes:
-        name: of the job.
-        runs: in the order of the tasks.
-        waits: names of the runs that must be finished first.
+        name: name of the job.
+        runs: the runs, in the order of the tasks.
+        waits: names of the runs that must finish first.
     """
 
     name: str
@@ -46,23 +46,27 @@ class Array:
 def submit(
     study: Study, wanted: Sequence[Run], patterns: Sequence[str] = (), template: Path = TEMPLATE, dry_run: bool = False
 ) -> Iterator[str]:
-    """Submit those of the runs that are neither finished nor in the queue, and what they need; yields what to print.
+    """Submit runs that are not finished and not in the queue, with the runs that they need.
 
     Args:
-        study: that the runs are of.
+        study: study of the runs.
         wanted: the runs.
-        patterns: only runs whose names match one of these, as file names do (`finetune-*-level2-*`), and what they
-            need; empty for all.
-        template: of the batch script, see `template.sh`.
-        dry_run: write the scripts and say what would be submitted; works without Slurm, too.
+        patterns: submit only runs whose names match one of these file name patterns (`finetune-*-level2-*`), and the
+            runs that they need. Empty for all runs.
+        template: template of the batch script, see `template.sh`.
+        dry_run: write the scripts and describe the jobs, but do not submit them. This works without Slurm, too.
+
+    Yields:
+        Lines to print.
 
     Raises:
-        ValueError, FileNotFoundError, RuntimeError: if something would go wrong on the cluster. Nothing is queued then,
-            unless Slurm refuses an array after it has taken others: those are remembered.
+        ValueError: if runs would fail on the cluster. Nothing is queued then.
+        FileNotFoundError: if images, weights, the template or Slurm's commands are missing.
+        RuntimeError: if Slurm rejects an array. Arrays that it has already accepted stay in the queue and are stored.
     """
     scripts = study.folder / "slurm" / "scripts"
     with pool.exclusive(study.folder / "slurm"):
-        # Before it is seen what is finished: a run that ends meanwhile must not look as if it were neither.
+        # Read the queue before the results. Otherwise a run that ends in between would be in neither of them.
         known = queue.submitted(study.folder)
         try:
             tasks = queue.tasks()
@@ -70,12 +74,12 @@ def submit(
             if not dry_run:
                 raise
             tasks = None
-            yield f"{error}\nwithout Slurm, what is in its queue and whether it would take the scripts is not known"
+            yield f"{error}\nwithout Slurm, the queue is unknown, and the scripts are not tested"
         queued = {run: task for run, task in known.items() if task in (tasks or {})}
         lacking = {run.name: run for run in study.missing(wanted)}
         chosen = _chosen(study, lacking, patterns)
         for run in chosen:
-            study.check_finished(run)  # what holds another setting is not overwritten
+            study.check_finished(run)  # results with another setting must not be overwritten
         new = [run for run in chosen if run.name not in queued]
         found = arrays(study, new, lacking, queue.longest_array())
         yield f"{len(new)} runs to submit, {len(chosen) - len(new)} in the queue already"
@@ -93,7 +97,7 @@ def submit(
             return
         for array in found:
             names = [run.name for run in array.runs]
-            with _undisturbed():  # an array that is queued and not remembered would be queued again
+            with _signals_blocked():  # an array that is queued but not stored would be queued again
                 job = _submit(array, _script(array, scripts), queued)
                 queue.remember(names, job, study.folder)
             queued |= {name: f"{job}_{index}" for index, name in enumerate(names)}
@@ -101,13 +105,13 @@ def submit(
 
 
 def arrays(study: Study, runs: Sequence[Run], lacking: dict[str, Run], longest: int) -> list[Array]:
-    """Runs as job arrays, each after those that it waits for.
+    """Group runs into job arrays. Each array comes after the arrays that it waits for.
 
     Args:
-        study: that they are of.
-        runs: each after those that it needs.
+        study: study of the runs.
+        runs: the runs. Each run comes after the runs that it needs.
         lacking: all runs that are not finished, by name.
-        longest: the most tasks of an array.
+        longest: maximum number of tasks of an array.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -124,15 +128,15 @@ def arrays(study: Study, runs: Sequence[Run], lacking: dict[str, Run], longest: 
 
 
 def render(array: Array, study: Study, template: Path) -> str:
-    """The batch script of an array.
+    """Return the batch script of an array.
 
     Raises:
         FileNotFoundError: if there is no such template.
-        ValueError: if it is no template, lacks a placeholder, or has one that is not known.
+        ValueError: if the template is not valid, lacks a placeholder, or has an unknown placeholder.
     """
     if not template.is_file():
         raise FileNotFoundError(f"no template {template}")
-    # Bash has its own use for {#, as in ${#RUNS[@]}.
+    # Bash also uses {#, for example in ${#RUNS[@]}.
     jinja = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -156,7 +160,7 @@ def render(array: Array, study: Study, template: Path) -> str:
 
 
 def describe(found: Sequence[Array], study: Study) -> str:
-    """The graph as a table: runs, what they wait for, hours."""
+    """Return the job arrays as a table: numbers of runs, hours, and dependencies."""
     hours = [study.seconds(array.runs) / 3600 for array in found]
     rows = [
         [array.name, len(array.runs), f"{used:.1f}", ", ".join(array.waits) or "-"]
@@ -167,13 +171,13 @@ def describe(found: Sequence[Array], study: Study) -> str:
     header = ["job array", "runs", unit, "each task waits for"]
     return (
         tabulate(rows, header, disable_numparse=True, colalign=("left", "right", "right", "left"))
-        + f"\n\n{unit}: as finished runs of this folder took, else as the preset's docstring says;\n"
-        "downsampled models are counted as plain ones\n"
+        + f"\n\n{unit}: estimated from finished runs of this folder, or else from the preset;\n"
+        "downsampled models are counted like plain models\n"
     )
 
 
 def _values(array: Array, study: Study) -> dict[str, Any]:
-    """What a template's placeholders stand for."""
+    """Return the values of the placeholders of a template."""
     folder = study.folder.resolve()
     command = [sys.executable, "-m", "experiments", "run", "--preset", study.preset.argument, "--results", str(folder)]
     trains = any(run.recipe.epochs for run in array.runs)
@@ -194,7 +198,7 @@ def _values(array: Array, study: Study) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """The path of a file or folder, also of one after "hf:", from the root on; names stay as they are."""
+    """Return the absolute path of a file or folder, also after "hf:". Names of data sets do not change."""
     if is_downloaded(path):
         return path
     hub = HUB if path.startswith(HUB) else ""
@@ -203,10 +207,10 @@ def _absolute(path: str) -> str:
 
 
 def _chosen(study: Study, lacking: dict[str, Run], patterns: Sequence[str]) -> list[Run]:
-    """The lacking runs that match, each after those that it needs."""
+    """Return the lacking runs that match a pattern, and the runs that they need. Needed runs come first."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in lacking):
-            raise ValueError(f"--only {pattern}: no missing run has such a name; --dry-run without --only lists them")
+            raise ValueError(f"--only {pattern} matches no missing run: list them by --dry-run without --only")
     matching = [
         run for name, run in lacking.items() if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
     ]
@@ -215,7 +219,7 @@ def _chosen(study: Study, lacking: dict[str, Run], patterns: Sequence[str]) -> l
 
 
 def _write(found: Sequence[Array], study: Study, template: Path, folder: Path) -> None:
-    """Write the scripts in place of earlier ones, of which Slurm has its own copies."""
+    """Write the scripts and delete earlier ones. Slurm has its own copies of submitted scripts."""
     (study.folder / "slurm" / "logs").mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -233,18 +237,18 @@ def _test(script: Path, template: Path) -> None:
     try:
         queue.call("sbatch", "--test-only", str(script))
     except RuntimeError as error:
-        raise RuntimeError(f"Slurm would not take {script}, made from {template}: {error}") from error
+        raise RuntimeError(f"Slurm rejects {script}, which was created from {template}: {error}") from error
 
 
 def _submit(array: Array, script: Path, queued: dict[str, str]) -> str:
-    """The id of the new job."""
+    """Submit an array and return the id of its job."""
     after = [f"--dependency=afterok:{':'.join(queued[name] for name in array.waits)}"] if array.waits else []
     return queue.call("sbatch", "--parsable", *after, str(script)).strip().partition(";")[0]
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let signals that would end this process wait until the block ends."""
+def _signals_blocked() -> Iterator[None]:
+    """Block signals that would end this process, until the block ends."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
