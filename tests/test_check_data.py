@@ -242,6 +242,7 @@ def wait_for(condition: object) -> object:
     return value
 
 
+@pytest.mark.slow
 def test_ctrl_c(folder: Path, tmp_path: Path, read: list[str]) -> None:
     pipe = folder / "train" / "red" / "19.png"  # an image whose reading takes as long as this test likes
     pipe.unlink()

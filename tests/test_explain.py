@@ -1,7 +1,5 @@
 """`python -m experiments explain` on whatever a user may hand it."""
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,6 @@ from PIL import Image
 import tokenpool
 from experiments.explain import _likely, explain
 
-ROOT = Path(__file__).parents[1]
 MODEL = "test_vit"  # timm's smallest
 
 
@@ -106,14 +103,14 @@ def test_a_model_without_classes_names_none() -> None:
     assert _likely(torch.tensor([[0.0, 9.0]]), SimpleNamespace(num_classes=2)) == "; class 1 100%, class 0 0%"
 
 
-def test_the_command(weights: Path, tmp_path: Path) -> None:
+def test_the_command(weights: Path, tmp_path: Path, in_process) -> None:
     picture("RGB", (300, 200)).save(tmp_path / "photo.png")
-    command = [sys.executable, "-W", "ignore", "-m", "experiments", "explain", str(tmp_path / "photo.png")]
+    command = ["explain", str(tmp_path / "photo.png")]
     command += ["--model", MODEL, "--weights", str(weights), "--output", str(tmp_path)]
-    done = subprocess.run([*command, "--level", "2"], cwd=ROOT, capture_output=True, text=True)
+    done = in_process(*command, "--level", "2")
     assert done.returncode == 0, done.stderr
     assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
-    done = subprocess.run([*command, "--level", "2", "--keep", "0.9"], cwd=ROOT, capture_output=True, text=True)
+    done = in_process(*command, "--level", "2", "--keep", "0.9")
     assert done.returncode == 1 and done.stderr.startswith("error: --level, --keep and --gmacs are three ways")
 
 

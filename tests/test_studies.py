@@ -2,8 +2,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -20,11 +18,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 COMMITTED = ("digits", "pretrained")  # presets whose results are part of the repository
 NAMES = [f"table {name}" for name in tables.NAMES] + [f"figure {name}" for name in figures.NAMES]
-
-
-def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-W", "ignore", "-m", "experiments", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.fixture
@@ -143,10 +136,10 @@ def test_a_search_of_another_setting_teaches_nothing(tmp_path: Path) -> None:
         assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep is None
 
 
-def test_a_preset_without_training_is_not_reproduced(tmp_path: Path) -> None:
-    refused = command("reproduce", "--preset", "pretrained", "--output", str(tmp_path / "x"))
+def test_a_preset_without_training_is_not_reproduced(tmp_path: Path, in_process) -> None:
+    refused = in_process("reproduce", "--preset", "pretrained", "--output", str(tmp_path / "x"))
     assert "preset pretrained trains nothing" in refused.stderr and "figure 9" in refused.stderr
-    other = command("figure", "3a", "--preset", "pretrained", "--missing")
+    other = in_process("figure", "3a", "--preset", "pretrained", "--missing")
     assert other.returncode == 1 and "figure 3a is not part of preset pretrained" in other.stderr
 
 
@@ -192,7 +185,7 @@ def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> No
 
 def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path, in_process) -> None:
     place = ["--results", str(one_study.folder), "--output", str(tmp_path / "out")]
-    partial = command("figure", "5a", *place)
+    partial = in_process("figure", "5a", *place)
     assert partial.returncode == 0 and "partial, 21 of 87 runs" in partial.stdout and "--missing" in partial.stdout
     assert (tmp_path / "out" / "digits" / "figure-5a.png").exists()
     listed = in_process("figure", "5a", *place, "--missing")
@@ -268,6 +261,9 @@ def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
         assert status(study, name)[0] == expected, name
     page = report.write([study], tmp_path / "page.html").read_text()
     assert page.count("data:image/svg+xml") == 2 * len(figures.NAMES)
+    for name in NAMES:
+        anchor = name.replace(" ", "-")
+        assert page.count(f'id="{anchor}"') == 1 and f'href="#{anchor}"' in page
 
     lost = protocol.result_path(study.finetunes(["kmedoids"], [0], init="random")[0], tmp_path)
     before = results.read(lost)["metrics"]
