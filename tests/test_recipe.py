@@ -42,7 +42,12 @@ def test_what_is_given_to_train_reaches_the_run_and_the_rest_is_the_presets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process
 ) -> None:
     seen = []
-    monkeypatch.setattr("experiments.__main__._execute", lambda run, folder: seen.append(run))
+
+    def execute(run: Run, *given: object, **options: object) -> dict:
+        seen.append(run)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(protocol, "execute", execute)
     given = {name: value for name, value in OTHER.items() if name != "learning_rate"}
     in_process(
         "train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), f"--output={tmp_path}"

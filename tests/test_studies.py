@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures, presets, protocol, report, runner, studies, tables
+from experiments import figures, presets, protocol, report, studies, tables
 from experiments.presets import Preset
 from experiments.run import Run
 from experiments.studies import Study, everything, needs, placements, status
@@ -295,11 +295,13 @@ def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
             waiting, running = list(runs), []
             while waiting or running:
                 while len(running) < (1 if alone else self.jobs):
-                    run = runner._next(waiting, {run.name for run in [*waiting, *running]}, prepared)
-                    if run is None:
+                    unfinished = {run.name for run in [*waiting, *running]}
+                    ready = [(run, found) for run in waiting if (found := prepared(run, unfinished)) is not None]
+                    if not ready:
                         break
-                    running.append(run)
-                    started.append(run)
+                    waiting.remove(ready[0][0])
+                    running.append(ready[0][1])
+                    started.append(ready[0][1])
                 finished = running.pop(0)
                 outcome = results.read(RESULTS / "digits" / "base-seed0.json") | {"setting": finished.setting}
                 outcome["metrics"] = outcome["metrics"] | {"learned_keep": [8, 4]}
