@@ -75,7 +75,8 @@ def test_an_empty_cluster_attracts_nothing(small, photos) -> None:
 
 @pytest.mark.parametrize(
     "method, backend",
-    [(method, "eager") for method in ("power_bert", "random", "kmeans", "tome")]
+    [("tome", "eager")]
+    + [pytest.param(method, "eager", marks=pytest.mark.slow) for method in ("power_bert", "random", "kmeans")]
     + [pytest.param("wkmedoids", "inductor", marks=pytest.mark.slow)],
 )
 def test_compiled_model_equals_eager(small, photos, method: str, backend: str) -> None:

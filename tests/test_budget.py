@@ -84,7 +84,7 @@ def check(keep: list[int], macs: float, tokens: int, cost: Callable[[list[int]],
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     method=st.sampled_from(METHODS),
     family=st.sampled_from(["decay", "step"]),
@@ -176,7 +176,7 @@ def test_a_budget_that_once_kept_one_token() -> None:
     assert 0.98 * 1.235 <= flops.count(model).gmacs <= 1.235
 
 
-@pytest.mark.parametrize("name, method", [*itertools.product(("deit_tiny", "deit_small"), METHODS)])
+@pytest.mark.parametrize("name, method", [*(("deit_tiny", method) for method in METHODS), ("deit_small", "kmedoids")])
 def test_every_budget_of_deit_is_met(name: str, method: str) -> None:
     cost = budget.ScheduleCost(timm.create_model(f"{name}_patch16_224"), tokenpool.METHODS[method])
     plain = cost([196] * 12)
@@ -227,7 +227,7 @@ def models() -> dict[str, Callable[[], VisionTransformer]]:
 
 @pytest.mark.parametrize(
     "kind, method, options",
-    [(kind, "power_bert", {}) for kind in models()]
+    [(kind, "power_bert", {}) for kind in ("plain", "reads patches", "patched")]
     + [(kind, "key_medoids", {"dense": True, "by": "tokens", "weights": "sizes"}) for kind in models()]
     + [
         ("plain", "kmeans", {"iterations": 3, "init": "random"}),

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -5,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,17 +44,37 @@ def lines(folder: Path | str, output: Path, parts: tuple[str, ...] = ("train", "
     return printed, ""
 
 
+class InProcess:
+    """In place of a pool of processes. The work is done in this process, when its result is asked for."""
+
+    def __init__(self, names: list[str], before: list[Callable[[], None]]) -> None:
+        self.names, self.before = names, before
+
+    def submit(self, work: Callable, sources: list) -> SimpleNamespace:
+        self.names.extend("/".join(Path(name).parts[-3:]) for _, name, _ in sources)
+
+        def result() -> list[str | None]:
+            for step in self.before:
+                step()
+            return work(sources)
+
+        return SimpleNamespace(result=result)
+
+    def shutdown(self, **options: object) -> None:
+        pass
+
+
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def before_result() -> list[Callable[[], None]]:
+    """What is called before images are read, some at a time."""
+    return []
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, before_result: list[Callable[[], None]]) -> list[str]:
     """Names of the images that are read, in this process."""
     names = []
-
-    def submit(executor: object, sources: list) -> object:
-        names.extend("/".join(Path(name).parts[-3:]) for _, name, _ in sources)
-        return sources
-
-    monkeypatch.setattr(check_data, "_submit", submit)
-    monkeypatch.setattr(check_data, "_outcome", lambda chunk, sources: (chunk, check_data._reasons(sources)))
+    monkeypatch.setattr(check_data, "ProcessPoolExecutor", lambda *given, **options: InProcess(names, before_result))
     return names
 
 
@@ -140,45 +163,47 @@ def test_truncated_images_and_empty_classes_can_be_allowed(folder: Path, tmp_pat
         list(checked(str(folder), output=output, allow_empty=True))
 
 
-def test_interrupted_anywhere_it_goes_on(folder: Path, tmp_path: Path, read: list[str], monkeypatch) -> None:
+def test_interrupted_anywhere_it_goes_on(
+    folder: Path, tmp_path: Path, read: list[str], before_result: list[Callable[[], None]]
+) -> None:
     """Every image is read once, and nothing bad is forgotten, wherever it was stopped."""
-    monkeypatch.setattr(check_data, "_CHUNK", 5)
-    for index in (1, 11):
-        (folder / "train" / "green" / f"{index:02}.png").write_bytes(b"no image")
-    output, outcome = tmp_path / "report.json", check_data._outcome
+    for name in ("green/01.png", "red/04.png"):
+        (folder / "train" / name).write_bytes(b"no image")
+    output = tmp_path / "report.json"
 
-    def interrupted(chunk: list, sources: list) -> object:
+    def interrupted() -> None:
         if stop.pop():
             raise KeyboardInterrupt
-        return outcome(chunk, sources)
 
-    monkeypatch.setattr(check_data, "_outcome", interrupted)
-    # After ten images; after the bad one of these, tried again, and five more; before the two bad ones are tried again.
-    for stops in ([True, False, False], [True, False, False], [True]):  # from the end
+    before_result.append(interrupted)
+    # After 16 images; after the bad one of these, tried again, and 16 more; before the two bad ones are tried again.
+    for stops in ([True, False], [True, False, False], [True]):  # from the end
         stop = stops
         with pytest.raises(KeyboardInterrupt):
             lines(folder, output)
         assert not output.exists()
     progress = json.loads((tmp_path / "report.json.progress").read_text())
-    assert progress["done"] == 15 and [entry["index"] for entry in progress["bad"]] == [1, 11]
+    assert progress["done"] == 32 and [entry["index"] for entry in progress["bad"]] == [1, 24]
     stop = [False] * 100
     read.clear()
     printed, error = lines(folder, output)
-    assert error == "2 of 46 images cannot be read" and "01.png" in printed[2] and "11.png" in printed[3]
-    assert len(read) == 46 - 15 + 2 and not (tmp_path / "report.json.progress").exists()
+    assert error == "2 of 46 images cannot be read" and "01.png" in printed[2] and "04.png" in printed[3]
+    assert len(read) == 46 - 32 + 2 and not (tmp_path / "report.json.progress").exists()
 
 
-def test_progress_is_noted_meanwhile(folder: Path, tmp_path: Path, read: list[str], monkeypatch) -> None:
+def test_progress_is_noted_meanwhile(
+    folder: Path, tmp_path: Path, read: list[str], before_result: list[Callable[[], None]], monkeypatch
+) -> None:
     """So that what ends it without a word (lack of memory, a power cut) costs seconds."""
-    monkeypatch.setattr(check_data, "_SECONDS", 0)
-    progress, outcome, done = tmp_path / "report.json.progress", check_data._outcome, []
+    progress, done = tmp_path / "report.json.progress", []
 
-    def watched(chunk: list, sources: list) -> object:
+    def watched() -> None:
         done.append(json.loads(progress.read_text())["done"] if progress.exists() else 0)
-        return outcome(chunk, sources)
 
-    monkeypatch.setattr(check_data, "_outcome", watched)
-    lines(folder, tmp_path / "report.json")
+    before_result.append(watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", itertools.count(step=10).__next__)  # ten seconds from one look to the next
+        lines(folder, tmp_path / "report.json")
     assert done == [0, 16, 32, 40]
 
 
@@ -242,6 +267,7 @@ def wait_for(condition: object) -> object:
     return value
 
 
+@pytest.mark.slow
 def test_ctrl_c(folder: Path, tmp_path: Path, read: list[str]) -> None:
     pipe = folder / "train" / "red" / "19.png"  # an image whose reading takes as long as this test likes
     pipe.unlink()

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from experiments import data_sets
+from experiments import data_sets, presets
 from experiments.run import Run
 from experiments.slurm import checks, submit
+from experiments.study import Study
 from tokenpool.training.images import first_of_each_class, is_downloaded, open_images
 from tokenpool.training.recipe import Recipe
 from tokenpool.training.stored import StoredImageDataModule
@@ -103,9 +104,12 @@ def test_it_trains(downloaded: Path) -> None:
     assert data.num_classes == 10 and labels.max() < 10
 
 
-def test_the_name_reaches_the_cluster(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert submit._absolute("cifar10") == "cifar10"
+def test_the_name_reaches_the_cluster(downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(data_sets.DATA, "cifar10")
+    study = Study(presets.get("cifar10_128"), tmp_path / "study")
+    list(submit.submit(study, study.evaluations(["none"], carry=False), dry_run=True))
+    (script,) = (study.folder / "slurm" / "scripts").glob("*-base-1.sh")
+    assert "export TOKENPOOL_DATA=cifar10\n" in script.read_text()
     run = Run(
         "base", "", "cifar10", "deit_tiny_patch16_224", recipe=Recipe(epochs=1), model_options={"num_classes": 10}
     )

@@ -16,6 +16,7 @@ from tokenpool.analysis import results
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_backend_of_matplotlib_that_the_shell_names_is_not_used(tmp_path: Path) -> None:
     """Jupyter leaves its own in the variable, for all that is started from a notebook."""
     done = subprocess.run(

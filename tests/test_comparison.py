@@ -54,6 +54,7 @@ def test_of_many_seeds_without_noise_of_images_it_is_the_t_test_over_seeds() -> 
     assert found[:3] == pytest.approx((75, expected.low, expected.high))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, spread", [(1, 0.0), (3, 0.0), (3, 0.05)])
 def test_the_interval_covers_the_truth(seeds: int, spread: float) -> None:
     covered = 0

@@ -6,22 +6,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from experiments.__main__ import app
 from tokenpool.analysis import bits, results
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["embed_dim=16", "depth=3", "num_heads=2", "patch_size=4", "weight_init=jax", "drop_path_rate=0.3"]
 
 
+def experiments(verb: str, folder: Path, processes: int, *options: str) -> dict:
+    """The result of `python -m experiments VERB`, which starts a Python only where several processes are asked for."""
+    line = [verb, "--name=run", f"--output={folder}", "--batch-size=64", *options]
+    line += [f"--model-option={option}" for option in SMALL]
+    line += ["--trainer=accelerator=cpu", f"--trainer=devices={processes}", "--trainer=enable_progress_bar=False"]
+    if processes == 1:
+        with torch.random.fork_rng():
+            app(line, standalone_mode=False)
+    else:
+        command = [sys.executable, "-W", "ignore", "-m", "experiments", *line]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return results.read(folder / f"{verb}-run-seed0.json")
+
+
 def train(folder: Path, processes: int) -> dict:
-    command = [sys.executable, "-W", "ignore", "-m", "experiments", "train", "--output", str(folder), "--name", "run"]
-    command += [f"--model-option={option}" for option in SMALL]
-    command += ["--epochs=2", "--batch-size=64", "--mixup=0.8", "--cutmix=1", "--repeats=3", "--ema-decay=0.9"]
-    command += ["--trainer=accelerator=cpu", f"--trainer=devices={processes}", "--trainer=enable_progress_bar=False"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return results.read(folder / "train-run-seed0.json")
+    options = ["--epochs=2", "--mixup=0.8", "--cutmix=1", "--repeats=3", "--ema-decay=0.9"]
+    return experiments("train", folder, processes, *options)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +44,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, train(folder, 1)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.slow
-def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: int, tmp_path: Path) -> None:
+def test_the_number_of_processes_changes_nothing_but_rounding(alone, tmp_path: Path) -> None:
     folder, one = alone
-    many = train(tmp_path, processes)
-    assert many["processes"] == processes and one["processes"] == 1
+    many = train(tmp_path, 2)
+    assert many["processes"] == 2 and one["processes"] == 1
     for first, second in zip(one["epochs"], many["epochs"], strict=True):
         assert first.keys() == second.keys()
         for name in first:
@@ -53,21 +65,12 @@ def test_the_number_of_processes_changes_nothing_but_rounding(alone, processes: 
         assert all(np.allclose(first[key], second[key], atol=2e-4) for key in first)
 
 
-@pytest.mark.slow
 def test_an_evaluation_shared_out_unevenly_counts_each_image_once(alone, tmp_path: Path) -> None:
     """450 images on four processes, of which two have a batch more than the others."""
-    folder, _ = alone
-    found = []
-    for processes in (1, 4):
-        command = [sys.executable, "-W", "ignore", "-m", "experiments", "evaluate", "--data=digits", "--batch-size=64"]
-        command += ["--model=deit_digits_patch2_16", *(f"--model-option={option}" for option in SMALL)]
-        command += [f"--weights={folder}/weights/train-run-seed0.safetensors", "--downsampler=wkmedoids"]
-        command += ["--keep=9,4,1", "--name=run", f"--output={tmp_path}/{processes}"]
-        command += ["--trainer=accelerator=cpu", f"--trainer=devices={processes}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr
-        found.append(results.read(tmp_path / str(processes) / "evaluate-run-seed0.json")["metrics"])
-    one, four = found
+    weights = alone[0] / "weights" / "train-run-seed0.safetensors"
+    options = ["--data=digits", "--model=deit_digits_patch2_16", f"--weights={weights}"]
+    options += ["--downsampler=wkmedoids", "--keep=9,4,1"]
+    one, four = (experiments("evaluate", tmp_path / str(count), count, *options)["metrics"] for count in (1, 4))
     assert one["images"] == four["images"] == 450
     assert four["correct"] == one["correct"]  # in the order of the images, whoever has evaluated them
     right = bits.decode(one["correct"], 450).sum()

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,32 +28,35 @@ ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
 
 
-@pytest.fixture
-def preset() -> Preset:
-    """The digits' protocol, as small as it gets."""
-    return dataclasses.replace(
-        presets.get("digits"),
-        base_epochs=2,
-        search_epochs=1,
-        finetune_epochs=1,
-        recipe=dataclasses.replace(presets.get("digits").recipe, batch_size=256, warmup_epochs=0),
-        penalties=(1e-6, 1.0),
-        full_penalties=(1e-6, 1.0),
-        methods=("random", "wkmedoids"),
-        full_seeds=(0, 1),
-        extra_seeds=(0,),
-        family={},
-        normalised={},
-        depth=3,
-        grid=4,
-        retention_learning_rate=0.2,
-        model_options=TINY,
-    )
+# The digits' protocol, as small as it gets.
+PRESET = dataclasses.replace(
+    presets.get("digits"),
+    base_epochs=2,
+    search_epochs=1,
+    finetune_epochs=1,
+    recipe=dataclasses.replace(presets.get("digits").recipe, batch_size=256, warmup_epochs=0),
+    penalties=(1e-6, 1.0),
+    methods=("random", "wkmedoids"),
+    clustered_level=0,
+    depth=3,
+    grid=4,
+    retention_learning_rate=0.2,
+    model_options=TINY,
+)
 
 
-def reproduce(preset: Preset, folder: Path, full: bool, jobs: int) -> None:
-    study = Study(preset, folder, full)
+def reproduce(folder: Path, jobs: int, preset: Preset = PRESET) -> None:
+    """The quick study."""
+    study = Study(preset, folder, full=False)
     pool.make(study, artifacts.everything(study), jobs)
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished quick study."""
+    folder = tmp_path_factory.mktemp("reproduced")
+    reproduce(folder, jobs=2)
+    return folder
 
 
 def training_run(**changes) -> Run:
@@ -78,8 +82,8 @@ def weights(run: Run, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
-    reproduce(preset, tmp_path, full=False, jobs=2)
+def test_protocol_end_to_end(reproduced: Path, tmp_path: Path) -> None:
+    shutil.copytree(reproduced, tmp_path, dirs_exist_ok=True)
     frame = results.load(tmp_path)
     assert sorted(frame["run"]) == sorted(
         ["base-seed0", "search-lambda1e-06-seed0", "search-lambda1-seed0", "finetune-none-seed0"]
@@ -94,7 +98,7 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     for row in frame.itertuples():  # searches, base models and fine-tuned ones: which images were right
         assert row.top1 == 100 * (bits.decode(row.correct, 450).sum() / 450)
 
-    study = Study(preset, tmp_path, full=False)
+    study = Study(PRESET, tmp_path, full=False)
     table = tables.cost_accuracy(study.points(needed.protocol_runs(study)))
     assert len(table) == 6 and (table["seeds"] == 1).all()
     text = tables.markdown(table)
@@ -103,7 +107,7 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
         assert picture.stat().st_size > 5000
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    reproduce(preset, tmp_path, full=False, jobs=2)
+    reproduce(tmp_path, jobs=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == before
 
     # A result that is gone is made again, the same, although the base model's weights are gone too.
@@ -111,15 +115,8 @@ def test_protocol_end_to_end(preset: Preset, tmp_path: Path) -> None:
     top1 = results.read(lost)["metrics"]["top1"]
     lost.unlink()
     weights_path("base-seed0", tmp_path).unlink()
-    reproduce(preset, tmp_path, full=False, jobs=1)
+    reproduce(tmp_path, jobs=1)
     assert results.read(lost)["metrics"]["top1"] == top1
-
-    study = Study(preset, tmp_path)  # the full one; tests/test_studies.py runs all the rest of it
-    pool.make(study, needed.protocol_runs(study), jobs=2)
-    table = tables.cost_accuracy(study.points(needed.protocol_runs(study)))
-    placements = table[table["downsampler"] == "convolution"]["options"]
-    assert [options["at"] for options in placements] == [[2], [1], [0]]
-    assert set(table[table["downsampler"] == "power_bert"]["seeds"]) == {2}
 
 
 def test_differences_are_paired() -> None:
@@ -151,39 +148,33 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killing_a_study_loses_nothing_finished(tmp_path: Path) -> None:
+def test_killing_a_study_loses_nothing_finished(reproduced: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle; the workers end with their parent, the lock is free, and the study goes on."""
-    code = (
-        "import dataclasses, pathlib, sys\n"
-        "from experiments import artifacts, pool, presets\n"
-        "from experiments.study import Study\n"
-        "from tokenpool.training.recipe import Recipe\n"
+    script, folder = tmp_path / "study.py", tmp_path / "killed"
+    script.write_text(
         "if __name__ == '__main__':\n"
-        "    preset = dataclasses.replace(presets.get('digits'), base_epochs=2, search_epochs=1, finetune_epochs=2,\n"
-        "        recipe=Recipe(batch_size=256), penalties=(1e-2,), methods=('random', 'wkmedoids'),\n"
-        "        clustered_level=0,\n"
-        f"        depth=3, grid=4, model_options={TINY!r})\n"
-        "    folder = pathlib.Path(sys.argv[1])\n"
+        "    import pathlib\n"
+        "    from experiments import pool\n"
+        "    from test_experiments import reproduce\n"
+        f"    folder = pathlib.Path({str(folder)!r})\n"
         "    with pool.exclusive(folder):\n"
-        "        study = Study(preset, folder, False); pool.make(study, artifacts.everything(study), 2)\n"
+        "        reproduce(folder, jobs=1)\n"
     )
-    script = tmp_path / "study.py"
-    script.write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def start(folder: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, str(script), str(tmp_path / folder)], env=environment)
-
-    whole, killed = start("whole"), start("killed")
-    deadline = time.time() + 180
-    while not (tmp_path / "killed" / "base-seed0.json").exists() and time.time() < deadline:
-        time.sleep(0.2)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    time.sleep(1.5)  # for the workers to see it
-    assert start("killed").wait() == 0 and whole.wait() == 0
-    for path in (tmp_path / "whole").glob("*.json"):
-        one, other = results.read(path), results.read(tmp_path / "killed" / path.name)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as killed:
+        deadline = time.time() + 180
+        while not (folder / "base-seed0.json").exists() and time.time() < deadline:
+            time.sleep(0.2)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    time.sleep(1.5)  # for the worker to see it
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    assert 0 < len(finished) < len(list(reproduced.glob("*.json")))
+    with pool.exclusive(folder):
+        reproduce(folder, jobs=1)
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    for path in reproduced.glob("*.json"):
+        one, other = results.read(path), results.read(folder / path.name)
         assert one["metrics"] == other["metrics"] and one["cost"] == other["cost"]
 
 
@@ -193,10 +184,10 @@ def test_one_study_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failing_run_is_named(preset: Preset, tmp_path: Path) -> None:
-    broken = dataclasses.replace(preset, recipe=dataclasses.replace(preset.recipe, learning_rate=1e30))
+def test_a_failing_run_is_named(tmp_path: Path) -> None:
+    broken = dataclasses.replace(PRESET, recipe=dataclasses.replace(PRESET.recipe, learning_rate=1e30))
     with pytest.raises(RuntimeError, match="run base-seed0 failed: the loss is"):
-        reproduce(broken, tmp_path, full=False, jobs=1)
+        reproduce(tmp_path, jobs=1, preset=broken)
 
 
 @pytest.fixture
@@ -214,6 +205,7 @@ def own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type
     del REGISTRY["own"], sys.modules["own_method"]
 
 
+@pytest.mark.slow
 def test_processes_of_a_study_know_a_method_of_a_users_own(own_method: type[Downsampler], tmp_path: Path) -> None:
     run = training_run(downsampler="own", epochs=1)
     with pool.Runner(tmp_path, 1, lambda run: 1.0, 1.0) as runner:
@@ -333,12 +325,6 @@ def test_classes_are_compared_before_training(tmp_path: Path) -> None:
         execute.execute(training_run(model_options=TINY | {"num_classes": 7}), tmp_path)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"COLUMNS": "160", "PYTHONWARNINGS": "ignore"}
-    call = [sys.executable, "-m", "experiments", *arguments]
-    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_help_lists_methods_models_and_presets(in_process, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     shown = " ".join(in_process("train", "--help").stdout.split())
@@ -347,19 +333,21 @@ def test_help_lists_methods_models_and_presets(in_process, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_train_and_evaluate_from_the_command_line(tmp_path: Path) -> None:
+def test_train_and_evaluate_from_the_command_line(tmp_path: Path, in_process) -> None:
     model = [f"--model-option={key}={value}" for key, value in TINY.items()]
     setting = ["--downsampler=wkmedoids", "--keep=9,4,0", "--option=iterations=3", *model]
     train = ["train", "--epochs=1", "--batch-size=256", f"--output={tmp_path}", "--name=a", *setting]
-    first = command(*train)
+    first = in_process(*train)
     assert first.returncode == 0, first.stderr
     assert "of which clustering" in first.stdout
     run = results.read(tmp_path / "train-a-seed0.json")
     assert run["setting"]["keep"] == [9, 4, 0] and run["setting"]["options"] == {"iterations": 3}
-    assert "finished already" in command(*train).stdout
-    assert "another setting (trainer_options was {}, now" in command(*train, "--trainer=limit_train_batches=2").stderr
+    assert "finished already" in in_process(*train).stdout
+    assert (
+        "another setting (trainer_options was {}, now" in in_process(*train, "--trainer=limit_train_batches=2").stderr
+    )
     test = ["evaluate", "--model=deit_digits_patch2_16", "--data=digits", f"--output={tmp_path}", *setting]
-    second = command(*test, f"--weights={tmp_path}/weights/train-a-seed0.safetensors", "--name=b")
+    second = in_process(*test, f"--weights={tmp_path}/weights/train-a-seed0.safetensors", "--name=b")
     assert second.returncode == 0, second.stderr
     tested = results.read(tmp_path / "evaluate-b-seed0.json")["metrics"]
     errors = tested.pop("relative_error")

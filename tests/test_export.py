@@ -16,6 +16,7 @@ from tokenpool.downsampling import Noise, with_schedule
 KEEP = [20, 4]
 SETTINGS = [{"downsampler": name, "keep": KEEP} for name in with_schedule()]
 SETTINGS += [{"downsampler": "convolution", "at": [0, 1]}, {"downsampler": "kmeans", "keep": KEEP, "init": "random"}]
+QUICK = ("random", "wkmedoids", "tome")  # of each kind one that is exported also by `make test-fast`
 NOT_IN_ONNX = ("importance", "kmeans", "kmeans-random", "wkmedoids")  # others stand for these, to save time
 BATCH = {"x": {0: torch.export.Dim("batch")}}
 
@@ -31,7 +32,11 @@ def name_of(setting: dict[str, Any]) -> str:
     return "-".join([setting["downsampler"], *(["random"] if "init" in setting else [])])
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=name_of)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(each, marks=() if name_of(each) in QUICK else pytest.mark.slow) for each in SETTINGS],
+    ids=name_of,
+)
 @torch.no_grad()
 def test_exported_with_any_batch(setting: dict[str, Any], tiny: VisionTransformer, photos: Tensor) -> None:
     tokenpool.patch(tiny, **setting)
@@ -50,6 +55,7 @@ def onnx_logits(model: VisionTransformer, images: Tensor, path: Path) -> Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", [setting for setting in SETTINGS if name_of(setting) not in NOT_IN_ONNX], ids=name_of
 )
@@ -62,6 +68,7 @@ def test_onnx(setting: dict[str, Any], tiny: VisionTransformer, photos: Tensor, 
     torch.testing.assert_close(found, tiny(photos), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_of_a_head_that_reads_patches(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -63,10 +63,10 @@ def test_the_recipe_reaches_data_module_and_optimiser(tmp_path: Path, monkeypatc
     assert module.model.embed_dim == 384
 
 
-def test_learning_rates_rise_and_fall_as_deits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rates_rise_and_fall_as_deits() -> None:
     module = ClassificationModule(torch.nn.Linear(2, 2), 2, PRESET.recipe)
-    monkeypatch.setattr(module, "_total_steps", lambda: 3000)  # 300 epochs of 10 steps
-    monkeypatch.setattr(module, "_trainer", SimpleNamespace(max_epochs=300))
+    # 300 epochs of 10 steps
+    module.trainer = SimpleNamespace(max_epochs=300, max_steps=-1, datamodule=None, estimated_stepping_batches=3000)
     made = module.configure_optimizers()
     rates = []
     for _ in range(3000):

@@ -1,23 +1,25 @@
 import dataclasses
 import os
-import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
-from experiments import execute, record, trainer
+from experiments import execute
 from experiments.run import Run, checkpoint_path, result_path, weights_path
 from tokenpool.analysis import results
 from tokenpool.training import interruption
-from tokenpool.training.interruption import Interrupted, InterruptibleCheckpoint, recorded_signals, slurm_job
+from tokenpool.training.interruption import AtomicCheckpointIO, Interrupted, recorded_signals, slurm_job
+from tokenpool.training.module import ClassificationModule
 from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -43,31 +45,22 @@ RUN = Run(
 )
 
 
-class Kicker(Callback):
-    """Sends this process a signal after given steps of training."""
-
-    def __init__(self, number: int, steps: set[int]) -> None:
-        self.number = number
-        self.steps = steps
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if trainer.global_step + 1 in self.steps:
-            self.steps.remove(trainer.global_step + 1)
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.fixture
-def kicked(monkeypatch: pytest.MonkeyPatch):
-    """A function that lets `execute` be signalled at given steps, and calls it until the run is done."""
-
+def kicked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, Path, int, set[int]], int]:
+    """A function that executes a run until it is done, signalled at given steps, and tells how often it began."""
     for variable in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(variable, raising=False)
+    begin_batch = ClassificationModule.on_train_batch_start
 
     def execute(run: Run, folder: Path, number: int, steps: set[int]) -> int:
-        make, kicker, attempts = trainer.create, Kicker(number, steps), 0
-        monkeypatch.setattr(trainer, "create", lambda run, folder, callbacks, *rest: make(
-            run, folder, [kicker, *callbacks], *rest
-        ))  # fmt: skip
+        def kick(module: ClassificationModule, *batch: Any) -> None:
+            if module.trainer.global_step + 1 in steps:
+                steps.remove(module.trainer.global_step + 1)
+                os.kill(os.getpid(), number)
+            begin_batch(module, *batch)
+
+        monkeypatch.setattr(ClassificationModule, "on_train_batch_start", kick)
+        attempts = 0
         while True:
             attempts += 1
             try:
@@ -88,17 +81,21 @@ def epochs(run: Run, folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 6, "max_epochs": 5}],
+    "options, steps",
+    [
+        # The first batch of all; around the end of an epoch, one after the other; in the middle; the last of all.
+        ({}, {1, 9, 10, 11, 14, 30}),
+        ({"accumulate_grad_batches": 2}, {2, 5, 6, 15}),
+        ({"limit_train_batches": 6, "max_epochs": 5}, {6, 8, 30}),
+    ],
     ids=["plain", "accumulated", "limited"],
 )
 @pytest.mark.slow
-def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, kicked, options: dict) -> None:
+def test_a_run_stopped_again_and_again_ends_as_an_uninterrupted_one(
+    tmp_path: Path, kicked, options: dict, steps: set[int]
+) -> None:
     run = dataclasses.replace(RUN, trainer_options=options)
     execute.execute(run, tmp_path / "whole")
-    # In the middle of epochs, at the first batch, at the last one of an epoch, and at the very last one.
-    last = 30 // options.get("accumulate_grad_batches", 1)
-    steps = {1, 2, 5, 9, 10, 11, 12, 13, 14, last}
     assert kicked(run, tmp_path / "kicked", signal.SIGTERM, set(steps)) == 1 + len(steps)
     for whole, resumed in zip(weights(run, tmp_path / "whole"), weights(run, tmp_path / "kicked"), strict=True):
         assert whole.keys() == resumed.keys()
@@ -111,15 +108,14 @@ def test_a_run_stopped_ten_times_ends_as_an_uninterrupted_one(tmp_path: Path, ki
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Poison(Callback):
-        def on_train_epoch_end(self, trainer, module) -> None:
-            if trainer.current_epoch == 1:
-                module.model.head.bias.data[0] = torch.nan
+    end_epoch = ClassificationModule.on_train_epoch_end
 
-    make = trainer.create
-    monkeypatch.setattr(
-        trainer, "create", lambda run, folder, callbacks, *rest: make(run, folder, [Poison(), *callbacks], *rest)
-    )
+    def poison(module: ClassificationModule) -> None:
+        end_epoch(module)
+        if module.trainer.current_epoch == 1:
+            module.model.head.bias.data[0] = torch.nan
+
+    monkeypatch.setattr(ClassificationModule, "on_train_epoch_end", poison)
     with pytest.raises(
         FloatingPointError, match=r"not finite after step 20: .*; the last checkpoint with finite weights is"
     ):
@@ -129,9 +125,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
 
 
 def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -> None:
-    run = Run.from_setting(RUN.setting | {"epochs": 4, "trainer_options": {"check_val_every_n_epoch": 2}})
+    run = Run.from_setting(RUN.setting | {"epochs": 2, "trainer_options": {"check_val_every_n_epoch": 2}})
     execute.execute(run, tmp_path)
-    assert ["val_top1" in epoch for epoch in epochs(run, tmp_path)] == [False, True, False, True]
+    assert ["val_top1" in epoch for epoch in epochs(run, tmp_path)] == [False, True]
     assert all("train_loss" in epoch for epoch in epochs(run, tmp_path))
 
 
@@ -148,11 +144,12 @@ def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: py
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
     monkeypatch.setattr(interruption, "slurm_job", lambda: "12_3")
-    assert kicked(RUN, tmp_path / "runs", signal.SIGUSR1, {4, 15}) == 3
+    run = Run.from_setting(RUN.setting | {"epochs": 1})
+    assert kicked(run, tmp_path / "runs", signal.SIGUSR1, {4, 8}) == 3
     assert (tmp_path / "calls").read_text() == "requeue 12_3\n" * 2
 
     fake.write_text('#!/bin/sh\necho "Access denied" >&2\nexit 1\n')
-    again = dataclasses.replace(RUN, seed=1)
+    again = dataclasses.replace(run, seed=1)
     with pytest.raises(RuntimeError, match="Slurm does not requeue job 12_3 .Access denied.; its state is saved in"):
         kicked(again, tmp_path / "runs", signal.SIGUSR1, {4})
     assert checkpoint_path(again, tmp_path / "runs").exists()
@@ -197,6 +194,7 @@ OTHER_NEVER_COMES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_W
 OTHER_NEVER_COMES |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "test"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_process_that_waits_for_the_others_ends_of_a_signal(tmp_path: Path, number: int) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "experiments", "train", "--output", str(tmp_path)]
@@ -233,8 +231,9 @@ def test_a_blocked_signal_is_heard_when_listening_begins() -> None:
 def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     monkeypatch.setenv("TOKENPOOL_MINUTES", "0")
-    monkeypatch.setattr(InterruptibleCheckpoint, "_save", lambda self, trainer: saved.append(trainer.global_step))
-    execute.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", lambda trainer, path: saved.append(trainer.global_step))
+        execute.execute(Run.from_setting(RUN.setting | {"epochs": 1}), tmp_path)
     assert saved == list(range(1, 11))
     monkeypatch.setenv("TOKENPOOL_MINUTES", "soon")
     with pytest.raises(ValueError, match="TOKENPOOL_MINUTES = 'soon' must be a number"):
@@ -243,19 +242,17 @@ def test_state_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytes
 
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(tmp_path: Path) -> None:
     """The limit on a file's size stands for a full disk: the system refuses to write on in the middle."""
-    path = tmp_path / "state.ckpt"
-    script = f"""
-import resource, signal, torch
-from tokenpool.training.interruption import AtomicCheckpointIO
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-AtomicCheckpointIO().save_checkpoint({{"weights": torch.zeros(1000)}}, {str(path)!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
-AtomicCheckpointIO().save_checkpoint({{"weights": torch.ones(1000000)}}, {str(path)!r})
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert re.search(r"OSError: cannot write .*state.ckpt: File too large; the old file is unchanged", done.stderr)
+    path, limit = tmp_path / "state.ckpt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1000)}, path)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*state.ckpt: File too large; the old file is unchanged"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
     assert torch.load(path)["weights"].equal(torch.zeros(1000)) and list(tmp_path.iterdir()) == [path]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # of the child only
 
 
 SBATCH = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NTASKS": "2"}
@@ -268,8 +265,16 @@ def devices(folder: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = dataclasses.replace(RUN, trainer_options={"accelerator": "cpu"})
-    return trainer.create(run, folder, [], None, False).world_size
+    started = []
+
+    def fit(trainer: Trainer, *given: Any, **options: Any) -> None:
+        started.append(trainer.world_size)
+        raise KeyboardInterrupt  # before it waits for other processes
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        execute.execute(dataclasses.replace(RUN, trainer_options={"accelerator": "cpu"}), folder)
+    return started[0]
 
 
 @pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEP_ID": "4294967290"}])
@@ -290,8 +295,11 @@ def test_tasks_of_slurm_are_processes_where_srun_has_started_them(
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 1)])
-def test_peak_memory_is_in_gib_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+def test_peak_memory_is_in_gib_on_every_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, unit: int
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", system)
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    assert record.peak_memory() == pytest.approx(used, rel=0.1)
+    run = dataclasses.replace(RUN, trainer_options={"limit_train_batches": 1, "max_epochs": 1})
+    used = execute.execute(run, tmp_path)["peak_memory_gib"]
+    assert used == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, rel=0.1)

@@ -91,3 +91,39 @@ def test_only_the_registry_names_data_sets() -> None:
         compared = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare)]
         texts = {part.value for node in compared for part in ast.walk(node) if isinstance(part, ast.Constant)}
         assert not texts & (DATA_SETS.keys() - {"cifar10"}), path
+
+
+def private_names(code: str) -> set[str]:
+    """The names with a leading underscore that a test takes from this repository: imported, by a dot, or as a text."""
+    tree, own, found = ast.parse(code), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            own |= {alias.asname or alias.name for alias in node.names if alias.name.startswith(PACKAGES)}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith(PACKAGES):
+            own |= {alias.asname or alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+
+    def is_own(node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute):
+            return is_own(node.value)
+        return isinstance(node, ast.Name) and node.id in own
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_own(node.value):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "setattr" and node.args:
+            texts = [each.value for each in node.args[:2] if isinstance(each, ast.Constant)]
+            named = is_own(node.args[0]) or any(str(text).startswith(PACKAGES) for text in texts)
+            found |= {str(text).rpartition(".")[2] for text in texts if named}
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+def test_tests_use_public_names() -> None:
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        assert not private_names(path.read_text()), path.name
+
+
+def test_private_names_are_found() -> None:
+    code = "from tokenpool.a import _b\nimport tokenpool\nfrom experiments import run\nimport os\n"
+    code += "tokenpool.x._c\nrun._d()\nos._exit\npatch.setattr(run, '_e', 1)\npatch.setattr('experiments.run._f', 1)\n"
+    assert private_names(code) == {"_b", "_c", "_d", "_e", "_f"}

@@ -43,7 +43,12 @@ def test_what_is_given_to_train_reaches_the_run_and_the_rest_is_the_presets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process
 ) -> None:
     seen = []
-    monkeypatch.setattr("experiments.commands.single.make", lambda run, folder: seen.append(run))
+
+    def execute(run: Run, *given: object, **options: object) -> dict:
+        seen.append(run)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("experiments.execute.execute", execute)
     given = {name: value for name, value in OTHER.items() if name != "learning_rate"}
     in_process(
         "train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), f"--output={tmp_path}"

@@ -7,6 +7,7 @@ import os
 import pickle
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,14 +97,13 @@ def test_two_processes_store_once(folder: Path, cache: Path) -> None:
 
 def test_nothing_half_written_is_ever_used(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.FileIO):
-        """A disk that is full after the first batch."""
+        """A disk that is full after the file's header."""
 
         def write(self, content: bytes) -> int:
-            if self.tell() > 10_000:
+            if self.tell():
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(content)
 
-    monkeypatch.setattr(stored, "_BATCH", 4)
     monkeypatch.setattr(stored, "open", Full, raising=False)
     with pytest.raises(OSError, match=r"^cannot write .*npy: .*No space left on device; the file does not exist$"):
         opened(folder)
@@ -146,13 +146,27 @@ def test_too_few_images_of_a_class_are_named(folder: Path) -> None:
         opened(folder)
 
 
+def augmented(data: StoredImageDataModule, images: torch.Tensor, step: int) -> torch.Tensor:
+    """The images as training gets them at that step."""
+    progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=1)))
+    data.trainer = SimpleNamespace(
+        training=True,
+        accumulate_grad_batches=1,
+        global_step=step,
+        fit_loop=SimpleNamespace(epoch_loop=progress),
+        global_rank=0,
+        world_size=1,
+    )
+    return data.on_after_batch_transfer((images, torch.zeros(len(images), dtype=torch.long)), 0)[0]
+
+
 def test_augmentation_flips_and_shifts_and_depends_on_seed_and_step_alone(folder: Path) -> None:
     data = opened(folder)
     images = torch.stack([image for image, _ in data.train_set]).repeat(20, 1, 1, 1)
-    found = data._augmented(images, step=3)
-    assert torch.equal(data._augmented(images, step=3), found)
-    assert not torch.equal(data._augmented(images, step=4), found)
-    assert not torch.equal(opened(folder, seed=1)._augmented(images, step=3), found)
+    found = augmented(data, images, step=3)
+    assert torch.equal(augmented(data, images, step=3), found)
+    assert not torch.equal(augmented(data, images, step=4), found)
+    assert not torch.equal(augmented(opened(folder, seed=1), images, step=3), found)
     seen = set()
     for image, result in zip(images, found, strict=True):
         centre = result[:, 4:-4, 4:-4]

@@ -2,8 +2,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -23,11 +21,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 COMMITTED = ("digits", "pretrained")  # presets whose results are part of the repository
 NAMES = list(artifacts.ARTIFACTS)
-
-
-def command(*arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-W", "ignore", "-m", "experiments", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.fixture
@@ -146,10 +139,10 @@ def test_a_search_of_another_setting_teaches_nothing(tmp_path: Path) -> None:
         assert Study(study.preset, tmp_path).finetunes(["random"], [0])[1].keep is None
 
 
-def test_a_preset_without_training_is_not_reproduced(tmp_path: Path) -> None:
-    refused = command("reproduce", "--preset", "pretrained", "--output", str(tmp_path / "x"))
+def test_a_preset_without_training_is_not_reproduced(tmp_path: Path, in_process) -> None:
+    refused = in_process("reproduce", "--preset", "pretrained", "--output", str(tmp_path / "x"))
     assert "preset pretrained trains nothing" in refused.stderr and "figure 9" in refused.stderr
-    other = command("figure", "3a", "--preset", "pretrained", "--missing")
+    other = in_process("figure", "3a", "--preset", "pretrained", "--missing")
     assert other.returncode == 1 and "figure 3a is not part of preset pretrained" in other.stderr
 
 
@@ -195,7 +188,7 @@ def test_a_broken_file_is_named_and_the_others_are_drawn(one_study: Study) -> No
 
 def test_the_command_line_draws_lists_and_refuses(one_study: Study, tmp_path: Path, in_process) -> None:
     place = ["--results", str(one_study.folder), "--output", str(tmp_path / "out")]
-    partial = command("figure", "5a", *place)
+    partial = in_process("figure", "5a", *place)
     assert partial.returncode == 0 and "partial, 21 of 87 runs" in partial.stdout and "--missing" in partial.stdout
     assert (tmp_path / "out" / "digits" / "figure-5a.png").exists()
     listed = in_process("figure", "5a", *place, "--missing")
@@ -271,6 +264,9 @@ def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
         assert status(study, name)[0] == expected, name
     page = report.write([study], tmp_path / "page.html").read_text()
     assert page.count("data:image/svg+xml") == 2 * len(artifacts.names("figure"))
+    for name in NAMES:
+        anchor = name.replace(" ", "-")
+        assert page.count(f'id="{anchor}"') == 1 and f'href="#{anchor}"' in page
 
     lost = result_path(study.finetunes(["kmedoids"], [0], init="random")[0], tmp_path)
     before = results.read(lost)["metrics"]
@@ -302,11 +298,13 @@ def test_a_study_goes_seed_by_seed_and_leaves_no_process_idle(
             waiting, running = list(runs), []
             while waiting or running:
                 while len(running) < (1 if alone else self.jobs):
-                    run = pool._next(waiting, {run.name for run in [*waiting, *running]}, prepared)
-                    if run is None:
+                    unfinished = {run.name for run in [*waiting, *running]}
+                    ready = [(run, found) for run in waiting if (found := prepared(run, unfinished)) is not None]
+                    if not ready:
                         break
-                    running.append(run)
-                    started.append(run)
+                    waiting.remove(ready[0][0])
+                    running.append(ready[0][1])
+                    started.append(ready[0][1])
                 finished = running.pop(0)
                 outcome = results.read(RESULTS / "digits" / "base-seed0.json") | {"setting": finished.setting}
                 outcome["metrics"] = outcome["metrics"] | {"learned_keep": [8, 4]}
