@@ -443,7 +443,7 @@ def nan_at(image: int) -> Tensor:
         ({"tokens": nan_at(1)}, "tokens must be finite, but image 1"),
         ({"tokens": nan_at(2).nan_to_num(torch.inf)}, "tokens must be finite, but image 2"),
         ({"weights": torch.ones(3, 9)}, r"weights must have shape \(B, N\) = \(3, 10\)"),
-        ({"weights": -torch.ones(3, 10)}, r"weights must be .* image 0 .* lie in -1\.\.-1"),
+        ({"weights": -torch.ones(3, 10)}, r"weights must be .* image 0 .* in -1\.\.-1"),
         ({"weights": torch.full((3, 10), torch.nan)}, "weights must be finite"),
         ({"weights": torch.zeros(3, 10)}, "not all zero"),
         ({"init": torch.zeros(3, 4, dtype=torch.int64)}, r"init must have shape \(3, 3\)"),

@@ -102,7 +102,7 @@ def test_imagenet_decides_by_wordnet_ids() -> None:
     for classes, count, message in (
         (["cat", "dog"], 1000, "the data have 2 classes, but the model has 1000$"),
         (["cat", *SOME], 1000, "the data have 5 classes, but the model has 1000$"),
-        ([*SOME, "n00000001"], 1000, "5 classes, but the model has 1000; 1 are no classes .*: n00000001$"),
+        ([*SOME, "n00000001"], 1000, "5 classes, but the model has 1000; 1 classes of .* are not in .*: n00000001$"),
         ([*WNIDS[1:], "n00000001"], 1000, "1 classes of the data are not in the ImageNet with 1000 classes: n0000"),
         (SOME, 100, "the data have 4 classes, but the model has 100$"),
     ):

@@ -48,5 +48,5 @@ def test_loss_schedule_and_clamping(small) -> None:
 def test_bad_use_is_named(small) -> None:
     with pytest.raises(ValueError, match="learns a schedule: leave out keep"):
         tokenpool.patch(small, SoftSelection, [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="built for 4 tokens, got 5"):
+    with pytest.raises(ValueError, match="expects 4 tokens, got 5"):
         SoftSelection(4)(torch.ones(1, 5, 2), torch.ones(1, 5))

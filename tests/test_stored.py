@@ -112,7 +112,7 @@ def test_nothing_half_written_is_ever_used(folder: Path, cache: Path, monkeypatc
     assert written(cache) == [] and not list(cache.rglob(".*.partial"))
     usage = namedtuple("Usage", "free")
     monkeypatch.setattr(stored.shutil, "disk_usage", lambda path: usage(1000))
-    with pytest.raises(OSError, match=r"^12 images take 0.0 GiB, but .* free: let \$TOKENPOOL_CACHE name a folder on"):
+    with pytest.raises(OSError, match=r"^12 images take 0.0 GiB, but .* free: set \$TOKENPOOL_CACHE to a folder on"):
         opened(folder)
     monkeypatch.undo()
     monkeypatch.setenv("TOKENPOOL_CACHE", str(cache))
