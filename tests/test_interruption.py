@@ -63,7 +63,7 @@ def kicked(monkeypatch: pytest.MonkeyPatch):
     for variable in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(variable, raising=False)
 
-    def execute(run: Run, folder: Path, number: int, steps: set[int]) -> int:
+    def until_done(run: Run, folder: Path, number: int, steps: set[int]) -> int:
         make, kicker, attempts = trainer.create, Kicker(number, steps), 0
         monkeypatch.setattr(trainer, "create", lambda run, folder, callbacks, *rest: make(
             run, folder, [kicker, *callbacks], *rest
@@ -76,7 +76,7 @@ def kicked(monkeypatch: pytest.MonkeyPatch):
             except Interrupted:
                 assert checkpoint_path(run, folder).exists()
 
-    return execute
+    return until_done
 
 
 def weights(run: Run, folder: Path) -> list[dict[str, torch.Tensor]]:
