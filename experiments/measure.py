@@ -1,4 +1,4 @@
-"""Runs that measure more than accuracy: agreement, throughput, redundancy, convergence, and what is pooled."""
+"""Runs that measure more than accuracy: agreement, throughput, redundancy, convergence and clusters."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def measure_redundancy(model: VisionTransformer, data: LightningDataModule) -> d
     """
     sums: dict[str, np.ndarray] = {}
     difference, images = 0.0, 0
-    with timing.threads(1):  # that wait for each other make small eigenvalue problems a thousand times slower
+    with timing.threads(1):  # several threads make small eigenvalue problems a thousand times slower
         for batch in _batches(model, data):
             images += len(batch)
             blocks = redundancy.signals(model, batch)

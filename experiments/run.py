@@ -1,4 +1,4 @@
-"""One run: its setting, what it was made from, and the names of its files."""
+"""One run: its setting, its identity, and the names of its files."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class Run:
     Attributes:
         stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
             of `measure.MEASURES`.
-        label: tells runs of one stage and seed apart; part of the file's name.
+        label: differs between runs of one stage and seed; part of the names of files.
         data: name of a data set, see `experiments.data_sets`; or a folder in ImageNet's layout.
         model: name of the timm model.
         variant: name of the base model in its study, empty for the main one.
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The run as JSON values, those of the recipe among them."""
+        """The run as JSON values. The fields of the recipe stand beside the others."""
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
             flat |= value if name == "recipe" else {name: value}
@@ -109,7 +109,7 @@ class Run:
 
     @classmethod
     def from_setting(cls, setting: Mapping[str, Any]) -> "Run":
-        """The run that a stored setting describes; what an older setting lacks has its default.
+        """The run that a stored setting describes. Keys that an older setting lacks have their defaults.
 
         Raises:
             TypeError: if the setting has a key that no run has.
@@ -175,7 +175,7 @@ def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: if they differ; the message names the file and the differences.
     """
-    # A setting that is younger than the file had its default then. Of its search an older file does not tell.
+    # An older file lacks newer keys, which then had their defaults, and the name of the schedule.
     before = DEFAULTS | {"schedule": run.schedule} | before
     differing = [key for key, value in run.setting.items() if plain(before.get(key)) != plain(value)]
     if differing:
@@ -184,9 +184,9 @@ def check_same(run: Run, before: dict[str, Any], path: Path) -> None:
 
 
 def check_identity(run: Run, now: dict[str, str], before: dict[str, str] | None, path: Path) -> None:
-    """Compare what a run would be made from now with what a file says that it was made from.
+    """Compare the images and weights that a run would be made from now with the identity that a file holds.
 
-    Files older than fingerprints pass where nothing came from outside of the package, or where it is not known now.
+    Older files without identity pass if nothing came from outside of the package, or if it is not known now.
 
     Args:
         run: the run.
@@ -195,7 +195,7 @@ def check_identity(run: Run, now: dict[str, str], before: dict[str, str] | None,
         path: of the file.
 
     Raises:
-        ValueError: if they differ, or if the file does not tell and the run uses images or weights from outside.
+        ValueError: if they differ, or if the file has no identity and the run uses images or weights from outside.
     """
     before = before or {}
     for key, value in now.items():
@@ -212,18 +212,18 @@ def check_identity(run: Run, now: dict[str, str], before: dict[str, str] | None,
 
 
 def _required(run: Run) -> set[str]:
-    """The fingerprints without which a result cannot be told from one of other images or weights."""
+    """Fingerprints that a result needs: without them other images or weights would not be noticed."""
     from_outside = set() if data_set(run.data).embedded else {"test_images", "train_images"}
     from_outside |= {"start_weights"} if is_path(run.start) else set()
     return from_outside | {"pretrained_weights"}
 
 
 class Identities:
-    """What runs are made from beside their setting, as fingerprints, each taken once.
+    """Fingerprints of the images and weights that runs are made from. Each is taken once.
 
     Args:
         folder: of the runs' results.
-        named: whether the images and weights that variables name now are meant.
+        named: whether to take the fingerprints of images and weights that variables name now.
     """
 
     def __init__(self, folder: Path, named: bool = True) -> None:
@@ -236,8 +236,8 @@ class Identities:
 
         Returns:
             Some of the keys `test_images`, `train_images`, `preprocessing`, `pretrained_weights` and `start_weights`.
-            Images and pretrained weights that nothing names now are left out, and so are the weights of another run
-            that is not there.
+            Images and pretrained weights that nothing names now are left out. So are the weights of another run, if
+            that run is not finished.
 
         Raises:
             FileNotFoundError: if images or weights that are named are missing.

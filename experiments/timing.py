@@ -1,4 +1,4 @@
-"""Timing: calls in turns, so that all of them meet the same machine."""
+"""Timing of calls in turns, so that all calls share the load of the machine."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ def threads(number: int) -> Iterator[None]:
 
 
 def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
-    """What the times in a stored result depend on beside the setting, as far as it tells: machine and software.
+    """Machine and software that the times in a stored result depend on, as far as the result holds them.
 
     Args:
         outcome: a result with "environment" (see `experiments.environment.environment`), and `device` in "metrics".
 
     Returns:
-        `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where it does not tell.
+        `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where the result lacks it.
     """
     environment = outcome.get("environment", {})
     parts = [environment, environment.get("versions"), environment.get("machine"), outcome["metrics"]]
@@ -39,16 +39,16 @@ def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str]:
-    """What two times depend on (see `timed_on`) where they differ, each in words; both empty where they do not.
+    """Differences between the machines and software of two times (see `timed_on`), in words; empty if there are none.
 
-    What one of them does not tell is not compared.
+    Values that one of them lacks are not compared.
     """
     names = [name for name in first if None not in (first[name], second[name]) and first[name] != second[name]]
     return tuple(", ".join(f"{name} {one[name]}" for name in names) for one in (first, second))
 
 
 def device_name(device: torch.device) -> str:
-    """What results call a device: the GPU's name, or "CPU"."""
+    """Name of a device in results: the GPU's name, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
@@ -86,7 +86,7 @@ def seconds(
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call holds at most, beyond what was held before."""
+    """The most bytes that a call allocates beyond the memory in use before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -52,7 +52,7 @@ def kicked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, Path, int, set[int
         monkeypatch.delenv(variable, raising=False)
     begin_batch = ClassificationModule.on_train_batch_start
 
-    def execute(run: Run, folder: Path, number: int, steps: set[int]) -> int:
+    def until_done(run: Run, folder: Path, number: int, steps: set[int]) -> int:
         def kick(module: ClassificationModule, *batch: Any) -> None:
             if module.trainer.global_step + 1 in steps:
                 steps.remove(module.trainer.global_step + 1)
@@ -69,7 +69,7 @@ def kicked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run, Path, int, set[int
             except Interrupted:
                 assert checkpoint_path(run, folder).exists()
 
-    return execute
+    return until_done
 
 
 def weights(run: Run, folder: Path) -> list[dict[str, torch.Tensor]]:

@@ -53,7 +53,7 @@ def study_of(
 
 
 def _name(variable: str, path: Path | None) -> None:
-    """Name images or weights by an environment variable, which the processes of a study inherit."""
+    """Store the path of images or weights in an environment variable, which the processes of a study inherit."""
     if path is None:
         return
     if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):

@@ -1,7 +1,7 @@
 """Which method, schedule and settings are best for a model that is not fine-tuned: an extension of the paper.
 
-All settings cost the same, clustering included. They are compared on one half of the images, and the choice is
-confirmed on the other half, whose images had no part in it.
+All settings cost the same, clustering included. They are compared on one half of the images. The other half, which had
+no part in the choice, confirms it.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from experiments.run import Run
 from experiments.study import Study
 from tokenpool.analysis import results
 
-REFERENCE = "tome"  # what all others are compared with
+REFERENCE = "tome"  # all others are compared with it
 HALVES = {"1/2": "made on", "2/2": "confirmed on"}
 
 
@@ -24,7 +24,7 @@ class Candidate:
 
     Attributes:
         label: part of the names of its runs.
-        title: what the table calls it.
+        title: in the table.
         downsampler: name of the method.
         options: of the method.
         family: of the schedules, see `tokenpool.schedule_for`.

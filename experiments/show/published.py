@@ -1,4 +1,4 @@
-"""The paper's published numbers, and what its models cost when counted.
+"""The paper's published numbers, and the counted costs of its models.
 
 python -m experiments.show.published    # counts anew: some minutes
 """

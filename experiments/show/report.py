@@ -104,7 +104,7 @@ def _figure_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str
 
 
 def _provenance(study: Study, artifact: Artifact) -> str | None:
-    """What a part was made from, and the command that makes it; None if it is not part of the study."""
+    """Runs and commits behind a part, and the command that makes it; None if it is not part of the study."""
     runs = artifact.runs(study)
     state, text = artifacts.status(study, artifact.key)
     if state == "none":
@@ -119,7 +119,7 @@ def _provenance(study: Study, artifact: Artifact) -> str | None:
 
 
 def _described(figure: Figure) -> str:
-    """What is drawn, for those who cannot see it: the axes and the curves of each panel."""
+    """Description of a figure for readers who cannot see it: the axes and the curves of each panel."""
     panels = []
     for ax in figure.axes:
         curves = ", ".join(ax.get_legend_handles_labels()[1])
@@ -129,7 +129,7 @@ def _described(figure: Figure) -> str:
 
 
 def _embedded(figure: Figure) -> str:
-    """A figure as a data URI; as SVG in an image of its own, so that no two share names inside."""
+    """A figure as a data URI. It is an image of its own, so that the names inside of two SVGs do not clash."""
     buffer = io.BytesIO()
     with plt.rc_context({"svg.hashsalt": "tokenpool"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

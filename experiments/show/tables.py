@@ -30,7 +30,7 @@ class Section:
         title: what it shows, on which data.
         shown: the cells, as text.
         raw: the numbers behind them.
-        notes: what a reader should know.
+        notes: for readers.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Section:
 
 
 def each(build: Callable[[Study, pd.DataFrame], list[Section]]) -> Callable[[Sequence[Source]], list[Section]]:
-    """How to make a table of one study, as the registry of artifacts takes it; several studies stand one after another.
+    """How to make a table of each study, as the registry of artifacts takes it.
 
     Args:
         build: gives the parts of one study, from its finished runs. The paper's part is the same for all studies.
@@ -81,10 +81,10 @@ def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
 
 
 def cost_accuracy(runs: pd.DataFrame) -> pd.DataFrame:
-    """Every setting once: its cost, and top-1 as the mean over seeds with its standard error.
+    """One row for each setting: its cost, and top-1 as the mean over seeds with its standard error.
 
-    With one seed the error is that of the finite test set, with several it is that of the mean over seeds. The rows go
-    by downsampler, in the order of their first appearance, and by falling cost.
+    With one seed it is the standard error of the finite test set, with several that of the mean over seeds. Rows are
+    sorted by downsampler, in the order of first appearance, and by falling cost.
 
     Args:
         runs: one row a run, from `Study.points` or `tokenpool.results.load`.
@@ -125,7 +125,7 @@ def differences(runs: pd.DataFrame, reference: str = "power_bert") -> pd.DataFra
         reference: name of the method to compare with.
 
     Raises:
-        ValueError: if the runs are of different base models, options or recipes: which ones are compared is not clear.
+        ValueError: if the runs have different base models, options or recipes, so that pairs are ambiguous.
     """
     runs = _with_defaults(runs[(runs["stage"] == "finetune") & runs["level"].notna()])
     common = [name for name in _SETTING if name not in (*_OF_A_SEED, *_OF_A_PAIR)]
@@ -143,7 +143,7 @@ def differences(runs: pd.DataFrame, reference: str = "power_bert") -> pd.DataFra
 
 
 def _with_defaults(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with what a setting had by default where a file is older than the setting."""
+    """The runs, with defaults for the settings that older files lack."""
     present = {
         name: value for name, value in DEFAULTS.items() if name in runs and isinstance(value, str | bool | int | float)
     }
