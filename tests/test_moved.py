@@ -44,6 +44,7 @@ def test_names_import_from_several_modules_and_unknown_ones_do_not(monkeypatch: 
         import_module("tokenpool.nothing")
 
 
+@pytest.mark.slow
 def test_public_names_of_the_package_do_not_warn() -> None:
     code = f"from tokenpool import {', '.join(PUBLIC)}; import tokenpool; tokenpool.compare; tokenpool.plotting.strip"
     subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code], check=True, cwd=ROOT)
