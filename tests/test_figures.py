@@ -275,6 +275,7 @@ def test_throughput_alternates() -> None:
     assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
 
 
+@pytest.mark.slow
 def test_report_is_one_whole_page(committed: dict[str, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few of the figures; tests/test_studies.py writes a page with all of them."""
     monkeypatch.setattr(figures, "NAMES", FEW)
