@@ -159,6 +159,7 @@ def _plain(study: Study, stage: str) -> np.ndarray:
 @pytest.mark.parametrize(
     "pattern", ["finetune-none-*", "finetune-wkmedoids-level*", "throughput-*", "search-*", "clusters-*"]
 )
+@pytest.mark.slow
 def test_every_figure_copes_with_one_study(pattern: str, tmp_path: Path) -> None:
     for path in (RESULTS / "digits").glob(f"{pattern}.json"):
         shutil.copy(path, tmp_path)
