@@ -212,6 +212,7 @@ def test_wrappers_name_what_is_inside(small, wrap: Callable, inner: str) -> None
             call(wrap(tokenpool.patch(small, "wkmedoids", KEEP)))
 
 
+@pytest.mark.slow
 def test_adapters_count_with_their_layers(small) -> None:
     plain = flops.count(tokenpool.patch(small, "wkmedoids", KEEP)).parts
     model = peft.get_peft_model(small, peft.LoraConfig(r=8, target_modules=["qkv"]))

@@ -168,6 +168,7 @@ def test_the_search_meets_any_budget(
     check(keep, macs, tokens, total)
 
 
+@pytest.mark.slow
 def test_a_budget_that_once_kept_one_token() -> None:
     model = timm.create_model("deit_tiny_patch16_224")
     start = time.perf_counter()

@@ -80,6 +80,7 @@ def needed(name: str) -> pd.DataFrame:
     return found.points(needs(found, "table claims"))
 
 
+@pytest.mark.slow
 def test_verdicts_follow_from_the_stored_bits(rows: pd.DataFrame) -> None:
     """The claim that the paper is about holds on natural images; weights do not help there; digits decide neither."""
     by_claim = rows.set_index(["claim", "data"])

@@ -329,6 +329,7 @@ def test_autocast_and_half_precision(cluster) -> None:
 
 
 @ALL
+@pytest.mark.slow
 def test_in_a_graph_without_a_break(cluster) -> None:
     tokens, weights = images()
     for k in (7, 35):

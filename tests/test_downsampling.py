@@ -232,6 +232,7 @@ def test_help_describes_a_registered_method(first: Method, in_process, monkeypat
     assert "first - the first K tokens" in shown
 
 
+@pytest.mark.slow
 def test_a_registered_method_is_in_the_study(first: Method, tmp_path: Path) -> None:
     """Runs, figures and tables of its kind, drawn from results that are made from the shipped ones of PoWER-BERT."""
     study = Study(presets.get("digits"), tmp_path)

@@ -132,6 +132,7 @@ def test_differences_are_paired() -> None:
     assert "+1.50 ± 0.50" in tables.differences_markdown(found.reset_index())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     run = training_run()
     execute.execute(run, tmp_path / "whole")
@@ -241,6 +242,7 @@ def test_a_checkpoint_of_another_setting_is_not_resumed(tmp_path: Path) -> None:
         execute.execute(training_run(split=3), tmp_path)
 
 
+@pytest.mark.slow
 def test_image_folders_resume_exactly(tmp_path: Path) -> None:
     """With workers, shuffling and augmentation."""
     random = np.random.default_rng(0)
@@ -262,6 +264,7 @@ def test_image_folders_resume_exactly(tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_stored_images_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Light augmentation, killed in the second epoch; and prepared beforehand, so that no run decodes an image."""
     monkeypatch.setenv("TOKENPOOL_CACHE", str(tmp_path / "cache"))

@@ -53,6 +53,7 @@ def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: 
     assert np.asarray(Image.open(written)).std() > 10  # something is drawn
 
 
+@pytest.mark.slow
 def test_a_budget_and_what_it_really_costs(weights: Path, tmp_path: Path) -> None:
     picture("RGB", (160, 160)).save(tmp_path / "photo.png")
     plain, pooled, *_ = run(tmp_path / "photo.png", weights, tmp_path / "out", "kmedoids", gmacs=0.02)
@@ -95,6 +96,7 @@ def test_models_of_other_images_are_refused(weights: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("classes, named", [(0, ""), (2, "; class 0 50%, class 1 50%")])
+@pytest.mark.slow
 def test_classes_are_named_as_far_as_the_model_has_any(
     classes: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_classes_are_named_as_far_as_the_model_has_any(
     assert plain.partition(" GMACs")[2] == named and pooled.endswith(named) and "class" not in pooled.replace(named, "")
 
 
+@pytest.mark.slow
 def test_the_command(weights: Path, tmp_path: Path, in_process) -> None:
     picture("RGB", (300, 200)).save(tmp_path / "photo.png")
     command = ["explain", str(tmp_path / "photo.png")]

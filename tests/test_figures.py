@@ -160,6 +160,7 @@ def _plain(study: Study, stage: str) -> np.ndarray:
 @pytest.mark.parametrize(
     "pattern", ["finetune-none-*", "finetune-wkmedoids-level*", "throughput-*", "search-*", "clusters-*"]
 )
+@pytest.mark.slow
 def test_every_figure_copes_with_one_study(pattern: str, tmp_path: Path) -> None:
     for path in (RESULTS / "digits").glob(f"{pattern}.json"):
         shutil.copy(path, tmp_path)
@@ -276,6 +277,7 @@ def test_throughput_alternates() -> None:
     assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
 
 
+@pytest.mark.slow
 def test_report_is_one_whole_page(committed: dict[str, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With few of the figures; tests/test_studies.py writes a page with all of them."""
     few = {key: each for key, each in artifacts.ARTIFACTS.items() if each.kind == "table" or each.name in FEW}

@@ -154,6 +154,7 @@ def test_signals_are_those_of_the_attention(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", HEADS)
+@pytest.mark.slow
 def test_each_multiply_add_has_a_part(family: str) -> None:
     model = create(family)
     parts = flops.count(model).parts

@@ -124,6 +124,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, monkeypatch: 
     assert state["global_step"] == 10 and state["state_dict"]["model.head.bias"].isfinite().all()
 
 
+@pytest.mark.slow
 def test_an_epoch_without_validation_has_no_validation_metrics(tmp_path: Path) -> None:
     run = Run.from_setting(RUN.setting | {"epochs": 2, "trainer_options": {"check_val_every_n_epoch": 2}})
     execute.execute(run, tmp_path)
@@ -137,6 +138,7 @@ def test_a_run_that_tests_no_image_is_refused(tmp_path: Path) -> None:
         execute.execute(run, tmp_path)
 
 
+@pytest.mark.slow
 def test_under_slurm_the_job_is_requeued(tmp_path: Path, kicked, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()
@@ -295,6 +297,7 @@ def test_tasks_of_slurm_are_processes_where_srun_has_started_them(
 
 
 @pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 1)])
+@pytest.mark.slow
 def test_peak_memory_is_in_gib_on_every_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, unit: int
 ) -> None:

@@ -39,6 +39,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base model, search and fine-tuning in small, from weights for 1000 classes."""
     pretrained = timm.create_model("deit_tiny_patch16_224", **SMALL)
@@ -78,6 +79,7 @@ def test_cifar10_fine_tunes_a_pretrained_model(images: Path, tmp_path: Path, mon
     assert str(tmp_path) not in result_path(runs[0], folder).read_text()
 
 
+@pytest.mark.slow
 def test_cifar10_128_starts_from_weights_for_larger_images(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

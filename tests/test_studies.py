@@ -112,6 +112,7 @@ def test_schedules_come_from_finished_runs_where_the_search_is_gone(one_study: S
 
 
 @pytest.mark.parametrize("stage", ["base", "search", "finetune"])
+@pytest.mark.slow
 def test_missing_goes_on_after_a_broken_file(stage: str, tmp_path: Path) -> None:
     for path in (RESULTS / "digits").glob("*.json"):
         shutil.copy(path, tmp_path)
