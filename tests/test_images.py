@@ -148,9 +148,7 @@ def test_broken_images_are_named(write, folder: Path, tmp_path: Path) -> None:
     path = folder / "val" / "green" / "0.jpg"
     path.write_bytes(path.read_bytes()[:-200])
     images = open_images(write(folder, tmp_path / "hub"), "val")
-    with pytest.raises(
-        ValueError, match=r"^cannot read image 3 of validation of hf:.*hub \(.*\.jpg\): Pillow does not know"
-    ):
+    with pytest.raises(ValueError, match=r"^cannot read image 3 of validation of hf:.*hub \(.*\.jpg\): Pillow does"):
         images[3]
     with pytest.raises(ValueError, match=r"^cannot read image 0 of validation of hf:.* truncated"):
         images[0]
