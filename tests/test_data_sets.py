@@ -34,7 +34,7 @@ def test_an_embedded_data_set_is_one_entry(mine: DataSet, tmp_path: Path) -> Non
         data_module(replace(run, limit=5))
     checks.check_data([run])  # needs no folder
     digits = presets.get("digits")
-    with pytest.raises(ValueError, match="only image folders can be limited, not my digits"):
+    with pytest.raises(ValueError, match="redundancy_images = 5 must be 0 for my digits"):
         replace(digits, name="own", data="mine", redundancy_images=5)
     runs = everything(Study(replace(digits, name="own", data="mine"), tmp_path))
     assert {run.split for run in runs} == {0} and {run.seed for run in runs} == {0, 1, 2}
