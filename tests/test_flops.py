@@ -103,6 +103,7 @@ def test_printed_figures_of_tables_3_to_5(row: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("model, counted", [("deit_small", 0), ("deit_e318", 3), ("deit_e252", 7)])
+@pytest.mark.slow
 def test_the_models_cost_what_the_paper_prints(model: str, counted: int) -> None:
     """All 24 schedules by the costs of the real models' layers, one a model by a pass through it.
 

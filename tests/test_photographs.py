@@ -10,7 +10,7 @@ from tokenpool.training.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 LEVEL_3 = tokenpool.schedules.paper("deit_e252", 3)
-IMAGES = 100
+IMAGES = 200
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def top1(model: torch.nn.Module, batches: list) -> float:
     return 100 * sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches) / IMAGES
 
 
-# An independent implementation got 79, 36, 18, 20 and 72 % on 500 of the images; the standard error here is 5 points.
+# An independent implementation got 79, 36, 18, 20 and 72 % on 500 of the images; the standard error here is 3.5 points.
 @pytest.mark.parametrize(
     "method, carry, low, high",
     [
-        ("none", False, 69, 93),
-        ("power_bert", False, 24, 48),
-        ("random", False, 5, 30),
-        ("wkmedoids", False, 8, 32),
-        ("wkmedoids", True, 60, 84),
-        ("kmeans", True, 60, 88),
+        ("none", False, 72, 90),
+        ("power_bert", False, 26, 46),
+        ("random", False, 5, 28),
+        ("wkmedoids", False, 10, 30),
+        ("wkmedoids", True, 64, 80),
+        ("kmeans", True, 64, 85),
     ],
 )
 def test_accuracy_without_fine_tuning(photographs, method: str, carry: bool, low: float, high: float) -> None:
@@ -57,7 +57,7 @@ def test_accuracy_without_fine_tuning(photographs, method: str, carry: bool, low
 def test_clustering_reconstructs_better_than_selecting(photographs) -> None:
     """Objective (9): Token Pooling is meant to minimise it, block by block."""
     model, batches = photographs
-    images = batches[0][0][:8]
+    images = batches[0][0][:16]
     errors = {}
     for method in ("random", "power_bert", "kmedoids", "kmeans"):
         trace = tokenpool.trace(tokenpool.patch(model, method, LEVEL_3, carry=True), images)
