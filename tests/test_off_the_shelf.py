@@ -103,7 +103,7 @@ def test_the_tables_of_the_readme_are_the_runs() -> None:
     study = Study(presets.get("pretrained"), root / "results" / "pretrained")
     rows = off_the_shelf.compared(study.points(artifacts.needs(study, "table off_the_shelf")))
     rows = rows[rows["part"] == "2/2"].set_index(["candidate", "gmacs"])
-    readme = (root / "README.md").read_text()
+    readme = (root / "docs" / "results.md").read_text()
     for candidate in off_the_shelf.CANDIDATES:
         if candidate.finalist:
             cells = []

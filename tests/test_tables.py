@@ -107,7 +107,7 @@ def test_best_keeps_what_nothing_cheaper_beats() -> None:
 @pytest.mark.parametrize("name", artifacts.names("table"))
 def test_tables_are_written(name: str, digits: Study, pretrained: Study, tmp_path: Path) -> None:
     parts = artifacts.sections([pretrained if name == "off_the_shelf" else digits], name)
-    expected = {"1": ["paper"], "off_the_shelf": ["pretrained-half1", "pretrained-half2"]}
+    expected = {"claims": ["digits"], "1": ["paper"], "off_the_shelf": ["pretrained-half1", "pretrained-half2"]}
     assert [part.name for part in parts] == expected.get(name, ["paper", "digits"])
     files = tables.write(parts, name, tmp_path)
     assert {file.suffix for file in files} == {".md", ".tex", ".csv"}
@@ -128,7 +128,7 @@ def test_ours_stand_beside_print(digits: Study) -> None:
 
 
 def test_an_unknown_table_lists_the_known_ones(digits: Study) -> None:
-    with pytest.raises(ValueError, match=r"unknown table '9'; known are 1, 2, 3, 4, 5, off_the_shelf, all"):
+    with pytest.raises(ValueError, match=r"unknown table '9'; known are claims, 1, 2, 3, 4, 5, off_the_shelf, all"):
         artifacts.sections([digits], "9")
 
 
@@ -139,9 +139,7 @@ def test_levels_of_the_schedules() -> None:
 def test_differences_of_all_runs_of_a_folder_are_refused(digits: Study) -> None:
     """They would be a mean over base models of four widths, two kinds of attention and two of initial centres."""
     runs = results.load(RESULTS / "digits")
-    with pytest.raises(
-        ValueError, match=r"^differences cannot .* variant is .*; model_options is .* first, by variant"
-    ):
+    with pytest.raises(ValueError, match=r"^differences cannot .* variant is .*; model_options is .* frame by variant"):
         tables.differences(runs)
     main = runs[runs["variant"].fillna("") == ""]
     with pytest.raises(ValueError, match=r"rows of downsampler kmedoids that differ: options is empty or .*random"):

@@ -29,7 +29,7 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         studies: whose runs to show, the first one first.
         path: of the file to write.
     """
-    items = [_item(studies, each) for each in tqdm(artifacts.ARTIFACTS.values(), unit="picture", leave=False)]
+    items = [_item(studies, each) for each in tqdm(shown(), unit="picture", leave=False)]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         items=items,
@@ -41,6 +41,11 @@ def write(studies: Sequence[Study], path: Path) -> Path:
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def shown() -> Sequence[Artifact]:
+    """The tables and figures of the page, in their order."""
+    return list(artifacts.ARTIFACTS.values())
 
 
 def _item(studies: Sequence[Study], artifact: Artifact) -> dict[str, Any]:
