@@ -16,6 +16,7 @@ from experiments.artifacts import needs
 from experiments.show import claims, estimates
 from experiments.show.estimates import CONTRADICTED, MIXED, NO_DATA, OPEN, REPRODUCED, Estimate, Target
 from experiments.study import Study
+from tokenpool.analysis import bits
 
 RESULTS = Path(__file__).parents[1] / "results"
 NUMBERS = st.floats(-100, 100)
@@ -121,3 +122,29 @@ def test_the_table_shows_every_number_with_its_verdict(rows: pd.DataFrame) -> No
         cell = shown.set_index("claim").at[row.claim, row.data]
         assert (cell == "-") == (row.verdict == NO_DATA) == math.isnan(row.value)
         assert cell == "-" or (f"{row.value:.1f}" in cell and claims.MARKS[row.verdict] in cell)
+
+
+def test_the_saving_is_of_default_options_and_rests_on_one_seed() -> None:
+    """A run with random centres or normalised attention that is cheap and good changes nothing."""
+    digits, runs = study("digits"), needed("digits")
+    found = estimates.saving(digits, runs)
+    assert found.seeds == 1 and estimates.ABOVE.verdict(found) == OPEN
+    tuned = runs[(runs["stage"] == "finetune") & (runs["downsampler"] == "wkmedoids") & (runs["seed"] == 0)]
+    others = tuned[(tuned["options"].map(len) > 0) | tuned["qk_norm"].eq("l2")]
+    assert set(others["variant"]) == {"", "alpha", "alpha1"}
+    better = runs.assign(top1=runs["top1"].where(~runs["run"].isin(others["run"]), 100.0))
+    assert estimates.saving(digits, better) == found
+
+
+def test_convolutions_are_chosen_by_other_images_than_they_are_compared_by() -> None:
+    """Right on every image of the first half of the pairs and on none of the rest: chosen, and then worth nothing."""
+    runs = needed("cifar10_128")
+    lucky = (
+        runs[runs["downsampler"].eq("convolution") & runs["stage"].eq("finetune")].nsmallest(1, "gmacs")["run"].item()
+    )
+    right = bits.encode(np.arange(10_000) % 2 == 0)
+    cheated = runs.assign(correct=runs["correct"].where(runs["run"] != lucky, right))
+    cheated["top1"] = cheated["top1"].where(cheated["run"] != lucky, 50.0)
+    found = estimates.above_convolution(study("cifar10_128"), cheated)
+    honest = estimates.above_convolution(study("cifar10_128"), runs)
+    assert found.value > honest.value and found.seeds == 1

@@ -134,6 +134,8 @@ def _show_joint(chosen: Sequence[Artifact], output: Path) -> None:
                 "no results of a preset are in results/: choose one by --preset, and its runs by --results"
             )
         print(f"{artifact.key}: {', '.join(map(str, written))}")
+        for study in studies:
+            print(f"    from {study.folder}: {artifacts.status(study, artifact.key)[1]}")
 
 
 def _missing_lines(study: Study, runs: Sequence[Run], jobs: int) -> list[str]:

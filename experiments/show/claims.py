@@ -27,7 +27,6 @@ from experiments.show.estimates import (
 )
 from experiments.show.tables import Section, Source
 from experiments.study import Study
-from tokenpool.analysis import comparison
 
 RULE = (
     "A number reproduces the claim (yes) if its whole 95 % interval lies in the target, and contradicts it (no) if the "
@@ -188,7 +187,7 @@ def claims() -> list[Claim]:
             "5.1, Figure 3a",
             "points",
             ABOVE,
-            estimates.against_widths("convolution"),
+            estimates.cheap_convolutions_against_widths,
         ),
         Claim(
             "Convolution fails at high cost: WK-Medoids minus convolution",
@@ -310,13 +309,7 @@ def _printed(method: str, other: str, at: str = "schedule") -> str:
     if at == "cost":
         plain = published.plain_models()
         theirs = pd.concat([theirs, plain[plain["model"] == "deit_small"].assign(seed=0, run="none")])
-    both = pd.concat([rows[rows["downsampler"] == method].assign(side="ours"), theirs.assign(side="theirs")])
-    both = both.reset_index(drop=True)
-    top1 = both["top1"].to_numpy()
-    found = [
-        top1[row] - sum(weight * top1[other] for other, weight in partners.items())
-        for row, partners in comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
-    ]
+    found = estimates.top1_differences(*estimates.paired(rows[rows["downsampler"] == method], theirs, at))
     return f"{np.mean(found):+.1f}, from {min(found):+.1f} to {max(found):+.1f}"
 
 

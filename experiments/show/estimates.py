@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 import tokenpool
+from experiments.show import tables
 from experiments.study import Study
 from tokenpool.analysis import bits, comparison, pareto
 
@@ -87,23 +88,21 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, at: str = "schedule") -
     """
     if ours.empty or theirs.empty:
         return None
-    both = pd.concat([ours.assign(side="ours"), theirs.assign(side="theirs")], ignore_index=True)
-    pairs = comparison.pairs(both, {"side": "ours"}, {"side": "theirs"}, at)
+    both, pairs = paired(ours, theirs, at)
     if not pairs:
         return None
     used = both.iloc[sorted({row for row, partners in pairs for row in (row, *partners)})]
     trained = bool((used["stage"] != "evaluate").any())
-    if "correct" in used and used["correct"].notna().all():
-        found = tokenpool.compare(both, {"side": "ours"}, {"side": "theirs"}, at=at)
+    if _store_bits(used):
+        found = tokenpool.compare(both, *_SIDES, at=at)
         return Estimate(found.difference, found.low, found.high, found.seeds if trained else None)
-    top1, error = both["top1"].to_numpy(float), both["top1_error"].to_numpy(float)
+    error = both["top1_error"].to_numpy(float)
     found = pd.DataFrame(
         {
-            "seed": both["seed"].to_numpy()[row],
-            "difference": top1[row] - sum(weight * top1[other] for other, weight in partners.items()),
-            "error": math.hypot(error[row], sum(weight * error[other] for other, weight in partners.items())),
+            "seed": both["seed"].to_numpy()[[row for row, _ in pairs]],
+            "difference": top1_differences(both, pairs),
+            "error": [math.hypot(error[row], _interpolated(error, partners)) for row, partners in pairs],
         }
-        for row, partners in pairs
     )
     by_seed = found.groupby("seed").mean()
     mean, seeds = float(by_seed["difference"].mean()), len(by_seed)
@@ -112,6 +111,30 @@ def difference(ours: pd.DataFrame, theirs: pd.DataFrame, at: str = "schedule") -
     else:
         half = float(stats.norm.ppf(0.975) * by_seed["error"].iloc[0])
     return Estimate(mean, mean - half, mean + half, seeds if trained else None)
+
+
+_SIDES = {"side": "ours"}, {"side": "theirs"}
+
+
+def paired(ours: pd.DataFrame, theirs: pd.DataFrame, at: str) -> tuple[pd.DataFrame, list[comparison.Pair]]:
+    """One frame of both sides, and its pairs as `tokenpool.compare` forms them."""
+    both = pd.concat([ours.assign(side="ours"), theirs.assign(side="theirs")], ignore_index=True)
+    return both, comparison.pairs(both, *_SIDES, at)
+
+
+def top1_differences(both: pd.DataFrame, pairs: Sequence[comparison.Pair]) -> list[float]:
+    """Top-1 of each pair's run minus that of its partners, from `paired`."""
+    top1 = both["top1"].to_numpy(float)
+    return [top1[row] - _interpolated(top1, partners) for row, partners in pairs]
+
+
+def _interpolated(values: np.ndarray, partners: dict[int, float]) -> float:
+    return sum(weight * values[other] for other, weight in partners.items())
+
+
+def _store_bits(runs: pd.DataFrame) -> bool:
+    """Whether all of the runs store which images were right."""
+    return "correct" in runs and bool(runs["correct"].notna().all())
 
 
 def _tuned(runs: pd.DataFrame, method: str, variant: str = "", carry: bool = False, **options: object) -> pd.DataFrame:
@@ -137,52 +160,57 @@ def better(method: str, other: str, at: str = "schedule") -> Callable[[Study, pd
     return estimate
 
 
-def against_widths(methods: str) -> Callable[[Study, pd.DataFrame], Estimate | None]:
+def against_widths(method: str) -> Callable[[Study, pd.DataFrame], Estimate | None]:
     """Top-1 of a method minus that of plain models of other widths, at equal cost."""
 
     def estimate(study: Study, runs: pd.DataFrame) -> Estimate | None:
         widths = _widths(study, runs)
-        if widths["variant"].nunique() < 2:
-            return None
-        if methods != "convolution":
-            return difference(_tuned(runs, methods), widths, "cost")
-        cheap = _best_convolutions(runs)
-        return difference(cheap[cheap["gmacs"] < 0.5 * _tuned(runs, "none")["gmacs"].max()], widths, "cost")
+        return difference(_tuned(runs, method), widths, "cost") if widths["variant"].nunique() > 1 else None
 
     return estimate
 
 
-def _widths(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
-    """The fine-tuned plain models of the family."""
+def cheap_convolutions_against_widths(study: Study, runs: pd.DataFrame) -> Estimate | None:
+    """Top-1 of the best convolutions minus that of plain models of other widths, at equal cost.
+
+    Convolutions that cost less than half of the plain model count. For their choice see `_best_convolutions`.
+    """
+    runs, best = _best_convolutions(runs)
+    widths = _widths(study, runs)
+    if widths["variant"].nunique() < 2:
+        return None
+    return difference(best[best["gmacs"] < 0.5 * _tuned(runs, "none")["gmacs"].max()], widths, "cost")
+
+
+def _widths(study: Study, runs: pd.DataFrame, method: str = "none") -> pd.DataFrame:
+    """The fine-tuned runs of a method on all models of the family, with default options."""
     names = {"", *(variant.name for variant in study.preset.family.values())}
-    rows = _of(runs, "finetune", "none")
-    return rows[rows["variant"].isin(names)]
+    rows = _of(runs, "finetune", method)
+    return rows[rows["variant"].isin(names) & (rows["options"].map(len) == 0)]
 
 
-def _best_convolutions(runs: pd.DataFrame) -> pd.DataFrame:
-    """Those placements that no cheaper one equals or beats, by seed."""
-    rows = _of(runs, "finetune", "convolution")
-    fronts = [pareto.front(of_seed) for _, of_seed in rows.groupby("seed")]
-    return pd.concat(fronts) if fronts else rows
+def _best_convolutions(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The fine-tuned runs to compare, and those convolutions among them that no cheaper one equals or beats, by seed.
+
+    The convolutions are chosen by every other test image, and the runs that are returned have the other half. Runs that
+    do not store which images were right are chosen and compared by all images, in favour of convolution.
+    """
+    runs = runs[runs["stage"] == "finetune"]
+    halves = (_on_half(runs, 0), _on_half(runs, 1)) if _store_bits(runs) else (runs, runs)
+    chosen, compared = (_of(half, "finetune", "convolution") for half in halves)
+    names = [name for _, of_seed in chosen.groupby("seed") for name in pareto.front(of_seed)["run"]]
+    return halves[1], compared[compared["run"].isin(names)]
 
 
 def above_convolution(study: Study, runs: pd.DataFrame, cheapest: float = 0.0) -> Estimate | None:
-    """WK-Medoids minus the best convolutions, at equal cost, of more than a share of the plain model's.
-
-    The best placements are chosen by every other test image, and compared by the rest.
-    """
-    ours, convolutions, plain = _tuned(runs, "wkmedoids"), _of(runs, "finetune", "convolution"), _tuned(runs, "none")
-    if convolutions.empty or ours.empty:
+    """WK-Medoids minus the best convolutions, at equal cost, of more than a share of the plain model's."""
+    runs, best = _best_convolutions(runs)
+    plain = _tuned(runs, "none")
+    ours = _tuned(runs, "wkmedoids")
+    if best.empty:
         return None
-    if "correct" in runs:
-        chosen = _best_convolutions(_on_half(convolutions, 0))["run"]
-        ours, convolutions, plain = (_on_half(rows, 1) for rows in (ours, convolutions, plain))
-        convolutions = convolutions[convolutions["run"].isin(chosen)]
-    else:
-        convolutions = _best_convolutions(convolutions)
-    curve = pd.concat([convolutions, plain[plain["seed"].isin(convolutions["seed"])]])
-    dear = ours["gmacs"] > cheapest * _tuned(runs, "none")["gmacs"].max()
-    return difference(ours[dear], curve, "cost")
+    curve = pd.concat([best, plain[plain["seed"].isin(best["seed"])]])
+    return difference(ours[ours["gmacs"] > cheapest * plain["gmacs"].max()], curve, "cost")
 
 
 def _on_half(rows: pd.DataFrame, first: int) -> pd.DataFrame:
@@ -233,20 +261,22 @@ def saving(study: Study, runs: pd.DataFrame) -> Estimate | None:
 
     The interval holds the savings at the ends of the 95 % interval of the accuracies' difference.
     """
-    widths = _widths(study, runs)
-    if widths["variant"].nunique() < 2:
+    runs = runs[runs["seed"].isin(study.extra_seeds)]  # which all widths have
+    plain, pooled = (_widths(study, runs, method) for method in ("none", "wkmedoids"))
+    if plain["variant"].nunique() < 2 or pooled.empty:
         return None
-    pooled = pareto.front(_of(runs, "finetune", "wkmedoids").query("seed in @study.extra_seeds"))
-    plain = widths.sort_values("gmacs").iloc[0]
-    spread = stats.norm.ppf(0.975) * math.hypot(plain["top1_error"], pooled["top1_error"].max())
-    costs, top1 = pooled["gmacs"].to_numpy(), pooled["top1"].to_numpy()
+    cheapest = tables.cost_accuracy(plain).sort_values("gmacs").iloc[0]
+    front = pareto.front(tables.cost_accuracy(pooled))
+    spread = stats.norm.ppf(0.975) * math.hypot(cheapest["top1_error"], front["top1_error"].max())
+    costs, top1 = front["gmacs"].to_numpy(), front["top1"].to_numpy()
 
     def saved(accuracy: float) -> float:
         if accuracy > top1[-1]:
             return -math.inf  # no pooled model is as good
-        return 100 * (1 - float(np.interp(accuracy, top1, costs)) / plain["gmacs"])
+        return 100 * (1 - float(np.interp(accuracy, top1, costs)) / cheapest["gmacs"])
 
-    return Estimate(saved(plain["top1"]), saved(plain["top1"] + spread), saved(plain["top1"] - spread))
+    ends = (cheapest["top1"] + shift for shift in (0, spread, -spread))
+    return Estimate(*map(saved, ends), int(pooled["seed"].nunique()))
 
 
 # Other numbers.

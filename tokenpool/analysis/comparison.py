@@ -158,11 +158,11 @@ def _same_cost(ours: pd.DataFrame, theirs: pd.DataFrame) -> list[Pair]:
         costs, rows = curve["gmacs"].to_numpy(), curve["row"].tolist()
         for run in ours[ours["seed"] == seed].itertuples():
             if costs[0] <= run.gmacs <= costs[-1]:
-                pairs.append((run.row, interpolation(run.gmacs, costs, rows)))
+                pairs.append((run.row, _interpolation(run.gmacs, costs, rows)))
     return pairs
 
 
-def interpolation(cost: float, costs: np.ndarray, rows: list[int]) -> dict[int, float]:
+def _interpolation(cost: float, costs: np.ndarray, rows: list[int]) -> dict[int, float]:
     """Return the weights of the neighbours of a cost for linear interpolation.
 
     Args:
