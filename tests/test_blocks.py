@@ -148,8 +148,8 @@ def test_a_few_images_at_a_time_travel_together_when_they_are_few_tokens(small, 
     calls = []
     tokenpool.patch(small, "power_bert", KEEP)
     for block in small.blocks:
-        block.forward = lambda stream, block=block: (
-            calls.append(len(stream.tokens)) or type(block).forward(block, stream)
+        block.feed_forward = lambda tokens, block=block: (
+            calls.append(len(tokens)) or type(block).feed_forward(block, tokens)
         )
     monkeypatch.setattr(tokenpool.micro_batch, "BLOCK_FLOATS", 2 * 48 * 37)
     images = torch.cat([photos, photos])[:5]

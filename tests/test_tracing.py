@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tokenpool
-from tokenpool.blocks import compose
+from tokenpool.stream import compose
 from tokenpool.downsampling import Downsampled
 from tokenpool.tracing import reconstruction_error
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokenpool import clustering, deit, flops, gpu, hosts, moved, schedules
-from tokenpool.blocks import unpool
+from tokenpool.stream import unpool
 from tokenpool.budget import schedule_for
 from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler

@@ -22,7 +22,7 @@ _HOOKS = {
 
 
 def adopt(guest: nn.Module, host: nn.Module) -> None:
-    """Give a guest the host's children under the same names, and the host's mode (training or evaluation).
+    """Give a guest the host's children, parameters and buffers under the same names, and the host's mode.
 
     Each child then has two parents. Only the guest is in the model, so a user replaces children in the guest.
 
@@ -30,23 +30,31 @@ def adopt(guest: nn.Module, host: nn.Module) -> None:
         guest: the pooled module.
         host: the model's own module.
     """
-    for name, child in host._modules.items():  # named_children would skip a module that has two names
-        guest.add_module(name, child)
-    guest.training = host.training
+    _copy(host, guest)
 
 
 def give_back(guest: nn.Module, host: nn.Module, but: tuple[str, ...] = ()) -> None:
-    """Give a host the guest's current children and the guest's mode.
+    """Give a host the guest's current children, parameters and buffers, and the guest's mode.
 
     Args:
         guest: the pooled module.
         host: the model's own module.
-        but: names of children that belong to the guest alone.
+        but: names of children and parameters that belong to the guest alone.
     """
-    for name, child in guest._modules.items():
+    _copy(guest, host, but)
+
+
+def _copy(source: nn.Module, target: nn.Module, but: tuple[str, ...] = ()) -> None:
+    for name, child in source._modules.items():  # named_children would skip a module that has two names
         if name not in but:
-            host.add_module(name, child)
-    host.training = guest.training
+            target.add_module(name, child)
+    for name, parameter in source._parameters.items():
+        if name not in but:
+            target.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        if name not in but:
+            target.register_buffer(name, buffer, persistent=name not in source._non_persistent_buffers_set)
+    target.training = source.training
 
 
 def check_exchangeable(module: nn.Module, name: str, own: tuple[str, ...] = ()) -> None:

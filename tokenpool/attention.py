@@ -1,10 +1,9 @@
 """Attention that also returns significance scores, weighs keys by size, and can normalise queries and keys."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
 from tokenpool import gpu, micro_batch
@@ -30,16 +29,22 @@ class Attended(NamedTuple):
 class ScoredAttention(nn.Module):
     """timm's `Attention` plus significance scores, proportional attention and l2-normalised queries and keys.
 
-    The module adopts the submodules of a timm attention under the same names, so that parameters and checkpoints stay
-    the same. A learned alpha adds one parameter, `alpha`.
+    The module adopts the submodules and parameters of the model's own attention under the same names, so that
+    checkpoints stay the same. A learned alpha adds one parameter, `alpha`. For other attentions than timm's
+    `Attention`, a subclass replaces `project`, `rotate` and `finish`.
+
+    Class attributes that a subclass sets:
+        OWN: names of parameters and buffers of the attention itself. All others belong to its submodules.
 
     Args:
-        host: the timm attention to adopt.
+        host: the attention to adopt, with the attributes `num_heads`, `head_dim` and `scale`.
         qk_norm: None, or "l2" to normalise queries and keys to unit length and to multiply the logits of equation (6)
             by `alpha` instead of 1 / sqrt(d) (Marin et al. 2021, appendix F).
         alpha: the (initial) scalar alpha > 0 of equation (6), for `qk_norm="l2"`.
         learn_alpha: make alpha a parameter.
     """
+
+    OWN: ClassVar[tuple[str, ...]] = ()
 
     qkv: nn.Module
     q_norm: nn.Module
@@ -48,9 +53,7 @@ class ScoredAttention(nn.Module):
     proj: nn.Module
     proj_drop: nn.Module
 
-    def __init__(
-        self, host: TimmAttention, qk_norm: str | None = None, alpha: float = 1.0, learn_alpha: bool = False
-    ) -> None:
+    def __init__(self, host: Any, qk_norm: str | None = None, alpha: float = 1.0, learn_alpha: bool = False) -> None:
         super().__init__()
         adopt(self, host)
         self._host = (host,)  # a tuple, so that PyTorch does not register the attention as a submodule
@@ -61,13 +64,18 @@ class ScoredAttention(nn.Module):
         if self.normalise:
             self.alpha = nn.Parameter(reference(host).new_tensor(float(alpha))) if learn_alpha else float(alpha)
 
-    def give_back(self) -> TimmAttention:
-        """Return the timm attention, with the submodules that are in this module now."""
-        give_back(self, self._host[0])
+    def give_back(self) -> nn.Module:
+        """Return the model's own attention, with the submodules that are in this module now."""
+        give_back(self, self._host[0], but=("alpha",))
         return self._host[0]
 
     def forward(
-        self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False, with_keys: bool = False
+        self,
+        x: Tensor,
+        sizes: Tensor | None = None,
+        with_scores: bool = False,
+        with_keys: bool = False,
+        table: Tensor | None = None,
     ) -> Attended:
         """Compute the attention.
 
@@ -78,7 +86,8 @@ class ScoredAttention(nn.Module):
                 paper's *carry*, appendix E; *proportional attention* in Bolya et al. 2023). A token of size zero gets
                 no attention.
             with_scores: also return the significance scores.
-            with_keys: also return the keys.
+            with_keys: also return the keys, before they are rotated.
+            table: (B or 1, H or 1, M, W), the rotary table of the last M tokens, or None.
 
         Returns:
             Output (B, N, D), and scores (B, N) and keys (B, N, d) or None.
@@ -88,8 +97,11 @@ class ScoredAttention(nn.Module):
         if self.normalise:
             q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
             scale = 1.0
+        keys = k.detach().mean(dim=1) if with_keys else None
+        if table is not None:
+            q, k = self.rotate(q, table).to(v.dtype), self.rotate(k, table).to(v.dtype)
         bias = None if sizes is None else sizes.log().to(q.dtype)  # (B, N)
-        dropout = self.attn_drop.p if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
         scores: Tensor | None
 
         fits = with_scores and gpu.attention_fits(q, k, v)
@@ -108,11 +120,12 @@ class ScoredAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
 
-        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
-        out = out if norm is None else norm(out)
-        out = out if gate is None else out * gate(x).sigmoid()
-        keys = k.detach().mean(dim=1) if with_keys else None
-        return Attended(self.proj_drop(self.proj(out)), scores, keys)
+        return Attended(self.finish(out, x), scores, keys)
+
+    @property
+    def dropout(self) -> float:
+        """Probability that training drops an entry of the attention."""
+        return self.attn_drop.p
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values, (B, H, N, d) each, of tokens (B, N, D)."""
@@ -120,6 +133,30 @@ class ScoredAttention(nn.Module):
         qkv = self.qkv(x).reshape(batch, n, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.q_norm(q), self.k_norm(k), v
+
+    def rotate(self, values: Tensor, table: Tensor) -> Tensor:
+        """Rotate queries or keys (B, H, N, d) by their positions. Only subclasses have rotary positions.
+
+        Args:
+            values: (B, H, N, d).
+            table: (B or 1, H or 1, M, W), the rotary table of the last M tokens. The other tokens are not rotated.
+        """
+        raise NotImplementedError
+
+    def finish(self, out: Tensor, x: Tensor) -> Tensor:
+        """Project the output of the heads.
+
+        Args:
+            out: (B, N, H d), the output of all heads.
+            x: (B, N, D), the input of the attention, which a gate may read.
+
+        Returns:
+            (B, N, D).
+        """
+        norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
+        out = out if norm is None else norm(out)
+        out = out if gate is None else out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
 
     def _micro_batch(self, x: Tensor) -> tuple[int, int]:
         """Return how many heads and queries are computed at a time.
@@ -149,6 +186,6 @@ class ScoredAttention(nn.Module):
             attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
             precise = torch.promote_types(attention.dtype, torch.float32)
             received = received + attention.detach().sum(dim=(1, 2), dtype=precise)
-            outs.append(self.attn_drop(attention).to(v.dtype) @ v)  # (B, h, rows, d)
+            outs.append(F.dropout(attention, self.dropout, self.training).to(v.dtype) @ v)  # (B, h, rows, d)
         out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
         return out.transpose(1, 2).flatten(2), received

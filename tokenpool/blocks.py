@@ -1,50 +1,19 @@
-"""The pooled block, the stack of pooled blocks, and the data that a block passes to the next block."""
+"""The pooled block, and the stack of pooled blocks."""
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokenpool import micro_batch
 from tokenpool.adoption import adopt, give_back
-from tokenpool.attention import Attended
+from tokenpool.attention import Attended, ScoredAttention
 from tokenpool.downsampling import Downsampler
 from tokenpool.eager import is_in_graph
-
-
-class Stream(NamedTuple):
-    """The data that a block passes to the next block.
-
-    Attributes:
-        tokens: (B, P + N, D), P prefix tokens (class, register, distillation) and N patch tokens.
-        sizes: (B, P + N), the number of original tokens that each token stands for. None if no block needs sizes.
-        assignment: (B, patches), the current patch token of each patch of the image. None if the head does not need
-            the assignment.
-    """
-
-    tokens: Tensor
-    sizes: Tensor | None
-    assignment: Tensor | None
-
-    def split(self, images: int) -> list["Stream"]:
-        """Split the batch into streams of `images` images each. The last stream has the remaining images."""
-        parts = [itertools.repeat(None) if part is None else part.split(images) for part in self]
-        return [Stream(*part) for part in zip(*parts, strict=False)]  # tokens are never None, so zip ends
-
-    @staticmethod
-    def cat(streams: Sequence["Stream"]) -> "Stream":
-        """Concatenate streams along the batch."""
-        if len(streams) == 1:
-            return streams[0]
-        tokens, sizes, assignments = zip(*streams, strict=True)
-        return Stream(
-            torch.cat(tokens),
-            None if sizes[0] is None else torch.cat(sizes),
-            None if assignments[0] is None else torch.cat(assignments),
-        )
+from tokenpool.positions import MergedPositions, representatives
+from tokenpool.stream import NEEDS_PLAIN, Batch, Frame, Stream, compose, merged_sizes
 
 
 @dataclass(frozen=True)
@@ -59,37 +28,73 @@ class Setting:
     learn_alpha: bool = False
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    positions: str = "mean"
 
 
-_NEEDS_PLAIN = (
-    "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
-    "plain model: call tokenpool.unpatch first"
-)
+class Given(NamedTuple):
+    """The arguments that a model gives to each of its blocks, besides the tokens.
+
+    Attributes:
+        table: (B or 1, H or 1, N, W), the rotary table of all patches, or None.
+        valid: (B, N) bool, the patches that are not padding. None if there is no padding.
+    """
+
+    table: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class PooledBlock(nn.Module):
     """A transformer block with a downsampler between attention and MLP (Marin et al. 2021, section 4).
 
-    A pooled block adopts the submodules of the model's own block under the same names, so that checkpoints stay the
-    same. Each family of models has a subclass in `tokenpool.hosts`. The subclass implements `attend` and
-    `feed_forward` with these submodules.
+    A pooled block adopts the submodules and parameters of the model's own block under the same names, so that
+    checkpoints stay the same. Each family of models has a subclass in `tokenpool.hosts`. The subclass implements
+    `attend` and `feed_forward` with these submodules, and `given` if the model gives more than tokens to its blocks.
+
+    The first block starts the batch, and the last block returns the tokens. So a model that calls its blocks one by one
+    needs no change.
+
+    Class attributes that a subclass sets:
+        ATTENTION: name of the attention in the block.
+        OWN: names of parameters of the block itself. All other parameters belong to its submodules.
 
     Args:
         host: the model's own block.
         downsampler: the downsampler of this block, or None.
-        prefix: number of prefix tokens, which the downsampler does not see.
-        carry: whether the attention weighs each token by its size.
+        frame: properties of the patched model.
+        setting: the arguments that the model is patched with.
     """
 
-    def __init__(self, host: nn.Module, downsampler: Downsampler | None, prefix: int, carry: bool) -> None:
+    ATTENTION: ClassVar[str] = "attn"
+    OWN: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, host: nn.Module, downsampler: Downsampler | None, frame: Frame, setting: Setting) -> None:
         super().__init__()
         adopt(self, host)
         self._host = (host,)  # a tuple, so that PyTorch does not register the block as a submodule
         self.downsampler = downsampler and downsampler.train(host.training)
-        self.prefix = prefix
-        self.carry = carry
+        self.frame = frame
+        self.carry = setting.carry
+        self.is_first = self.is_last = False
+        if frame.positions:
+            self.positions = MergedPositions()
+        attention = self.get_submodule(self.ATTENTION)
+        scored = self.scored_class(attention)
+        assert scored is not None  # `Adapter.check` has refused other attentions
+        self.add_module(self.ATTENTION, scored(attention, setting.qk_norm, setting.alpha, setting.learn_alpha))
 
-    def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
+    @classmethod
+    def scored_class(cls, attention: nn.Module) -> type[ScoredAttention] | None:
+        """Return the scored class of the model's own attention, or None if the attention cannot be pooled."""
+        raise NotImplementedError
+
+    @property
+    def attention(self) -> ScoredAttention:
+        """The attention of this block."""
+        return cast(ScoredAttention, self.get_submodule(self.ATTENTION))
+
+    def attend(
+        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
+    ) -> Attended:
         """Compute the attention branch. The block adds its `output` to the tokens.
 
         Args:
@@ -97,6 +102,7 @@ class PooledBlock(nn.Module):
             sizes: (B, P + N) or None, see `ScoredAttention`.
             with_scores: also return the significance scores.
             with_keys: also return the keys.
+            table: (B or 1, H or 1, N, W), the rotary table of the patch tokens, or None.
         """
         raise NotImplementedError
 
@@ -104,31 +110,80 @@ class PooledBlock(nn.Module):
         """Compute the MLP branch (B, P + K, D) of tokens (B, P + K, D). The block adds it to the tokens."""
         raise NotImplementedError
 
+    def given(self, tokens: Tensor | None, *arguments: Any, **named: Any) -> Given:
+        """Read the arguments that the model gives to the block besides the tokens.
+
+        Args:
+            tokens: (B, P + N, D), all tokens of the batch, or None in a block that is not the first.
+            *arguments: the model's arguments.
+            **named: the model's named arguments.
+
+        Raises:
+            TypeError: for an argument that a pooled block cannot use.
+            ValueError: for an attention mask that is not a mask of padding.
+        """
+        if arguments or named:
+            raise TypeError(f"a pooled block got more than tokens; {NEEDS_PLAIN}")
+        return Given()
+
     def give_back(self) -> nn.Module:
         """Return the model's own block with the current submodules of this block."""
-        give_back(self, self._host[0], but=("downsampler",))
-        return self._host[0]
+        (host,) = self._host
+        give_back(self, host, but=("downsampler", "positions"))
+        host.add_module(self.ATTENTION, self.attention.give_back())
+        return host
 
-    def forward(self, stream: Stream, **unsupported: Any) -> Stream:
-        if not isinstance(stream, Stream) or unsupported:
-            raise TypeError(f"a pooled block was called on its own; {_NEEDS_PLAIN}")
-        tokens, sizes, patches = self._attend_and_downsample(stream)
-        tokens = tokens + self.feed_forward(tokens)
-        return Stream(tokens, sizes, patches)
+    def forward(self, tokens: Tensor | Batch, *arguments: Any, **named: Any) -> Tensor | Batch:
+        if isinstance(tokens, Batch) == self.is_first:
+            raise TypeError(f"a pooled block was called on its own; {NEEDS_PLAIN}")
+        if isinstance(tokens, Batch):
+            given, batch = self.given(None, *arguments, **named), tokens
+        else:
+            given = self.given(tokens, *arguments, **named)
+            batch = self._started(tokens, given)
+        if self._has_hooks():
+            batch = batch.joined(torch.inf)
+        batch = batch.map(lambda stream: self._run(stream, given.table)).joined(micro_batch.BLOCK_FLOATS)
+        return batch.tokens(self.frame) if self.is_last else batch
 
-    def _attend_and_downsample(self, stream: Stream) -> Stream:
+    def _started(self, tokens: Tensor, given: Given) -> Batch:
+        """Start a batch: without padding, and in micro-batches on a CPU if they help and do not change the result.
+
+        With gradients, micro-batches save no memory. In a graph, the loop over them would be unrolled. Training draws
+        random numbers for the full batch.
+        """
+        if given.valid is not None and (is_in_graph() or not given.valid.all()):
+            return padding_removed(tokens, given.valid, self.frame)
+        differs = given.table is not None and given.table.shape[0] > 1
+        images = torch.arange(len(tokens), device=tokens.device) if differs else None
+        stream = Stream.start(tokens, self.frame, images)
+        unsplit = is_in_graph() or torch.is_grad_enabled() or self.training
+        if unsplit or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
+            return Batch([stream])
+        return Batch(stream.split(micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS)))
+
+    def _has_hooks(self) -> bool:
+        """Return whether a module of this block has a forward hook. Hooks expect the full batch."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+
+    def _run(self, stream: Stream, table: Tensor | None) -> Stream:
+        stream = self._attend_and_downsample(stream, table)
+        return stream._replace(tokens=stream.tokens + self.feed_forward(stream.tokens))
+
+    def _attend_and_downsample(self, stream: Stream, table: Tensor | None) -> Stream:
         """Compute the part of the block before the MLP. As a separate method, it frees its tensors before the MLP."""
-        tokens, sizes, patches = stream
-        downsampler, prefix = self.downsampler, self.prefix
+        tokens, sizes, patches, places, _ = stream
+        downsampler, prefix = self.downsampler, self.frame.prefix
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
             downsampler = None
 
         with_scores = downsampler is not None and downsampler.uses_scores
         with_keys = downsampler is not None and downsampler.uses_keys
-        attended = self.attend(tokens, sizes if self.carry else None, with_scores, with_keys)
+        table = None if table is None else self._table(stream, table)
+        attended = self.attend(tokens, sizes if self.carry else None, with_scores, with_keys, table)
         tokens = tokens + attended.output  # (B, P + N, D)
         if downsampler is None:
-            return Stream(tokens, sizes, patches)
+            return stream._replace(tokens=tokens)
 
         def of_patches(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[:, prefix:]
@@ -140,35 +195,69 @@ class PooledBlock(nn.Module):
             sizes = torch.cat([sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1)
         if patches is not None:
             patches = compose(patches, assignment)
-        return Stream(torch.cat([tokens[:, :prefix], kept], dim=1), sizes, patches)  # (B, P + K, D)
+        if places is not None:
+            places = places.gather(1, representatives(tokens[:, prefix:], kept, assignment))
+        tokens = torch.cat([tokens[:, :prefix], kept], dim=1)  # (B, P + K, D)
+        return Stream(tokens, sizes, patches, places, stream.images)
+
+    def _table(self, stream: Stream, table: Tensor) -> Tensor:
+        """Return the rotary table of the current tokens of a stream."""
+        assert stream.assignment is not None
+        if stream.images is not None and table.shape[0] > 1:
+            table = table[stream.images]
+        patches, k = stream.assignment.shape[1], stream.tokens.shape[1] - self.frame.prefix
+        table = table[:, :, :patches]  # rows of padding come last
+        return table if k == patches else self.positions(table, stream.assignment, stream.places, k)
+
+
+def padding_removed(tokens: Tensor, valid: Tensor, frame: Frame) -> Batch:
+    """Remove padding: images with the same number of patches form a stream.
+
+    So each image has exactly its own result: padding is never attended to, clustered, scored or counted.
+
+    Args:
+        tokens: (B, P + N, D). The padding of each image comes last.
+        valid: (B, N) bool, the patches that are not padding.
+        frame: properties of the patched model.
+
+    Raises:
+        ValueError: if padding precedes a patch, if an image has no patch, or if a graph is captured.
+    """
+    if is_in_graph():
+        raise ValueError(
+            "a batch with padding cannot be compiled or exported, because its images have different numbers of tokens: "
+            "give images of one size, without padding"
+        )
+    counts = valid.sum(dim=1)
+    if not torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
+        raise ValueError("padding must come after the patches of an image")
+    if not counts.all():
+        raise ValueError(f"image {int((counts == 0).nonzero()[0])} of the batch has no patch: remove it")
+    streams = []
+    for count in counts.unique().tolist():
+        images = (counts == count).nonzero().flatten()
+        streams.append(Stream.start(tokens[images, : frame.prefix + count], frame, images))
+    return Batch(streams, valid.shape[1])
 
 
 class PooledBlocks(nn.Sequential):
     """The blocks of a patched model. They map tokens (B, P + N, D) to tokens (B, P + K, D).
 
-    With `unpools`, the stack returns all P + N tokens, and each patch has the value of its token (equation (9)). This
-    is for heads that read patches. Their mean over patches, or their attention over patches, then weighs each token
-    exactly by its size.
-
     Args:
         blocks: one pooled block for each block of the model.
         setting: arguments that the model was patched with.
         host: the model's own stack of blocks.
-        prefix: number of prefix tokens.
-        unpools: whether all patches are returned.
     """
 
-    def __init__(
-        self, blocks: Sequence[PooledBlock], setting: Setting, host: nn.Sequential, prefix: int, unpools: bool
-    ) -> None:
+    def __init__(self, blocks: Sequence[PooledBlock], setting: Setting, host: nn.Sequential | nn.ModuleList) -> None:
         super().__init__(*blocks)
+        if blocks:
+            blocks[0].is_first = blocks[-1].is_last = True
         self._host = (host,)  # a tuple, so that PyTorch does not register the stack as a submodule
         self.setting = setting
-        self.prefix = prefix
-        self.unpools = unpools
         self.training = host.training
 
-    def give_back(self) -> nn.Sequential:
+    def give_back(self) -> nn.Sequential | nn.ModuleList:
         """Return the model's own stack with the current blocks of this stack."""
         (host,) = self._host
         blocks = [block.give_back() for block in cast(Iterable[PooledBlock], self)]
@@ -178,94 +267,5 @@ class PooledBlocks(nn.Sequential):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            raise TypeError(f"pooled blocks cannot be sliced; {_NEEDS_PLAIN}")
+            raise TypeError(f"pooled blocks cannot be sliced; {NEEDS_PLAIN}")
         return super().__getitem__(index)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        batch, n, _ = tokens.shape
-        downsamplers = [block.downsampler for block in self]
-        with_sizes = self.setting.carry or any(isinstance(d, Downsampler) and d.uses_sizes for d in downsamplers)
-        sizes = torch.ones(batch, n, device=tokens.device) if with_sizes else None
-        patches = torch.arange(n - self.prefix, device=tokens.device).expand(batch, -1) if self.unpools else None
-        stream = Stream(tokens, sizes, patches)
-        streams = self._micro_batches(stream)
-        for block in self:
-            streams = _joined([block(part) for part in streams])
-        stream = Stream.cat(streams)
-        if stream.assignment is None:
-            return stream.tokens
-        back = unpool(stream.tokens[:, self.prefix :], stream.assignment)
-        return torch.cat([stream.tokens[:, : self.prefix], back], dim=1)
-
-    def _micro_batches(self, stream: Stream) -> list[Stream]:
-        """Split the stream into micro-batches on a CPU. Return it unsplit if they would not help or change the result.
-
-        With gradients, micro-batches save no memory. In a graph, the loop over them would be unrolled. Hooks expect
-        the full batch. Training draws random numbers for the full batch.
-        """
-        unsplit = is_in_graph() or torch.is_grad_enabled() or self.training
-        tokens = stream.tokens
-        if unsplit or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
-            return [stream]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
-            return [stream]
-        return stream.split(micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS))
-
-
-def _joined(streams: list[Stream]) -> list[Stream]:
-    """Join neighbouring streams into streams of at most `micro_batch.BLOCK_FLOATS` floats."""
-    joined: list[list[Stream]] = []
-    for stream in streams:
-        if joined and sum(part.tokens.numel() for part in [*joined[-1], stream]) <= micro_batch.BLOCK_FLOATS:
-            joined[-1].append(stream)
-        else:
-            joined.append([stream])
-    return [Stream.cat(parts) for parts in joined]
-
-
-def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:
-    """Copy K tokens to the positions of the N patches: nearest-neighbour interpolation, equation (9).
-
-    This is for dense heads, such as segmentation. `patch(..., dense=True)` does it at the end of the network.
-
-    Args:
-        tokens: (B, K, D).
-        assignment: (B, N) int64, the token of each patch, as in `BlockTrace.assignment`. A dropped patch has -1.
-
-    Returns:
-        (B, N, D). Dropped patches are zero.
-    """
-    index = assignment.clamp(min=0)[:, :, None].expand(-1, -1, tokens.shape[2])
-    if tokens.shape[1] == 0:
-        return tokens.new_zeros(*assignment.shape, tokens.shape[2])
-    return tokens.gather(1, index) * (assignment >= 0)[:, :, None]
-
-
-def compose(first: Tensor, second: Tensor) -> Tensor:
-    """Compose two assignments. An entry -1 (dropped) stays -1.
-
-    Args:
-        first: (B, N), indices in 0..M-1, or -1.
-        second: (B, M), indices in 0..K-1, or -1.
-
-    Returns:
-        (B, N), indices in 0..K-1, or -1.
-    """
-    if second.shape[1] == 0:
-        return torch.full_like(first, -1)
-    return torch.where(first >= 0, second.gather(1, first.clamp(min=0)), -1)
-
-
-def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
-    """Sum the sizes of the input tokens of each output token.
-
-    Args:
-        sizes: (B, N), the sizes of the input tokens. The sizes of dropped tokens are not counted.
-        assignment: (B, N), the output token of each input token, or -1.
-        k: number of output tokens.
-
-    Returns:
-        (B, K), the sizes of the output tokens.
-    """
-    bins = sizes.new_zeros(sizes.shape[0], k + 1)  # the first bin collects dropped tokens, whose assignment is -1
-    return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]

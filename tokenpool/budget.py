@@ -31,6 +31,7 @@ def schedule_for(
     family: str = "decay",
     *,
     dense: bool = False,
+    positions: str = "mean",
     **options: Any,
 ) -> list[int]:
     """Find the schedule that uses a budget, clustering included: `keep` for `tokenpool.patch`.
@@ -45,6 +46,7 @@ def schedule_for(
         downsampler: see `tokenpool.patch`.
         family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
         dense: see `tokenpool.patch`.
+        positions: see `tokenpool.patch`.
         **options: arguments of the downsampler's class.
 
     Returns:
@@ -60,7 +62,7 @@ def schedule_for(
         raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
     if not isinstance(gmacs, Real) or isinstance(gmacs, bool) or not 0 < gmacs < math.inf:
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
-    cost = ScheduleCost(model, method, dense=dense, **options)
+    cost = ScheduleCost(model, method, dense, positions, **options)
     schedule = schedules_of(family, cost.tokens, len(cost.blocks))
     macs = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # a whole number that was divided by 1e9 stays whole
     plain = cost.backbone(schedule(0.0))
@@ -79,12 +81,14 @@ class BlockCost(NamedTuple):
         leaving: cost for each token that leaves the downsampler.
         pair: cost for each pair of query and key.
         key_width: width d of the keys. The cost of some downsamplers depends on it.
+        table: cost for each patch of the image to merge rotary positions, if the block gets fewer tokens than patches.
     """
 
     entering: int
     leaving: int
     pair: int
     key_width: int
+    table: int
 
 
 class ScheduleCost:
@@ -98,6 +102,7 @@ class ScheduleCost:
         model: a model of a family in `tokenpool.hosts`, patched or plain. It is not changed.
         method: class of the downsampler.
         dense: see `tokenpool.patch`.
+        positions: see `tokenpool.patch`.
         **options: arguments of the downsampler's class.
 
     Attributes:
@@ -105,13 +110,20 @@ class ScheduleCost:
         blocks: cost of each block.
     """
 
-    def __init__(self, model: nn.Module, method: type[Downsampler], dense: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: type[Downsampler],
+        dense: bool = False,
+        positions: str = "mean",
+        **options: Any,
+    ) -> None:
         adapter = hosts.of(model)
         self.host, self.method, self.options = adapter.host(dense), method, options
         self.prefix = adapter.prefix
         self.tokens = math.prod(adapter.grid(adapter.image_shape[1:]))
         known: dict[Hashable, int] = {}
-        self.blocks = [_block_cost(adapter.layers(block), known) for block in adapter.blocks]
+        self.blocks = [_block_cost(adapter.layers(block), positions, known) for block in adapter.blocks]
         self._traced: dict[tuple[int, int, int], tuple[int, int]] = {}
 
         merges = any(layer is not None and layer.merges for layer in self._layers([1] * len(self.blocks)))
@@ -128,6 +140,7 @@ class ScheduleCost:
         macs, n = 0, self.tokens
         kept: list[int] = []
         for index, layer in enumerate(self._layers(keep)):
+            macs += self.tokens * self.blocks[index].table if n < self.tokens else 0
             spent, n = self._downsampling_cost(index, layer, n)
             macs, kept = macs + spent, [*kept, n]
         return macs + self._network(kept)
@@ -180,11 +193,11 @@ class _FirstTokens(nn.Module):
         super().__init__()
         self.limit = limit
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, *ignored: Any, **also_ignored: Any) -> Tensor:
         return tokens[:, : self.limit]
 
 
-def _block_cost(layers: hosts.Layers, known: dict[Hashable, int]) -> BlockCost:
+def _block_cost(layers: hosts.Layers, positions: str, known: dict[Hashable, int]) -> BlockCost:
     """Count the layers of a block. `known` stores the cost of each layer structure."""
 
     def per_token(layer: nn.Module, width: int) -> int:
@@ -195,7 +208,8 @@ def _block_cost(layers: hosts.Layers, known: dict[Hashable, int]) -> BlockCost:
         return known[structure]
 
     before, after = (sum(per_token(*layer) for layer in part) for part in (layers.before, layers.after))
-    return BlockCost(before, after, 2 * layers.heads * layers.head_dim, layers.head_dim)
+    table = layers.table if positions == "mean" else 0
+    return BlockCost(before, after, 2 * layers.heads * layers.head_dim, layers.head_dim, table)
 
 
 def traced_cost(

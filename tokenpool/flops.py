@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenpool import hosts, schedules
 from tokenpool.downsampling import REGISTRY
+from tokenpool.positions import MergedPositions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fvcore scripts a loss function on import, which is deprecated in PyTorch
@@ -61,13 +62,13 @@ FREE = {
     for name in """
     abs adaptive_avg_pool2d add add_ all amax amin aminmax __and__ any arange argmax argmin argsort avg_pool2d
     batch_norm bernoulli_ bitwise_and bitwise_not bitwise_or broadcast_tensors cat ceil chunk clamp clamp_ clamp_min
-    clamp_min_ clone constant_pad_nd contiguous copy_ cumsum detach diagonal div div_ dropout empty empty_like eq
+    clamp_min_ clone constant_pad_nd contiguous copy_ cos cumsum detach diagonal div div_ dropout empty empty_like eq
     exp exp2 expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu group_norm gt index
     index_add index_copy index_put index_put_ index_select instance_norm layer_norm le lift_fresh linalg_vector_norm
-    linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max max_pool2d maximum mean min minimum
+    linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min minimum
     movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones ones_like __or__ pad
     permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape reshape_as rms_norm round
-    rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu slice softmax sort split split_with_sizes sqrt
+    rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu sin slice softmax sort split split_with_sizes sqrt
     square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze
     upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros zeros_like
     """.split()
@@ -127,8 +128,8 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     copied = copy.deepcopy(model).cpu().float().eval()
     name, adapter = hosts.inside(copied) or ("", hosts.TimmViT(copied))
     macs = Counter(dict.fromkeys(PARTS, 0))
-    for module, own in macs_by_module(copied, adapter.blank_image(image_size)).items():
-        macs[_part(module.removeprefix(f"{name}."), adapter.PARTS)] += own
+    for (module, operator), own in macs_by_operator(copied, adapter.blank_image(image_size)).items():
+        macs[_part(f"{module.removeprefix(f'{name}.')}:{operator}", adapter.PARTS)] += own
     setting = adapter.setting
     if idle_clustering and setting and setting.keep and _is_papers_clustering(setting.downsampler):
         tokens = math.prod(adapter.grid(image_size or adapter.image_shape[1:]))
@@ -165,15 +166,17 @@ def _is_papers_clustering(downsampler: str) -> bool:
     return method is not None and method.in_paper and method.kind == "clustering"
 
 
-def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, int]:
-    """Count the multiply-adds of each module without its children.
+def macs_by_operator(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[tuple[str, str], int]:
+    """Count the multiply-adds of each operator in each module without its children.
+
+    Rotary positions of merged tokens are counted by `MergedPositions.macs`, as the operator "mean".
 
     Args:
         model: any module on the CPU. It runs once.
         inputs: the arguments of the module.
 
     Returns:
-        Names and multiply-adds of the modules that cost more than zero, in the order of `model.named_modules()`.
+        Multiply-adds, more than zero, by name of the module and operator, in the order of `model.named_modules()`.
 
     Raises:
         ValueError: see `count`.
@@ -182,29 +185,50 @@ def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dic
     analysis.clear_op_handles()
     analysis.set_op_handle(**COUNTED, **dict.fromkeys(FREE))
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    own: Counter[tuple[str, str]] = Counter()
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, given, name=name: own.update({(name, "mean"): module.macs(*given)})
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, MergedPositions)
+    ]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns that it fixes shapes, which is intended here
         try:
-            by_module = analysis.by_module()
+            by_module = analysis.by_module_and_operator()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"cannot count this model, because PyTorch cannot trace it ({reason}). Count a model, or search its "
                 "schedule, before it is quantised"
             ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
     unknown = analysis.unsupported_ops()
     if unknown:
         raise ValueError(
             f"cannot count {', '.join(sorted(unknown))}: add it to tokenpool.flops.COUNTED, or to tokenpool.flops.FREE "
             "if it costs no multiply-adds"
         )
-    own = {}
     for name, module in model.named_modules():
-        children = (f"{name}.{child}".lstrip(".") for child, _ in module.named_children())
-        own[name] = by_module[name] - sum(by_module[child] for child in children)
-    return {name: macs for name, macs in own.items() if macs}
+        children = Counter()
+        for child, _ in module.named_children():
+            children.update(by_module[f"{name}.{child}".lstrip(".")])
+        for operator, macs in by_module[name].items():
+            own[name, operator] += macs - children[operator]
+    return {key: macs for key, macs in own.items() if macs}
+
+
+def macs_by_module(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, int]:
+    """Count the multiply-adds of each module without its children. See `macs_by_operator`."""
+    own: Counter[str] = Counter()
+    for (name, _), macs in macs_by_operator(model, inputs).items():
+        own[name] += macs
+    return dict(own)
 
 
 def _part(name: str, patterns: Sequence[tuple[str, str]]) -> str:
-    """Return the part of the model to which a module belongs, by the name of the module."""
+    """Return the part of the model to which an operator belongs, by the name "module:operator"."""
     return next((part for pattern, part in patterns if re.match(pattern, name)), "other")

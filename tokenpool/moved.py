@@ -36,7 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokenpool.stochastic_depth": ("tokenpool.training.stochastic_depth",),
     "tokenpool.stored": ("tokenpool.training.stored",),
     "tokenpool.triton_kernels": ("tokenpool.gpu.kernels",),
-    "tokenpool.vit": ("tokenpool.patching", "tokenpool.blocks"),
+    "tokenpool.vit": ("tokenpool.patching", "tokenpool.blocks", "tokenpool.stream"),
 }
 
 

@@ -14,6 +14,7 @@ from tokenpool import hosts, schedules
 from tokenpool.blocks import PooledBlocks, Setting
 from tokenpool.budget import schedule_for
 from tokenpool.downsampling import Downsampler, Host, find
+from tokenpool.positions import POSITIONS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,6 +30,7 @@ def patch(
     alpha: float = 1.0,
     learn_alpha: bool = False,
     dense: bool = False,
+    positions: str = "mean",
     **options: Any,
 ) -> Model:
     """Put downsamplers into a model, in place. A model that is already patched is patched anew.
@@ -62,6 +64,9 @@ def patch(
         dense: let `forward_features` return all N patches, for dense heads such as segmentation. Each patch has the
             value of its token (see `unpool`). This needs a method that merges tokens. Models whose own head reads
             patches always get all patches.
+        positions: the rotary position of a merged token, for models with rotary positions (DINOv3, EVA-02, ...).
+            "mean": the mean of the sines and cosines of its patches. "medoid": the position of one patch, which was
+            the most similar to the merged token. The default is better for scattered clusters (see docs/backbones.md).
         **options: arguments of the downsampler's class, such as `init="random"` for Token Pooling, `at=[3, 6]` for
             convolution, `seed` or `generator` for random selection.
 
@@ -76,10 +81,13 @@ def patch(
     name, method = find(downsampler)
     adapter = hosts.of(model)
     adapter.check()
+    if positions not in POSITIONS or (positions != "mean" and not adapter.is_rotary):
+        known = " or ".join(map(repr, POSITIONS)) if adapter.is_rotary else "'mean': the model has no rotary positions"
+        raise ValueError(f"positions = {positions!r} must be {known}")
     if gmacs is not None:
         if keep is not None:
             raise ValueError(f"keep = {keep!r} and gmacs = {gmacs!r} are two schedules: give one of them")
-        keep = schedule_for(gmacs, model, downsampler, dense=dense, **options)
+        keep = schedule_for(gmacs, model, downsampler, dense=dense, positions=positions, **options)
     _check_attention(qk_norm, alpha, learn_alpha)
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
@@ -98,7 +106,8 @@ def patch(
     unpatch(model)
     if method is None and qk_norm is None:
         return model
-    setting = Setting(name, None if keep is None else tuple(keep), carry, qk_norm, alpha, learn_alpha, dense, options)
+    schedule = None if keep is None else tuple(keep)
+    setting = Setting(name, schedule, carry, qk_norm, alpha, learn_alpha, dense, options, positions)
     adapter.pool(layers, setting)
     return model
 
@@ -141,6 +150,7 @@ def create_model(
     alpha: float = 1.0,
     learn_alpha: bool = False,
     dense: bool = False,
+    positions: str = "mean",
     **options: Any,
 ) -> nn.Module:
     """Create a timm model with downsamplers.
@@ -158,6 +168,7 @@ def create_model(
         alpha: see `patch`.
         learn_alpha: see `patch`.
         dense: see `patch`.
+        positions: see `patch`.
         **options: arguments of the downsampler's class (see `patch`). All other options go to `timm.create_model`:
             `num_classes`, `img_size`, `drop_path_rate` and so on.
 
@@ -190,6 +201,7 @@ def create_model(
         alpha=alpha,
         learn_alpha=learn_alpha,
         dense=dense,
+        positions=positions,
         **pooling,
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenpool import hosts
-from tokenpool.blocks import compose, merged_sizes
+from tokenpool.stream import compose, merged_sizes
 from tokenpool.downsampling import Downsampled
 
 

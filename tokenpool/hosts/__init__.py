@@ -7,11 +7,12 @@ from torch import nn
 
 from tokenpool.hosts.adapter import Adapter, Layers
 from tokenpool.hosts.obstacles import obstacle
+from tokenpool.hosts.timm_eva import TimmEva
 from tokenpool.hosts.timm_vit import TimmViT
 
-__all__ = ["ADAPTERS", "SUPPORTED", "Adapter", "Layers", "TimmViT", "find", "inside", "of", "wrapped_name"]
+__all__ = ["ADAPTERS", "SUPPORTED", "Adapter", "Layers", "TimmEva", "TimmViT", "find", "inside", "of", "wrapped_name"]
 
-ADAPTERS: tuple[type[Adapter], ...] = (TimmViT,)
+ADAPTERS: tuple[type[Adapter], ...] = (TimmViT, TimmEva)
 SUPPORTED = f"supported are {', '.join(adapter.FAMILY for adapter in ADAPTERS)}"
 
 

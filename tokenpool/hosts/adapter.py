@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenpool.blocks import PooledBlocks, Setting
+from tokenpool.adoption import check_exchangeable, reference
+from tokenpool.attention import ScoredAttention
+from tokenpool.blocks import PooledBlock, PooledBlocks, Setting
 from tokenpool.downsampling import Downsampler, Host
+from tokenpool.hosts.obstacles import obstacle
+from tokenpool.stream import Frame
 
 
 class Layers(NamedTuple):
@@ -21,12 +25,14 @@ class Layers(NamedTuple):
         after: layers that run after the downsampler, each with its input width.
         heads: number of attention heads.
         head_dim: width of the queries and keys of a head; values have the same width.
+        table: number of floats of the rotary table for each patch, of all heads. 0 without rotary positions.
     """
 
     before: list[tuple[nn.Module, int]]
     after: list[tuple[nn.Module, int]]
     heads: int
     head_dim: int
+    table: int = 0
 
 
 class Adapter(ABC):
@@ -38,6 +44,7 @@ class Adapter(ABC):
 
     Class attributes that a subclass sets:
         FAMILY: the family in words, for error messages.
+        STACK: name of the stack of blocks in the model.
         PARTS: pairs of a pattern and the name of a part, usually one of `flops.PARTS`. The first pattern that matches
             the start of a module's name decides to which part the module's FLOPs belong.
         OPTIONS: the arguments of `timm.create_model` that a checkpoint stores, each with a function that reads the
@@ -48,6 +55,7 @@ class Adapter(ABC):
     """
 
     FAMILY: ClassVar[str]
+    STACK: ClassVar[str] = "blocks"
     PARTS: ClassVar[Sequence[tuple[str, str]]]
     OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]]
     IDENTITY: ClassVar[Sequence[str]]
@@ -64,11 +72,6 @@ class Adapter(ABC):
         """Return whether the class of a model belongs to this family. `check` examines the blocks."""
 
     # Parts of the model
-
-    @property
-    @abstractmethod
-    def blocks(self) -> Any:
-        """The current stack of blocks: `PooledBlocks` in a patched model."""
 
     @property
     @abstractmethod
@@ -103,29 +106,9 @@ class Adapter(ABC):
             image_size: height and width of an image in pixels. Default: the grid of the position embedding.
         """
 
-    # Patching
-
     @abstractmethod
-    def check(self) -> None:
-        """Check that `pool` (of a plain model) or `unpool` (of a patched model) can replace the blocks.
-
-        Raises:
-            TypeError: if a block cannot be pooled. The message gives the reason.
-            ValueError: if a replaced module has hooks, parameters or a forward method that would be lost.
-        """
-
-    @abstractmethod
-    def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
-        """Replace the blocks of a plain model by pooled blocks, in place.
-
-        Args:
-            layers: the downsampler of each block, or None.
-            setting: arguments that the model is patched with.
-        """
-
-    @abstractmethod
-    def unpool(self) -> None:
-        """Replace the pooled blocks of a patched model by the model's own blocks, in place."""
+    def pooled_class(self, block: nn.Module) -> type[PooledBlock] | None:
+        """Return the pooled class of one of the model's own blocks, or None if the block cannot be pooled."""
 
     # Costs, signals, weights
 
@@ -155,6 +138,16 @@ class Adapter(ABC):
     # Methods for all families
 
     @property
+    def blocks(self) -> Any:
+        """The current stack of blocks: `PooledBlocks` in a patched model."""
+        return self.model.get_submodule(self.STACK)
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether the attention rotates queries and keys by their positions."""
+        return False
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
@@ -174,6 +167,71 @@ class Adapter(ABC):
         """The downsampler of each block, or None for a block without a downsampler."""
         return [block.downsampler if self.is_patched else None for block in self.blocks]
 
+    def check(self) -> None:
+        """Check that `pool` (of a plain model) or `unpool` (of a patched model) can replace the blocks.
+
+        Raises:
+            TypeError: if a block cannot be pooled. The message gives the reason.
+            ValueError: if a replaced module has hooks, parameters or a forward method that would be lost.
+        """
+        stack, where = self.blocks, f"model.{self.STACK}"
+        if type(stack) not in (nn.Sequential, nn.ModuleList, PooledBlocks):
+            raise TypeError(
+                f"{where} is a {type(stack).__name__}, which cannot be pooled: it is not the model's own stack of "
+                f"blocks; supported are {self.FAMILY}"
+            )
+        check_exchangeable(stack, where)
+        for index, block in enumerate(stack):
+            name = f"{self.STACK}[{index}]"
+            if self.is_patched:
+                _check_pooled(block, name)
+                pooled, scored, extra = type(block), type(block.attention), ("alpha",)
+            else:
+                (pooled, scored), extra = self._pooled_classes(block, index), ()
+            check_exchangeable(block, name, pooled.OWN)
+            attention = block.get_submodule(pooled.ATTENTION)
+            check_exchangeable(attention, f"{name}.{pooled.ATTENTION}", (*scored.OWN, *extra))
+
+    def _pooled_classes(self, block: nn.Module, index: int) -> tuple[type[PooledBlock], type[ScoredAttention]]:
+        pooled = self.pooled_class(block)
+        scored = pooled and pooled.scored_class(block.get_submodule(pooled.ATTENTION))
+        if pooled is None or scored is None:
+            kind = type(block if pooled is None else block.get_submodule(pooled.ATTENTION)).__name__
+            raise TypeError(
+                f"block {index} is a {kind}, which cannot be pooled: {obstacle(block)}; supported are {self.FAMILY}"
+            )
+        return pooled, scored
+
+    def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
+        """Replace the blocks of a plain model by pooled blocks, in place.
+
+        Args:
+            layers: the downsampler of each block, or None.
+            setting: arguments that the model is patched with.
+        """
+        like = reference(self.blocks)
+        layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
+        used = [layer for layer in layers if layer is not None]
+        frame = Frame(
+            prefix=self.prefix,
+            sizes=setting.carry or any(layer.uses_sizes for layer in used),
+            positions=setting.positions if self.is_rotary else None,
+            unpools=self.host(setting.dense).unpools and any(layer.merges for layer in used),
+        )
+        blocks = [
+            self.pooled_class(block)(block, layer, frame, setting)  # type: ignore[misc]  # `check` rules None out
+            for block, layer in zip(self.blocks, layers, strict=True)
+        ]
+        self._put(PooledBlocks(blocks, setting, self.blocks))
+
+    def unpool(self) -> None:
+        """Replace the pooled blocks of a patched model by the model's own blocks, in place."""
+        self._put(self.blocks.give_back())
+
+    def _put(self, stack: nn.Module) -> None:
+        parent, _, name = self.STACK.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, stack)
+
     def host(self, dense: bool = False) -> Host:
         """Return the properties of the model that a downsampler may use. See `tokenpool.patch` for `dense`."""
         unpools = dense or self.head_reads_patches
@@ -188,3 +246,12 @@ class Adapter(ABC):
         """Return a black image (1, C, H, W). The default is the model's own image size."""
         channels, *size = self.image_shape
         return torch.zeros(1, channels, *(image_size or size))
+
+
+def _check_pooled(block: nn.Module, name: str) -> None:
+    for path, kind in (("", PooledBlock), (getattr(block, "ATTENTION", ""), ScoredAttention)):
+        module, where = block.get_submodule(path), f"{name}.{path}".rstrip(".")
+        if not isinstance(module, kind):
+            raise TypeError(
+                f"{where} is a {type(module).__name__} and would be lost: put the {kind.__name__} of patch back first"
+            )

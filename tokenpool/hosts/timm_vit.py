@@ -1,7 +1,7 @@
 """timm's VisionTransformer of standard blocks: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP and others."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from timm.layers import Attention
@@ -9,25 +9,16 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenpool.adoption import check_exchangeable, reference
 from tokenpool.attention import Attended, ScoredAttention
-from tokenpool.blocks import PooledBlock, PooledBlocks, Setting
-from tokenpool.downsampling import Downsampler
+from tokenpool.blocks import PooledBlock
 from tokenpool.hosts.adapter import Adapter, Layers
-from tokenpool.hosts.obstacles import obstacle
 
 
 class PooledTimmBlock(PooledBlock):
-    """timm's `Block` with a downsampler between attention and MLP.
-
-    Args:
-        host: timm's block.
-        downsampler: see `PooledBlock`.
-        prefix: see `PooledBlock`.
-        setting: arguments that the model is patched with.
-    """
+    """timm's `Block` with a downsampler between attention and MLP."""
 
     norm1: nn.Module
+    attn: ScoredAttention
     ls1: nn.Module
     drop_path1: nn.Module
     norm2: nn.Module
@@ -35,22 +26,18 @@ class PooledTimmBlock(PooledBlock):
     ls2: nn.Module
     drop_path2: nn.Module
 
-    def __init__(self, host: Any, downsampler: Downsampler | None, prefix: int, setting: Setting) -> None:
-        super().__init__(host, downsampler, prefix, setting.carry)
-        self.attn = ScoredAttention(host.attn, setting.qk_norm, setting.alpha, setting.learn_alpha)
+    @classmethod
+    def scored_class(cls, attention: nn.Module) -> type[ScoredAttention] | None:
+        return ScoredAttention if type(attention) is Attention else None
 
-    def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
+    def attend(
+        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
+    ) -> Attended:
         output, scores, keys = self.attn(self.norm1(tokens), sizes, with_scores, with_keys)
         return Attended(self.drop_path1(self.ls1(output)), scores, keys)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
-
-    def give_back(self) -> nn.Module:
-        """Return timm's block with the current submodules of this block."""
-        host = super().give_back()
-        host.attn = self.attn.give_back()
-        return host
 
 
 class TimmViT(Adapter):
@@ -61,7 +48,7 @@ class TimmViT(Adapter):
         (r"patch_embed", "patch_embedding"),
         (r"blocks\.\d+\.attn\.(qkv|gate)", "qkv_projections"),
         (r"blocks\.\d+\.attn\.proj", "o_projection"),
-        (r"blocks\.\d+\.attn$", "softmax_attention"),
+        (r"blocks\.\d+\.attn:", "softmax_attention"),
         (r"blocks\.\d+\.mlp", "mlp"),
         (r"blocks\.\d+\.downsampler\.convolution", "convolution"),
         (r"blocks\.\d+\.downsampler", "clustering"),
@@ -89,10 +76,6 @@ class TimmViT(Adapter):
         return isinstance(model, VisionTransformer)
 
     @property
-    def blocks(self) -> Any:
-        return self.model.blocks
-
-    @property
     def width(self) -> int:
         return self.model.embed_dim
 
@@ -117,43 +100,8 @@ class TimmViT(Adapter):
         rows, columns = patch_embed.dynamic_feat_size(image_size) if image_size else patch_embed.grid_size
         return rows, columns
 
-    def check(self) -> None:
-        blocks = self.blocks
-        if not self.is_patched and type(blocks) is not nn.Sequential:
-            raise TypeError(
-                f"model.blocks is a {type(blocks).__name__}, which cannot be pooled: it is not timm's nn.Sequential; "
-                f"supported are {self.FAMILY}"
-            )
-        check_exchangeable(blocks, "model.blocks")
-        for index, block in enumerate(blocks):
-            name = f"blocks[{index}]"
-            if self.is_patched:
-                _check_pooled(block, name)
-            else:
-                self._check_plain(block, index)
-            check_exchangeable(block, name)
-            check_exchangeable(block.attn, f"{name}.attn", own=("alpha",) if self.is_patched else ())
-
-    def _check_plain(self, block: nn.Module, index: int) -> None:
-        if type(block) is Block and type(block.attn) is Attention:
-            return
-        kind = type(block).__name__ if type(block) is not Block else type(block.attn).__name__
-        raise TypeError(
-            f"block {index} is a {kind}, which cannot be pooled: {obstacle(block)}; supported are {self.FAMILY}"
-        )
-
-    def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
-        like = reference(self.blocks)
-        layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
-        blocks = [
-            PooledTimmBlock(block, layer, self.prefix, setting)
-            for block, layer in zip(self.blocks, layers, strict=True)
-        ]
-        unpools = self.host(setting.dense).unpools and any(layer is not None and layer.merges for layer in layers)
-        self.model.blocks = PooledBlocks(blocks, setting, self.blocks, self.prefix, unpools)
-
-    def unpool(self) -> None:
-        self.model.blocks = self.blocks.give_back()
+    def pooled_class(self, block: nn.Module) -> type[PooledBlock] | None:
+        return PooledTimmBlock if type(block) is Block else None
 
     def layers(self, block: Any) -> Layers:
         attention = block.attn
@@ -184,7 +132,7 @@ class TimmViT(Adapter):
     def convert(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Convert names of other formats and sizes of position and patch embeddings, by timm's own function."""
         try:
-            converted = checkpoint_filter_fn(dict(weights), self.model, adapt_layer_scale=True, **self._interpolation())
+            converted = self._convert(dict(weights))
         except Exception:  # timm's function does not check the weights; the caller then reports the wrong keys
             return weights, []
         before, own = weights.get("pos_embed"), self.model.pos_embed
@@ -201,16 +149,10 @@ class TimmViT(Adapter):
                 notes.append("resampled {} from {} to {}".format(key, *shapes))
         return converted, notes
 
+    def _convert(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return checkpoint_filter_fn(weights, self.model, adapt_layer_scale=True, **self._interpolation())
+
     def _interpolation(self) -> dict[str, Any]:
         """Return timm's options for resampling. FlexiViT models need other options than the default."""
         name = (getattr(self.model, "pretrained_cfg", None) or {}).get("architecture") or ""
         return {"interpolation": "bilinear", "antialias": False} if "flexi" in name else {}
-
-
-def _check_pooled(block: nn.Module, name: str) -> None:
-    attention = getattr(block, "attn", None)
-    for module, kind, where in ((block, PooledTimmBlock, name), (attention, ScoredAttention, f"{name}.attn")):
-        if type(module) is not kind:
-            raise TypeError(
-                f"{where} is a {type(module).__name__} and would be lost: put the {kind.__name__} of patch back first"
-            )

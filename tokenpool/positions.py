@@ -1,0 +1,69 @@
+"""Rotary positions of merged tokens.
+
+A rotary position embedding rotates each query and key by angles that belong to one place of the grid. A merged token
+has several places. Its row of the table of sines and cosines is the mean of the rows of its patches. For patches of
+equal content, the logit between two merged tokens is then exactly the mean of the logits between their patches, because
+a logit is linear in the sines and cosines of the query and of the key. The mean needs no knowledge of the kind of table.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tokenpool import clustering
+from tokenpool.clustering.reductions import best_members
+
+POSITIONS = ("mean", "medoid")
+
+
+class MergedPositions(nn.Module):
+    """The rotary table of the current tokens, from the table of all patches.
+
+    A table has the shape (B or 1, H or 1, N, W). A row of W floats has the sines and the cosines of a place. The row of
+    a token is the mean of the rows of its patches, or the row of one patch if places are given.
+    """
+
+    def forward(self, table: Tensor, assignment: Tensor, places: Tensor | None, k: int) -> Tensor:
+        """Compute the table of K tokens.
+
+        Args:
+            table: (B or 1, H or 1, N, W), the table of all patches.
+            assignment: (B, N), the token of each patch, or -1 for a dropped patch.
+            places: (B, K), the patch whose row each token gets, or None for the mean.
+            k: number of tokens.
+
+        Returns:
+            (B, H or 1, K, W).
+        """
+        batch, n = assignment.shape
+        heads, width = table.shape[1], table.shape[3]
+        if places is not None:
+            index = places[:, None, :, None].expand(-1, heads, -1, width)
+            return table.expand(batch, -1, -1, -1).gather(2, index)
+        rows = table.transpose(1, 2).flatten(2).expand(batch, -1, -1)  # (B, N, H W)
+        weights = (assignment >= 0).to(torch.promote_types(table.dtype, torch.float32))
+        found = clustering.means(rows, weights, assignment + 1, k + 1)[:, 1:]  # cluster 0 has the dropped patches
+        return found.view(batch, k, heads, width).transpose(1, 2)
+
+    def macs(self, table: Tensor, assignment: Tensor, places: Tensor | None, k: int) -> int:
+        """Return the multiply-adds of one call: one for each float of each patch. Copying rows is free."""
+        return 0 if places is not None else int(assignment.numel()) * int(table.shape[1]) * int(table.shape[3])
+
+
+def representatives(tokens: Tensor, kept: Tensor, assignment: Tensor) -> Tensor:
+    """Find the medoid of each output token: the input token that is merged into it and is most similar to it.
+
+    Args:
+        tokens: (B, N, D), the input of a downsampler.
+        kept: (B, K, D), the output tokens.
+        assignment: (B, N), the output token of each input token, or -1.
+
+    Returns:
+        Indices (B, K) of input tokens, the one at the smallest Euclidean distance.
+    """
+    k = kept.shape[1]
+    if k == 0:
+        return assignment[:, :0]
+    own = kept.gather(1, assignment.clamp(min=0)[:, :, None].expand(-1, -1, kept.shape[2]))
+    distance = (tokens - own).detach().float().square().sum(dim=-1)  # (B, N)
+    none = assignment.new_zeros(len(assignment), k + 1)
+    return best_members(distance, torch.ones_like(distance), assignment + 1, none)[:, 1:]
