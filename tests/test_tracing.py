@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import tokenpool
-from tokenpool.stream import compose
 from tokenpool.downsampling import Downsampled
+from tokenpool.stream import compose
 from tokenpool.tracing import reconstruction_error
 
 KEEP = [30, 17, 5, 0]

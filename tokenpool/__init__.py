@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tokenpool import clustering, deit, flops, gpu, hosts, moved, schedules
-from tokenpool.stream import unpool
 from tokenpool.budget import schedule_for
 from tokenpool.checkpoint import load, load_weights, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
 from tokenpool.patching import create_model, is_patched, patch, unpatch
+from tokenpool.stream import unpool
 from tokenpool.tracing import trace
 from tokenpool.version import __version__
 

@@ -1,9 +1,9 @@
 """Rotary positions of merged tokens.
 
 A rotary position embedding rotates each query and key by angles that belong to one place of the grid. A merged token
-has several places. Its row of the table of sines and cosines is the mean of the rows of its patches. For patches of
-equal content, the logit between two merged tokens is then exactly the mean of the logits between their patches, because
-a logit is linear in the sines and cosines of the query and of the key. The mean needs no knowledge of the kind of table.
+has several places. Its row of the table of sines and cosines is the mean of the rows of its patches. A logit is linear
+in the row of the query and in the row of the key. So for patches of equal content, the logit between two merged tokens
+is exactly the mean of the logits between their patches. The mean needs no knowledge of the kind of table.
 """
 
 import torch
@@ -34,7 +34,7 @@ class MergedPositions(nn.Module):
         Returns:
             (B, H or 1, K, W).
         """
-        batch, n = assignment.shape
+        batch = len(assignment)
         heads, width = table.shape[1], table.shape[3]
         if places is not None:
             index = places[:, None, :, None].expand(-1, heads, -1, width)

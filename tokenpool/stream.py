@@ -76,7 +76,8 @@ class Stream(NamedTuple):
         """Concatenate streams along the batch."""
         if len(streams) == 1:
             return streams[0]
-        return Stream(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*streams, strict=True)))
+        joined: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*streams, strict=True)]
+        return Stream(*joined)
 
 
 @dataclass(frozen=True)

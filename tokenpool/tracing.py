@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenpool import hosts
-from tokenpool.stream import compose, merged_sizes
 from tokenpool.downsampling import Downsampled
+from tokenpool.stream import compose, merged_sizes
 
 
 class BlockTrace(NamedTuple):

@@ -185,22 +185,23 @@ class Adapter(ABC):
             name = f"{self.STACK}[{index}]"
             if self.is_patched:
                 _check_pooled(block, name)
-                pooled, scored, extra = type(block), type(block.attention), ("alpha",)
+                kind, path, own = type(block), block.ATTENTION, (*type(block.attention).OWN, "alpha")
             else:
-                (pooled, scored), extra = self._pooled_classes(block, index), ()
-            check_exchangeable(block, name, pooled.OWN)
-            attention = block.get_submodule(pooled.ATTENTION)
-            check_exchangeable(attention, f"{name}.{pooled.ATTENTION}", (*scored.OWN, *extra))
+                kind, scored = self._pooled_classes(block, index)
+                path, own = kind.ATTENTION, scored.OWN
+            check_exchangeable(block, name, kind.OWN)
+            check_exchangeable(block.get_submodule(path), f"{name}.{path}", own)
 
     def _pooled_classes(self, block: nn.Module, index: int) -> tuple[type[PooledBlock], type[ScoredAttention]]:
-        pooled = self.pooled_class(block)
-        scored = pooled and pooled.scored_class(block.get_submodule(pooled.ATTENTION))
-        if pooled is None or scored is None:
-            kind = type(block if pooled is None else block.get_submodule(pooled.ATTENTION)).__name__
+        kind = self.pooled_class(block)
+        inner = block if kind is None else block.get_submodule(kind.ATTENTION)
+        scored = None if kind is None else kind.scored_class(inner)
+        if kind is None or scored is None:
             raise TypeError(
-                f"block {index} is a {kind}, which cannot be pooled: {obstacle(block)}; supported are {self.FAMILY}"
+                f"block {index} is a {type(inner).__name__}, which cannot be pooled: {obstacle(block)}; supported are "
+                f"{self.FAMILY}"
             )
-        return pooled, scored
+        return kind, scored
 
     def pool(self, layers: Sequence[Downsampler | None], setting: Setting) -> None:
         """Replace the blocks of a plain model by pooled blocks, in place.

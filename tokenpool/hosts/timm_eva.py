@@ -1,7 +1,7 @@
-"""timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, rope-ViT, Sapiens2 and others, with or without rotary positions."""
+"""timm's Eva models: EVA, EVA-02, DINOv3, Perception Encoder, rope-ViT, Sapiens2 and others."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,14 @@ from tokenpool.stream import NEEDS_PLAIN
 class RotaryAttention(ScoredAttention):
     """timm's `AttentionRope`: rotary positions, fused or separate projections, grouped queries."""
 
-    num_kv_groups: int
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, host: Any, *options: Any) -> None:
         super().__init__(host, *options)
-        self.half = host.rotate_half
-        self.groups = getattr(host, "num_kv_groups", 1)
+        self.rotates_halves = bool(host.rotate_half)
+        self.groups = int(getattr(host, "num_kv_groups", 1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, n, _ = x.shape
@@ -45,7 +47,7 @@ class RotaryAttention(ScoredAttention):
 
     def rotate(self, values: Tensor, table: Tensor) -> Tensor:
         prefix = values.shape[2] - table.shape[2]
-        rotated = apply_rot_embed_cat(values[:, :, prefix:], table, half=self.half)
+        rotated = apply_rot_embed_cat(values[:, :, prefix:], table, half=self.rotates_halves)
         return torch.cat([values[:, :, :prefix], rotated], dim=2)
 
 
@@ -54,19 +56,23 @@ class PooledEvaAttention(RotaryAttention):
 
     OWN = ("q_bias", "k_bias", "v_bias")
 
+    q_bias: Tensor
+    k_bias: Tensor
+    v_bias: Tensor
+
     def fused(self, x: Tensor) -> Tensor:
         if getattr(self, "q_bias", None) is None:
             return self.qkv(x)
         bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
         if self._host[0].qkv_bias_separate:
             return self.qkv(x) + bias
-        return F.linear(x, self.qkv.weight, bias)
+        return F.linear(x, cast(Tensor, self.qkv.weight), bias)
 
 
 class PooledEvaBlock(PooledBlock):
     """timm's `EvaBlock` with a downsampler between attention and MLP."""
 
-    OWN = ("gamma_1", "gamma_2")
+    OWN: ClassVar[tuple[str, ...]] = ("gamma_1", "gamma_2")
 
     norm1: nn.Module
     drop_path1: nn.Module

@@ -1,7 +1,7 @@
 """timm's VisionTransformer of standard blocks: ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP and others."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from timm.layers import Attention
@@ -44,7 +44,7 @@ class TimmViT(Adapter):
     """Adapter of timm's `VisionTransformer` and its subclasses, if all blocks are timm's `Block`."""
 
     FAMILY = "timm's VisionTransformer models of standard blocks (ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP, ...)"
-    PARTS = (
+    PARTS: ClassVar[Sequence[tuple[str, str]]] = (
         (r"patch_embed", "patch_embedding"),
         (r"blocks\.\d+\.attn\.(qkv|gate)", "qkv_projections"),
         (r"blocks\.\d+\.attn\.proj", "o_projection"),
@@ -69,7 +69,12 @@ class TimmViT(Adapter):
         "reg_tokens": lambda model: model.num_reg_tokens,
         "pool_include_prefix": lambda model: model.pool_include_prefix,
     }
-    IDENTITY = ("num_prefix_tokens", "pool_include_prefix", "no_embed_class", "has_class_token")
+    IDENTITY: ClassVar[Sequence[str]] = (
+        "num_prefix_tokens",
+        "pool_include_prefix",
+        "no_embed_class",
+        "has_class_token",
+    )
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
