@@ -37,7 +37,8 @@ class ScoredAttention(nn.Module):
         OWN: names of parameters and buffers of the attention itself. All others belong to its submodules.
 
     Args:
-        host: the attention to adopt, with the attributes `num_heads`, `head_dim` and `scale`.
+        host: the attention to adopt. It has the attributes `num_heads` and `head_dim`, and `scale` if the logits are
+            not multiplied by 1 / sqrt(d).
         qk_norm: None, or "l2" to normalise queries and keys to unit length and to multiply the logits of equation (6)
             by `alpha` instead of 1 / sqrt(d) (Marin et al. 2021, appendix F).
         alpha: the (initial) scalar alpha > 0 of equation (6), for `qk_norm="l2"`.
@@ -59,7 +60,7 @@ class ScoredAttention(nn.Module):
         self._host = (host,)  # a tuple, so that PyTorch does not register the attention as a submodule
         self.num_heads = host.num_heads
         self.head_dim = host.head_dim
-        self.scale = host.scale
+        self.scale = getattr(host, "scale", self.head_dim**-0.5)
         self.normalise = qk_norm == "l2"
         if self.normalise:
             self.alpha = nn.Parameter(reference(host).new_tensor(float(alpha))) if learn_alpha else float(alpha)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool import hosts, schedules
+from tokenpool.blocks import Setting
 from tokenpool.downsampling import REGISTRY
 from tokenpool.positions import MergedPositions
 
@@ -127,6 +128,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     """
     copied = copy.deepcopy(model).cpu().float().eval()
     name, adapter = hosts.inside(copied) or ("", hosts.TimmViT(copied))
+    if adapter.COUNT_POOLED and not adapter.is_patched:
+        adapter.check()
+        adapter.pool([None] * adapter.depth, Setting("none", None, carry=False))
     macs = Counter(dict.fromkeys(PARTS, 0))
     for (module, operator), own in macs_by_operator(copied, adapter.blank_image(image_size)).items():
         macs[_part(f"{module.removeprefix(f'{name}.')}:{operator}", adapter.PARTS)] += own

@@ -1,19 +1,58 @@
 """Families of models that can be pooled. Each family has an adapter in its own file.
 
-To add a family, write a subclass of `Adapter` in a new file, and add the class to `ADAPTERS`.
+To add a family, write a subclass of `Adapter`, and call `register`. See docs/backbones.md.
 """
 
 from torch import nn
 
 from tokenpool.hosts.adapter import Adapter, Layers
 from tokenpool.hosts.obstacles import obstacle
+from tokenpool.hosts.open_clip import OpenClip
 from tokenpool.hosts.timm_eva import TimmEva
 from tokenpool.hosts.timm_vit import TimmViT
 
-__all__ = ["ADAPTERS", "SUPPORTED", "Adapter", "Layers", "TimmEva", "TimmViT", "find", "inside", "of", "wrapped_name"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Layers",
+    "OpenClip",
+    "TimmEva",
+    "TimmViT",
+    "find",
+    "inside",
+    "of",
+    "register",
+    "supported",
+    "wrapped_name",
+]
 
-ADAPTERS: tuple[type[Adapter], ...] = (TimmViT, TimmEva)
-SUPPORTED = f"supported are {', '.join(adapter.FAMILY for adapter in ADAPTERS)}"
+ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, OpenClip]
+
+
+def register(adapter: type[Adapter]) -> type[Adapter]:
+    """Add a family of models. `tokenpool.patch` then finds its adapter by `Adapter.fits`.
+
+    Args:
+        adapter: the class. It comes before the families of this library.
+
+    Returns:
+        The same class, so that `register` can be a decorator.
+
+    Raises:
+        TypeError: if the class is not a subclass of `Adapter`, or lacks one of its methods.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise TypeError(f"{adapter!r} must be a subclass of tokenpool.hosts.Adapter")
+    if missing := sorted(adapter.__abstractmethods__):
+        raise TypeError(f"{adapter.__name__} lacks {', '.join(missing)}: see tokenpool.hosts.Adapter")
+    if adapter not in ADAPTERS:
+        ADAPTERS.insert(0, adapter)
+    return adapter
+
+
+def supported() -> str:
+    """Return the supported families in words."""
+    return f"supported are {', '.join(adapter.FAMILY for adapter in ADAPTERS)}"
 
 
 def find(model: nn.Module) -> Adapter | None:
@@ -60,4 +99,4 @@ def of(model: nn.Module) -> Adapter:
             f"{kind} only wraps the {type(adapter.model).__name__} to pool: call patch and unpatch on its `{name}`, "
             "in place"
         )
-    raise TypeError(f"{kind} cannot be pooled: {obstacle(model)}; {SUPPORTED}")
+    raise TypeError(f"{kind} cannot be pooled: {obstacle(model)}; {supported()}")

@@ -52,6 +52,8 @@ class Adapter(ABC):
         IDENTITY: attributes that change the output of a model, besides modules and weights. A model can be saved only
             if a model that is built from the checkpoint has the same values.
         CLASSIFIERS: names of the parameters that depend on the number of classes.
+        COUNT_POOLED: whether the FLOPs of a plain model are counted with pooled blocks that keep all tokens. This is
+            for models that run operators which fvcore does not know.
     """
 
     FAMILY: ClassVar[str]
@@ -62,6 +64,8 @@ class Adapter(ABC):
     CLASSIFIERS: ClassVar[frozenset[str]] = frozenset(
         {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     )
+
+    COUNT_POOLED: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # Any, because PyTorch's stubs do not know the attributes of a model
