@@ -88,7 +88,7 @@ class PooledBlock(nn.Module):
         raise NotImplementedError
 
     @property
-    def attention(self) -> ScoredAttention:
+    def scored_attention(self) -> ScoredAttention:
         """The attention of this block."""
         return cast(ScoredAttention, self.get_submodule(self.ATTENTION))
 
@@ -130,7 +130,7 @@ class PooledBlock(nn.Module):
         """Return the model's own block with the current submodules of this block."""
         (host,) = self._host
         give_back(self, host, but=("downsampler", "positions"))
-        host.add_module(self.ATTENTION, self.attention.give_back())
+        host.add_module(self.ATTENTION, self.scored_attention.give_back())
         return host
 
     def forward(self, tokens: Tensor | Batch, *arguments: Any, **named: Any) -> Tensor | Batch:

@@ -59,8 +59,8 @@ class Adapter(ABC):
     FAMILY: ClassVar[str]
     STACK: ClassVar[str] = "blocks"
     PARTS: ClassVar[Sequence[tuple[str, str]]]
-    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]]
-    IDENTITY: ClassVar[Sequence[str]]
+    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {}
+    IDENTITY: ClassVar[Sequence[str]] = ()
     CLASSIFIERS: ClassVar[frozenset[str]] = frozenset(
         {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     )
@@ -93,9 +93,9 @@ class Adapter(ABC):
         """Channels, height and width of the images that the model is built for."""
 
     @property
-    @abstractmethod
     def is_dynamic(self) -> bool:
         """Whether the grid of patches may differ from image to image."""
+        return False
 
     @property
     @abstractmethod
@@ -120,7 +120,6 @@ class Adapter(ABC):
     def layers(self, block: nn.Module) -> Layers:
         """Return the layers that determine the cost of a block, pooled or plain."""
 
-    @abstractmethod
     def watch_attention(self, block: nn.Module, record: Callable[[str, Tensor], None]) -> list[RemovableHandle]:
         """Call `record(name, value)` for each signal of a plain block, whenever the block runs.
 
@@ -128,9 +127,12 @@ class Adapter(ABC):
 
         Returns:
             Handles that remove the hooks.
-        """
 
-    @abstractmethod
+        Raises:
+            TypeError: if the adapter does not support it.
+        """
+        raise TypeError(f"signals of {self.FAMILY} are not supported: its adapter has no watch_attention")
+
     def convert(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Convert weights of a file to the names and sizes of this model.
 
@@ -138,6 +140,7 @@ class Adapter(ABC):
             The weights, and a note in words on each important change. Weights that cannot be converted are returned
             unchanged.
         """
+        return weights, []
 
     # Methods for all families
 
@@ -189,7 +192,7 @@ class Adapter(ABC):
             name = f"{self.STACK}[{index}]"
             if self.is_patched:
                 _check_pooled(block, name)
-                kind, path, own = type(block), block.ATTENTION, (*type(block.attention).OWN, "alpha")
+                kind, path, own = type(block), block.ATTENTION, (*type(block.scored_attention).OWN, "alpha")
             else:
                 kind, scored = self._pooled_classes(block, index)
                 path, own = kind.ATTENTION, scored.OWN

@@ -59,7 +59,7 @@ class PooledOpenClipBlock(PooledBlock):
     def attend(
         self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
     ) -> Attended:
-        output, scores, keys = self.attention(self.ln_1(tokens), sizes, with_scores, with_keys)
+        output, scores, keys = self.scored_attention(self.ln_1(tokens), sizes, with_scores, with_keys)
         return Attended(self.ls_1(output), scores, keys)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
@@ -86,8 +86,6 @@ class OpenClip(Adapter):
         (r"transformer\.resblocks\.\d+\.downsampler", "clustering"),
         (r"attn_pool|:", "head"),
     )
-    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {}
-    IDENTITY: ClassVar[Sequence[str]] = ()
     CLASSIFIERS = frozenset({"proj"})
     COUNT_POOLED = True  # PyTorch's fused attention is one operator, which fvcore does not know
 
@@ -108,10 +106,6 @@ class OpenClip(Adapter):
     def image_shape(self) -> tuple[int, int, int]:
         height, width = self.model.image_size
         return self.model.conv1.in_channels, height, width
-
-    @property
-    def is_dynamic(self) -> bool:
-        return False
 
     @property
     def head_reads_patches(self) -> bool:
@@ -148,6 +142,3 @@ class OpenClip(Adapter):
             block.attn.register_forward_pre_hook(record_heads),
             block.ln_2.register_forward_pre_hook(lambda module, inputs: record("after", inputs[0])),
         ]
-
-    def convert(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        return weights, []

@@ -99,7 +99,7 @@ class PooledEvaBlock(PooledBlock):
     def attend(
         self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
     ) -> Attended:
-        output, scores, keys = self.attention(self.norm1(tokens), sizes, with_scores, with_keys, table)
+        output, scores, keys = self.scored_attention(self.norm1(tokens), sizes, with_scores, with_keys, table)
         return Attended(self.drop_path1(self._scaled(output, "gamma_1")), scores, keys)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class PooledEvaBlockPostNorm(PooledEvaBlock):
     def attend(
         self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
     ) -> Attended:
-        output, scores, keys = self.attention(tokens, sizes, with_scores, with_keys, table)
+        output, scores, keys = self.scored_attention(tokens, sizes, with_scores, with_keys, table)
         return Attended(self.drop_path1(self.norm1(output)), scores, keys)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
