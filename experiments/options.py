@@ -23,7 +23,7 @@ FOLDER_OR_HUB = (
 _EMBEDDED = ", ".join(f'"{name}"' for name in data_sets.embedded())
 DATA_OR_FOLDER = f"{_EMBEDDED}, or images. {FOLDER_OR_HUB}"
 MODELS = (
-    "Any VisionTransformer of timm (python -c \"import timm; print(timm.list_models('*vit*'))\"), such as "
+    "Any VisionTransformer or Eva model of timm (python -c \"import timm; print(timm.list_models('*vit*'))\"), such as "
     "deit_tiny_patch16_224 and deit_small_patch16_224; also deit_e252_patch16_224, deit_e318_patch16_224 and "
     "deit_digits_patch2_16."
 )

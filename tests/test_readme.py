@@ -15,6 +15,7 @@ import tokenpool
 from experiments import artifacts, presets
 from experiments.__main__ import app
 from experiments.study import Study
+from tokenpool import hosts
 from tokenpool.downsampling import METHODS, REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
@@ -50,6 +51,9 @@ def test_snippets_run(
         assert shown.strip() == "+3.7 (+2.5, +5.0), p = 5e-153"
     elif "tokenpool.save" in snippet:
         assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
+    elif "TinyAdapter" in snippet:
+        hosts.ADAPTERS[:] = [adapter for adapter in hosts.ADAPTERS if adapter.FAMILY != "Tiny"]
+        assert shown.strip() == "0.004973264 torch.Size([2, 10])"
     else:
         assert "wkmedoids-level" in shown
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from experiments.data_sets import data_set
+from tokenpool import hosts
 from tokenpool.downsampling import with_schedule
 from tokenpool.schedules import LEVELS, MODELS, paper
 from tokenpool.training.recipe import Recipe
@@ -148,7 +148,7 @@ def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
         yield f"timm cannot create {name} with {options}: {error}"
         return
     if found is None:
-        yield f"{name} is not a VisionTransformer of timm"
+        yield f"{name} belongs to no family that can be pooled"
     elif found != (preset.depth, preset.grid):
         has = f"{name} has {found[0]} blocks and {found[1]} tokens along a side"
         yield f"depth = {preset.depth} and grid = {preset.grid}, but {has}"
@@ -156,10 +156,11 @@ def _wrong_shape(preset: Any, variant: Any) -> Iterator[str]:
 
 @cache
 def _shape(name: str, options: str) -> tuple[int, int] | None:
-    """Return blocks of a timm model and tokens along the shorter side, or None if it is not a VisionTransformer."""
+    """Return blocks of a timm model and tokens along the shorter side, or None if the model cannot be pooled."""
     with torch.device("meta"):  # allocates no weights
         model = timm.create_model(name, **json.loads(options))
-    return (len(model.blocks), min(model.patch_embed.grid_size)) if isinstance(model, VisionTransformer) else None
+    adapter = hosts.find(model)
+    return None if adapter is None else (adapter.depth, min(adapter.grid()))
 
 
 def _all(preset: Any) -> list[Any]:
