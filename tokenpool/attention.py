@@ -20,11 +20,34 @@ class Attended(NamedTuple):
         scores: (B, N) or None, the significance scores, equation (5): the attention that each token receives, summed
             over heads and queries. float32 or float64, without gradient.
         keys: (B, N, d) or None, the mean over heads, without gradient.
+        class_attention: (B, N) or None, see `class_attention`.
     """
 
     output: Tensor
     scores: Tensor | None
     keys: Tensor | None
+    class_attention: Tensor | None = None
+
+
+@torch.no_grad()
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Compute the attention of the first token, which is the class token, to all tokens.
+
+    It is one row of the attention matrix. Fused attention does not return the matrix, so the row is computed again.
+    The FLOPs of the matrix contain the row already. So it is computed without a matrix product, and counts as free.
+
+    Args:
+        q: (B, H, N, d), queries.
+        k: (B, H, N, d), keys.
+        bias: (B, N) or None, a number for each key that is added to the logits.
+        scale: factor of the products of queries and keys.
+
+    Returns:
+        (B, N), the mean over heads, float32 or float64, without gradient. Each row sums to 1.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    logits = (q[:, :, :1].to(precise) * k).sum(dim=-1) * scale  # (B, H, N)
+    return (logits if bias is None else logits + bias[:, None, :]).softmax(dim=-1).mean(dim=1)
 
 
 class ScoredAttention(nn.Module):
@@ -67,7 +90,12 @@ class ScoredAttention(nn.Module):
         return self._host[0]
 
     def forward(
-        self, x: Tensor, sizes: Tensor | None = None, with_scores: bool = False, with_keys: bool = False
+        self,
+        x: Tensor,
+        sizes: Tensor | None = None,
+        with_scores: bool = False,
+        with_keys: bool = False,
+        with_class_attention: bool = False,
     ) -> Attended:
         """Compute the attention.
 
@@ -79,9 +107,10 @@ class ScoredAttention(nn.Module):
                 no attention.
             with_scores: also return the significance scores.
             with_keys: also return the keys.
+            with_class_attention: also return the attention of the class token.
 
         Returns:
-            Output (B, N, D), and scores (B, N) and keys (B, N, d) or None.
+            Output (B, N, D), and scores (B, N), keys (B, N, d) and class attention (B, N), or None.
         """
         q, k, v = self.project(x)
         scale = self.scale
@@ -112,7 +141,8 @@ class ScoredAttention(nn.Module):
         out = out if norm is None else norm(out)
         out = out if gate is None else out * gate(x).sigmoid()
         keys = k.detach().mean(dim=1) if with_keys else None
-        return Attended(self.proj_drop(self.proj(out)), scores, keys)
+        row = class_attention(q, k, bias, scale) if with_class_attention else None
+        return Attended(self.proj_drop(self.proj(out)), scores, keys, row)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values, (B, H, N, d) each, of tokens (B, N, D)."""

@@ -89,7 +89,9 @@ class PooledBlock(nn.Module):
         self.prefix = prefix
         self.carry = carry
 
-    def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
+    def attend(
+        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, with_class_attention: bool
+    ) -> Attended:
         """Compute the attention branch. The block adds its `output` to the tokens.
 
         Args:
@@ -97,6 +99,7 @@ class PooledBlock(nn.Module):
             sizes: (B, P + N) or None, see `ScoredAttention`.
             with_scores: also return the significance scores.
             with_keys: also return the keys.
+            with_class_attention: also return the attention of the class token.
         """
         raise NotImplementedError
 
@@ -125,7 +128,8 @@ class PooledBlock(nn.Module):
 
         with_scores = downsampler is not None and downsampler.uses_scores
         with_keys = downsampler is not None and downsampler.uses_keys
-        attended = self.attend(tokens, sizes if self.carry else None, with_scores, with_keys)
+        with_class = downsampler is not None and downsampler.uses_class_attention
+        attended = self.attend(tokens, sizes if self.carry else None, with_scores, with_keys, with_class)
         tokens = tokens + attended.output  # (B, P + N, D)
         if downsampler is None:
             return Stream(tokens, sizes, patches)
@@ -135,6 +139,7 @@ class PooledBlock(nn.Module):
 
         hints = {"sizes": of_patches(sizes)} if downsampler.uses_sizes else {}
         hints |= {"keys": of_patches(attended.keys)} if with_keys else {}
+        hints |= {"class_attention": of_patches(attended.class_attention)} if with_class else {}
         kept, assignment = downsampler(tokens[:, prefix:], of_patches(attended.scores), **hints)
         if sizes is not None:
             sizes = torch.cat([sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1)

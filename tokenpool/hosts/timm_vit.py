@@ -39,9 +39,11 @@ class PooledTimmBlock(PooledBlock):
         super().__init__(host, downsampler, prefix, setting.carry)
         self.attn = ScoredAttention(host.attn, setting.qk_norm, setting.alpha, setting.learn_alpha)
 
-    def attend(self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool) -> Attended:
-        output, scores, keys = self.attn(self.norm1(tokens), sizes, with_scores, with_keys)
-        return Attended(self.drop_path1(self.ls1(output)), scores, keys)
+    def attend(
+        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, with_class_attention: bool
+    ) -> Attended:
+        attended = self.attn(self.norm1(tokens), sizes, with_scores, with_keys, with_class_attention)
+        return attended._replace(output=self.drop_path1(self.ls1(attended.output)))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
@@ -99,6 +101,10 @@ class TimmViT(Adapter):
     @property
     def prefix(self) -> int:
         return self.model.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model.has_class_token
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
