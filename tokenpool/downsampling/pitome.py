@@ -17,35 +17,36 @@ class PiToMe(Matching):
 
     The energy of token i is high if many keys are similar to its key:
 
-        E_i = mean over j of f(cos(k_i, k_j)),  f(x) = x if x >= m, else alpha (exp(x - m) - 1)
+        E_i = mean over j of f(cos(k_i, k_j)),  f(x) = x if x >= m, else exp(x - m) - 1
 
     To remove r tokens, the 2r tokens of highest energy are sorted by energy and alternately assigned to the sets A and
     B. Each token of A is merged into the token of B whose key is most similar. The other tokens are protected. Block
     l = 0..L-1 has the margin m = 0.75 (1 - l / L). The method has proportional attention (`carry=True`).
 
-    Paper and published code differ. The margin is 0.9 - 0.9 l / L in the paper, and 0.75 - 0.75 l / L in the code; here
-    as in the code. The code computes f(x) = x - m for x >= m, so that f is continuous; here as in the paper. Whether j
-    includes i does not matter, because it adds the same number to all energies. Here it does, as in the code. In the
-    first blocks, a variant of the code splits all tokens by energy and protects none; here all blocks protect tokens.
-    The paper has one round, which removes at most half of the tokens; here see `Matching`.
+    Paper and published code differ. The margin is 0.9 - 0.9 l / L in the paper, and 0.75 - 0.75 l / L in the code (other
+    numbers in some of its versions); here 0.75. The code computes f(x) = x - m for x >= m, so that f has no jump; here
+    as in the paper, whose factor alpha before exp(x - m) - 1 is 1. In half of the blocks, the code takes A and B from
+    all tokens and merges the r most similar pairs; here all blocks protect tokens, as in the paper. Whether j includes
+    i does not matter, because it adds the same number to all energies; here it does. The paper has one round, which
+    removes at most half of the tokens; for more rounds see `Matching`.
 
     Args:
         keep: maximum number of tokens that remain.
         margin: the margin m of this block.
-        alpha: the factor alpha, not negative.
 
     Raises:
-        ValueError: if `margin` or `alpha` is not a finite number, or if `alpha` is negative.
+        ValueError: if `margin` is not a finite number.
     """
 
-    def __init__(self, keep: int, margin: float = 0.75, alpha: float = 1.0) -> None:
+    def __init__(self, keep: int, margin: float = 0.75) -> None:
         super().__init__(keep)
-        self.margin = _checked("margin", margin, -math.inf)
-        self.alpha = _checked("alpha", alpha, 0)
+        if not isinstance(margin, Real) or isinstance(margin, bool) or not math.isfinite(margin):
+            raise ValueError(f"margin = {margin!r} must be a finite number")
+        self.margin: float = margin
 
     @classmethod
     def for_blocks(  # type: ignore[override]  # the base class passes **options to all blocks
-        cls, host: Host, keep: Sequence[int] | None, margin: float = 0.75, alpha: float = 1.0
+        cls, host: Host, keep: Sequence[int] | None, margin: float = 0.75
     ) -> list[Downsampler | None]:
         """Create a downsampler for each block.
 
@@ -53,12 +54,11 @@ class PiToMe(Matching):
             host: see `Downsampler.for_blocks`.
             keep: see `Downsampler.for_blocks`.
             margin: margin of the first block. Block l = 0..L-1 has the margin (1 - l / L) times as high.
-            alpha: the factor alpha of all blocks.
 
         Raises:
             ValueError: see `Downsampler.for_blocks` and the class.
         """
-        layers = super().for_blocks(host, keep, margin=margin, alpha=alpha)
+        layers = super().for_blocks(host, keep, margin=margin)
         for block, layer in enumerate(layers):
             layer.margin = margin * (1 - block / host.depth)  # type: ignore[union-attr]
         return layers
@@ -67,7 +67,7 @@ class PiToMe(Matching):
         with torch.autocast(keys.device.type, enabled=False):
             units = clustering.unit_vectors(keys)
             similarity = torch.bmm(units, units.mT)  # (B, N, N)
-            far = self.alpha * ((similarity - self.margin).exp() - 1)
+            far = (similarity - self.margin).exp() - 1
             energy = torch.where(similarity >= self.margin, similarity, far).mean(dim=2)  # (B, N)
         mergeable = clustering.stable_topk(energy, 2 * pairs)  # (B, 2r)
         merged, others = mergeable[:, ::2], mergeable[:, 1::2]  # (B, r) each, A and B
@@ -83,11 +83,4 @@ class PiToMe(Matching):
         return macs
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, margin={self.margin:g}, alpha={self.alpha:g}"
-
-
-def _checked(name: str, value: float, least: float) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and value >= least):
-        range_ = "a finite number" if least == -math.inf else f"a finite number, at least {least:g}"
-        raise ValueError(f"{name} = {value!r} must be {range_}")
-    return float(value)
+        return f"{super().extra_repr()}, margin={self.margin:g}"
