@@ -116,6 +116,8 @@ def test_the_input_stays_and_clusters_have_the_order_of_their_first_tokens() -> 
     before = distance.clone()
     found = agglomerate(distance, 6)
     assert torch.equal(distance, before)
+    skewed = torch.rand(4, 20, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert torch.equal(agglomerate(distance + (skewed - skewed.mT), 6), found)  # the mean with the transpose matters
     for image in found.tolist():
         assert list(dict.fromkeys(image)) == list(range(6))
 

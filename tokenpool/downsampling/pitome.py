@@ -23,8 +23,8 @@ class PiToMe(Matching):
     B. Each token of A is merged into the token of B whose key is most similar. The other tokens are protected. Block
     l = 0..L-1 has the margin m = 0.75 (1 - l / L). The method has proportional attention (`carry=True`).
 
-    Paper and published code differ. The margin is 0.9 - 0.9 l / L in the paper, and 0.75 - 0.75 l / L in the code (other
-    numbers in some of its versions); here 0.75. The code computes f(x) = x - m for x >= m, so that f has no jump; here
+    Paper and published code differ. The margin is 0.9 - 0.9 l / L in the paper, and 0.75 - 0.75 l / L in the code
+    (other numbers in some versions); here 0.75. The code computes f(x) = x - m for x >= m, so that f has no jump; here
     as in the paper, whose factor alpha before exp(x - m) - 1 is 1. In half of the blocks, the code takes A and B from
     all tokens and merges the r most similar pairs; here all blocks protect tokens, as in the paper. Whether j includes
     i does not matter, because it adds the same number to all energies; here it does. The paper has one round, which
