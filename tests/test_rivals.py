@@ -272,3 +272,16 @@ def test_groups_are_formed_in_float32_under_autocast(name: str) -> None:
 def test_bad_options_are_named(small, method: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenpool.patch(small, method, KEEP, **options)
+
+
+@pytest.mark.parametrize(
+    "k, neighbours, message",
+    [
+        (0, 5, r"k = 0 must be a whole number in 1\.\.4"),
+        (5, 5, r"k = 5 must be a whole number in 1\.\.4"),
+        (2, 0, "neighbours = 0 must be a whole number, at least 1"),
+    ],
+)
+def test_bad_arguments_of_density_peaks_are_named(k: int, neighbours: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clustering.density_peaks(torch.randn(1, 4, 3), k, neighbours)
