@@ -199,8 +199,8 @@ def shares(model: VisionTransformer, images: Tensor, precision: str = "float32",
             if not isinstance(part, ScoredAttention):
                 pooling += taken
             elif given[2]:  # with scores
-                x, sizes, _, with_keys = given
-                scoring += taken - _median(partial(part, x, sizes, False, with_keys), images.device, repeats)
+                x, sizes, _, *others = given
+                scoring += taken - _median(partial(part, x, sizes, False, *others), images.device, repeats)
     return {"clustering_share": pooling / whole, "scoring_share": scoring / whole}
 
 

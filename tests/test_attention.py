@@ -7,6 +7,7 @@ import torch
 import tokenpool
 from experiments.timing import peak_memory
 from tokenpool import micro_batch
+from tokenpool.attention import Asked
 
 KEEP = [30, 17, 5, 2]
 
@@ -18,7 +19,7 @@ def test_scores_are_the_attention_received(small, photos) -> None:
     q, k, _ = block.attn.qkv(x).reshape(5, 37, 3, 3, 16).permute(2, 0, 3, 1, 4)
     expected = (q @ k.mT / 4).softmax(-1).sum((1, 2))
     tokenpool.patch(small, "power_bert", KEEP)
-    output, scores, keys = small.blocks[0].attn(x, with_scores=True, with_keys=True)
+    output, scores, keys, _ = small.blocks[0].attn(x, Asked(scores=True, keys=True))
     torch.testing.assert_close(scores, expected)
     torch.testing.assert_close(keys, k.mean(1))
     torch.testing.assert_close(scores.sum(-1), torch.full((5,), 3 * 37.0))
@@ -34,12 +35,48 @@ def test_size_s_attracts_what_s_equal_tokens_do(small, with_scores: bool) -> Non
     attention = small.blocks[0].attn
     tokens = torch.randn(2, 6, 48)
     repeats = torch.tensor([1, 3, 1, 2, 1, 5])
-    merged, scores, _ = attention(tokens, repeats.expand(2, -1).float(), with_scores)
-    apart, apart_scores, _ = attention(tokens.repeat_interleave(repeats, 1), None, with_scores)
+    merged, scores, *_ = attention(tokens, Asked(repeats.expand(2, -1).float(), scores=with_scores))
+    apart, apart_scores, *_ = attention(tokens.repeat_interleave(repeats, 1), Asked(scores=with_scores))
     first = repeats.cumsum(0) - repeats
     torch.testing.assert_close(merged, apart[:, first])
     if with_scores:  # queries count too: those of merged tokens stand for one each
         assert scores.shape == (2, 6) and apart_scores.shape == (2, 13)
+
+
+@pytest.mark.parametrize("qk_norm, alpha", [(None, 1.0), ("l2", 3.0)])
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_class_attention_is_the_first_row_of_the_attention(
+    small, qk_norm: str, alpha: float, with_scores: bool
+) -> None:
+    tokenpool.patch(small, "none" if qk_norm else "power_bert", None if qk_norm else KEEP, qk_norm=qk_norm, alpha=alpha)
+    attention, x = small.blocks[0].attn, torch.randn(2, 11, 48)
+    sizes = torch.randint(1, 5, (2, 11), generator=torch.Generator().manual_seed(0)).float()
+    q, k, _ = attention.qkv(x).reshape(2, 11, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    if qk_norm:
+        q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    logits = q @ k.mT * (alpha if qk_norm else 16**-0.5)  # (B, H, N, N)
+    for given, weights in ((None, torch.ones_like(sizes)), (sizes, sizes)):
+        weighted = logits.exp() * weights[:, None, None, :]
+        expected = (weighted / weighted.sum(-1, keepdim=True)).mean(1)[:, 0]
+        attended = attention(x, Asked(given, scores=with_scores, class_attention=True))
+        assert not attended.class_attention.requires_grad
+        torch.testing.assert_close(attended.class_attention, expected)
+        plain = attention(x, Asked(given, scores=with_scores))
+        assert plain.class_attention is None and torch.equal(attended.output, plain.output)
+
+
+def test_class_attention_needs_a_class_token() -> None:
+    """Register tokens are prefix tokens, too, but no class tokens."""
+
+    class Hinted(tokenpool.Downsampler):
+        uses_class_attention = True
+
+    size = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32, "class_token": False, "global_pool": "avg"}
+    for registers in (0, 2):
+        model = timm.models.vision_transformer.VisionTransformer(**size, reg_tokens=registers)
+        with pytest.raises(ValueError, match="Hinted needs the attention of a class token, but the model has no class"):
+            tokenpool.patch(model, Hinted, [2, 2])
+        assert not tokenpool.is_patched(model)
 
 
 @pytest.mark.parametrize("learn_alpha", [False, True])
@@ -81,5 +118,5 @@ def test_attention_over_many_tokens_is_never_held_whole() -> None:
     attention = tokenpool.attention.ScoredAttention(timm.layers.Attention(8, num_heads=2)).eval()
     x = torch.randn(2, 2048, 8)
     with torch.no_grad():
-        peak = peak_memory(lambda: attention(x, with_scores=True), x.device)
+        peak = peak_memory(lambda: attention(x, Asked(scores=True)), x.device)
     assert peak < 2 * 4 * 2**20  # two matrices of 2^19 numbers, and the small rest; one head's would take 2^22

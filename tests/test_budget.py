@@ -118,6 +118,10 @@ def test_the_count_of_a_patched_model_meets_the_budget(
         global_pool=pooling,
         class_token=pooling == "token",
     )
+    if tokenpool.METHODS[method].uses_class_attention and not model.has_class_token:
+        with pytest.raises(ValueError, match="needs the attention of a class token"):
+            budget.ScheduleCost(model, tokenpool.METHODS[method])([1] * depth)
+        return
     cost = budget.ScheduleCost(model, tokenpool.METHODS[method])
     least, plain = cost([1] * depth), round(flops.count(model).gmacs * 1e9)
     macs = least + share * (plain - least)

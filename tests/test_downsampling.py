@@ -45,6 +45,7 @@ def inputs(seed: int, batch: int, n: int = GRID[0] * GRID[1]) -> dict[str, Tenso
         "scores": torch.rand(batch, n, generator=generator, dtype=torch.float64) + 0.01,
         "sizes": torch.randint(1, 5, (batch, n), generator=generator).double(),
         "keys": torch.randn(batch, n, 4, generator=generator, dtype=torch.float64),
+        "class_attention": torch.rand(batch, n, generator=generator, dtype=torch.float64).softmax(dim=1),
     }
 
 
@@ -53,7 +54,7 @@ def apply(name: str, keep: int, given: dict[str, Tensor]) -> Downsampled:
     method = METHODS[name]
     torch.manual_seed(0)
     layer = (method(keep) if REGISTRY[name].has_schedule else Convolution(WIDTH, GRID)).double().eval()
-    hints = {hint: given[hint] for hint in ("sizes", "keys") if getattr(layer, f"uses_{hint}")}
+    hints = {hint: given[hint] for hint in ("sizes", "keys", "class_attention") if getattr(layer, f"uses_{hint}")}
     with torch.no_grad():
         return layer(given["tokens"], given["scores"] if layer.uses_scores else None, **hints)
 

@@ -111,6 +111,10 @@ def test_every_method_follows_every_form_of_schedule(family: str) -> None:
     expected = ([35, 30, 2], [5, 5, 5], [18, 9, 4], [23, 10, 1], None, [1, 1, 1])
     for index, method in enumerate(METHODS):
         keep, tokens = forms[index % len(forms)], expected[index % len(forms)]
+        if tokenpool.METHODS[method].uses_class_attention and not model.has_class_token:
+            with pytest.raises(ValueError, match="needs the attention of a class token"):
+                tokenpool.patch(model, method, keep)
+            continue
         trace = tokenpool.trace(tokenpool.patch(model, method, keep), images)
         assert trace.logits.isfinite().all() and trace.grid == (6, 6)
         found = [block.tokens for block in trace.blocks]

@@ -11,6 +11,29 @@ from tokenpool.adoption import adopt, give_back, reference
 from tokenpool.eager import is_in_graph
 
 
+class Asked(NamedTuple):
+    """The input of an attention besides the tokens, and the results that a block asks for besides the output.
+
+    Attributes:
+        sizes: (B, N), the number of original tokens that each token stands for. The log of the size is added to the
+            logits of the token's key. So one token of size s gets as much attention as s equal tokens (the paper's
+            *carry*, appendix E; *proportional attention* in Bolya et al. 2023). A token of size zero gets no attention.
+        table: (B or 1, H or 1, M, W), the rotary table of the last M tokens. The other tokens are not rotated.
+        scores: whether to return the significance scores.
+        keys: whether to return the keys.
+        class_attention: whether to return the attention of the class token.
+    """
+
+    sizes: Tensor | None = None
+    table: Tensor | None = None
+    scores: bool = False
+    keys: bool = False
+    class_attention: bool = False
+
+
+_NOTHING = Asked()
+
+
 class Attended(NamedTuple):
     """Result of an attention.
 
@@ -18,12 +41,35 @@ class Attended(NamedTuple):
         output: (B, N, D).
         scores: (B, N) or None, the significance scores, equation (5): the attention that each token receives, summed
             over heads and queries. float32 or float64, without gradient.
-        keys: (B, N, d) or None, the mean over heads, without gradient.
+        keys: (B, N, d) or None, the mean over heads, before they are rotated, without gradient.
+        class_attention: (B, N) or None, see `class_attention`.
     """
 
     output: Tensor
     scores: Tensor | None
     keys: Tensor | None
+    class_attention: Tensor | None = None
+
+
+@torch.no_grad()
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Compute the attention of the first token, which is the class token, to all tokens.
+
+    It is one row of the attention matrix. Fused attention does not return the matrix, so the row is computed again.
+    The FLOPs of the matrix contain the row already. So it is computed without a matrix product, and counts as free.
+
+    Args:
+        q: (B, H, N, d), queries.
+        k: (B, H, N, d), keys.
+        bias: (B, N) or None, a number for each key that is added to the logits.
+        scale: factor of the products of queries and keys.
+
+    Returns:
+        (B, N), the mean over heads, float32 or float64, without gradient. Each row sums to 1.
+    """
+    precise = torch.promote_types(q.dtype, torch.float32)
+    logits = (q[:, :, :1].to(precise) * k).sum(dim=-1) * scale  # (B, H, N)
+    return (logits if bias is None else logits + bias[:, None, :]).softmax(dim=-1).mean(dim=1)
 
 
 class ScoredAttention(nn.Module):
@@ -70,58 +116,43 @@ class ScoredAttention(nn.Module):
         give_back(self, self._host[0], but=("alpha",))
         return self._host[0]
 
-    def forward(
-        self,
-        x: Tensor,
-        sizes: Tensor | None = None,
-        with_scores: bool = False,
-        with_keys: bool = False,
-        table: Tensor | None = None,
-    ) -> Attended:
+    def forward(self, x: Tensor, asked: Asked = _NOTHING) -> Attended:
         """Compute the attention.
 
         Args:
             x: (B, N, D).
-            sizes: (B, N), the number of original tokens that each token stands for. The log of the size is added to
-                the logits of the token's key. So one token of size s gets as much attention as s equal tokens (the
-                paper's *carry*, appendix E; *proportional attention* in Bolya et al. 2023). A token of size zero gets
-                no attention.
-            with_scores: also return the significance scores.
-            with_keys: also return the keys, before they are rotated.
-            table: (B or 1, H or 1, M, W), the rotary table of the last M tokens, or None.
-
-        Returns:
-            Output (B, N, D), and scores (B, N) and keys (B, N, d) or None.
+            asked: other inputs, and the results to return.
         """
         q, k, v = self.project(x)
         scale = self.scale
         if self.normalise:
             q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
             scale = 1.0
-        keys = k.detach().mean(dim=1) if with_keys else None
-        if table is not None:
-            q, k = self.rotate(q, table).to(v.dtype), self.rotate(k, table).to(v.dtype)
-        bias = None if sizes is None else sizes.log().to(q.dtype)  # (B, N)
+        keys = k.detach().mean(dim=1) if asked.keys else None
+        if asked.table is not None:
+            q, k = self.rotate(q, asked.table).to(v.dtype), self.rotate(k, asked.table).to(v.dtype)
+        bias = None if asked.sizes is None else asked.sizes.log().to(q.dtype)  # (B, N)
         dropout = self.dropout if self.training else 0.0
         scores: Tensor | None
 
-        fits = with_scores and gpu.attention_fits(q, k, v)
+        fits = asked.scores and gpu.attention_fits(q, k, v)
         if fits and dropout == 0.0 and not torch.is_grad_enabled():
             out, scores = gpu.attention(q, k, v, bias, scale)
             out = out.transpose(1, 2).flatten(2)
-        elif with_scores and not fits:
+        elif asked.scores and not fits:
             heads, rows = self._micro_batch(x)
             parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
             outs, received = zip(*(self._attend(*part, bias, scale, rows) for part in parts), strict=True)
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
             scores = torch.stack(received).sum(dim=0)
         else:
-            scores = gpu.received(q, k, bias, scale) if with_scores else None
+            scores = gpu.received(q, k, bias, scale) if asked.scores else None
             mask = None if bias is None else bias[:, None, None, :]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
 
-        return Attended(self.finish(out, x), scores, keys)
+        row = class_attention(q, k, bias, scale) if asked.class_attention else None
+        return Attended(self.finish(out, x), scores, keys, row)
 
     @property
     def dropout(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenpool import micro_batch
 from tokenpool.adoption import adopt, give_back
-from tokenpool.attention import Attended, ScoredAttention
+from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.downsampling import Downsampler
 from tokenpool.eager import is_in_graph
 from tokenpool.positions import MergedPositions, representatives
@@ -92,17 +92,12 @@ class PooledBlock(nn.Module):
         """The attention of this block."""
         return cast(ScoredAttention, self.get_submodule(self.ATTENTION))
 
-    def attend(
-        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
-    ) -> Attended:
+    def attend(self, tokens: Tensor, asked: Asked) -> Attended:
         """Compute the attention branch. The block adds its `output` to the tokens.
 
         Args:
             tokens: (B, P + N, D).
-            sizes: (B, P + N) or None, see `ScoredAttention`.
-            with_scores: also return the significance scores.
-            with_keys: also return the keys.
-            table: (B or 1, H or 1, N, W), the rotary table of the patch tokens, or None.
+            asked: other inputs of the attention, and the results to return.
         """
         raise NotImplementedError
 
@@ -177,10 +172,14 @@ class PooledBlock(nn.Module):
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
             downsampler = None
 
-        with_scores = downsampler is not None and downsampler.uses_scores
-        with_keys = downsampler is not None and downsampler.uses_keys
-        table = None if table is None else self._table(stream, table)
-        attended = self.attend(tokens, sizes if self.carry else None, with_scores, with_keys, table)
+        asked = Asked(sizes if self.carry else None, None if table is None else self._table(stream, table))
+        if downsampler is not None:
+            asked = asked._replace(
+                scores=downsampler.uses_scores,
+                keys=downsampler.uses_keys,
+                class_attention=downsampler.uses_class_attention,
+            )
+        attended = self.attend(tokens, asked)
         tokens = tokens + attended.output  # (B, P + N, D)
         if downsampler is None:
             return stream._replace(tokens=tokens)
@@ -189,7 +188,8 @@ class PooledBlock(nn.Module):
             return None if values is None else values[:, prefix:]
 
         hints = {"sizes": of_patches(sizes)} if downsampler.uses_sizes else {}
-        hints |= {"keys": of_patches(attended.keys)} if with_keys else {}
+        hints |= {"keys": of_patches(attended.keys)} if asked.keys else {}
+        hints |= {"class_attention": of_patches(attended.class_attention)} if asked.class_attention else {}
         kept, assignment = downsampler(tokens[:, prefix:], of_patches(attended.scores), **hints)
         if sizes is not None:
             sizes = torch.cat([sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1)

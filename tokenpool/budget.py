@@ -230,6 +230,7 @@ def traced_cost(
     draw = partial(torch.rand, generator=torch.Generator().manual_seed(0))  # the cost does not depend on the values
     hints = {"sizes": torch.ones(1, n)} if layer.uses_sizes else {}
     hints |= {"keys": draw(1, n, key_width)} if layer.uses_keys else {}
+    hints |= {"class_attention": draw(1, n)} if layer.uses_class_attention else {}
     inputs = draw(1, n, width), draw(1, n)
     traceable = _WithHints(copy.deepcopy(layer), hints, with_assignment)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

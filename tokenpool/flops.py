@@ -69,9 +69,9 @@ FREE = {
     linspace log log2 logical_and logical_not lt masked_fill masked_fill_ max max_pool2d maximum mean meshgrid min
     minimum movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones ones_like __or__
     pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape reshape_as rms_norm round
-    rsqrt rsub scatter scatter_add scatter_reduce select sigmoid silu sin slice softmax sort split split_with_sizes sqrt
-    square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind unflatten unsqueeze
-    upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros zeros_like
+    rsqrt rsub scatter scatter_ scatter_add scatter_reduce select sigmoid silu sin slice softmax sort split
+    split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu type_as unbind
+    unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros zeros_like
     """.split()
 }
 

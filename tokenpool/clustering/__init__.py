@@ -1,20 +1,26 @@
-"""Batched, weighted K-Means and K-Medoids of tokens, and the reductions over clusters.
+"""Batched clustering of tokens: K-Means, K-Medoids and others, and the reductions over clusters.
 
 `algorithm` is Algorithm 1 of Marin et al. 2021. It uses `distances` (the engines), `ward` (initial centres),
-`reductions` (sums, means, highest weights) and `checks` (of arguments).
+`reductions` (sums, means, highest weights) and `checks` (of arguments). `agglomeration` and `density_peaks` are the
+clustering algorithms of other methods.
 """
 
 import warnings
 from typing import Any
 
+from tokenpool.clustering.agglomeration import LINKAGES, agglomerate
 from tokenpool.clustering.algorithm import Clusters, kmeans, kmedoids
-from tokenpool.clustering.distances import squared_distances
+from tokenpool.clustering.density_peaks import density_peaks
+from tokenpool.clustering.distances import squared_distances, unit_vectors
 from tokenpool.clustering.reductions import means, stable_topk, sums
 from tokenpool.clustering.ward import ward_init
 from tokenpool.eager import is_in_graph
 
 __all__ = [
+    "LINKAGES",
     "Clusters",
+    "agglomerate",
+    "density_peaks",
     "is_in_graph",
     "kmeans",
     "kmedoids",
@@ -22,6 +28,7 @@ __all__ = [
     "squared_distances",
     "stable_topk",
     "sums",
+    "unit_vectors",
     "ward_init",
 ]
 

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import gpu, micro_batch
@@ -270,6 +271,11 @@ def scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(-points.amin(dim=(1, 2)), points.amax(dim=(1, 2)))  # (B,)
     scale = largest.clamp(min=torch.finfo(points.dtype).tiny).log2().floor().exp2()[:, None, None]
     return points / scale, scale
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Scale vectors (B, N, E) to unit length, at least in float32. A zero vector stays zero."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def _is_in_range(largest: Tensor) -> Tensor:

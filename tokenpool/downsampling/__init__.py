@@ -1,12 +1,17 @@
 """Downsampling methods, with one interface and one registry.
 
-`contract.py` defines the interface. `selection.py`, `pooling.py`, `matching.py` and `convolution.py` contain the
-methods. `registry.py` gives each method its name, label, plot style and role in the studies.
+`contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper,
+and the other files methods to compare with. `registry.py` gives each method its name, label, plot style and role in the
+studies.
 """
 
+from tokenpool.downsampling.atc import ATC
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 from tokenpool.downsampling.convolution import Convolution
-from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.dpc_knn import DPCKNN
+from tokenpool.downsampling.evit import EViT
+from tokenpool.downsampling.matching import BipartiteMatching, Matching
+from tokenpool.downsampling.pitome import PiToMe
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, TokenPooling, WKMeans, WKMedoids
 from tokenpool.downsampling.registry import (
     KINDS,
@@ -22,6 +27,8 @@ from tokenpool.downsampling.registry import (
 from tokenpool.downsampling.selection import Importance, Noise, PowerBert, Random, Selection
 
 __all__ = [
+    "ATC",
+    "DPCKNN",
     "KINDS",
     "METHODS",
     "REGISTRY",
@@ -30,13 +37,16 @@ __all__ = [
     "Convolution",
     "Downsampled",
     "Downsampler",
+    "EViT",
     "Host",
     "Importance",
     "KMeans",
     "KMedoids",
     "KeyMedoids",
+    "Matching",
     "Method",
     "Noise",
+    "PiToMe",
     "PowerBert",
     "Random",
     "Selection",

@@ -35,6 +35,7 @@ class Host(NamedTuple):
         reads_patches: whether the model's head needs at least one patch token.
         is_dynamic: whether the grid may differ from image to image.
         unpools: whether the head reads all patches, each with the value of its merged token.
+        has_class_token: whether the model has a class token.
     """
 
     depth: int
@@ -43,6 +44,7 @@ class Host(NamedTuple):
     reads_patches: bool
     is_dynamic: bool = False
     unpools: bool = False
+    has_class_token: bool = False
 
 
 class Downsampler(nn.Module):
@@ -58,12 +60,15 @@ class Downsampler(nn.Module):
         uses_scores: whether `reduce` needs significance scores.
         uses_sizes: whether `reduce` needs `sizes` (B, N), the number of patches that each token stands for.
         uses_keys: whether `reduce` needs `keys` (B, N, d), the mean over heads of the attention's keys.
+        uses_class_attention: whether `reduce` needs `class_attention` (B, N), the attention of the class token to each
+            token: mean over heads, without gradient. Only for models with a class token.
         merges: whether each token is merged into an output token, and none is dropped. `tokenpool.unpool` needs this.
     """
 
     uses_scores = True
     uses_sizes = False
     uses_keys = False
+    uses_class_attention = False
     merges = False
 
     def __init__(self, keep: int) -> None:
@@ -84,7 +89,13 @@ class Downsampler(nn.Module):
 
         Raises:
             ValueError: if `keep` is missing, has the wrong length, or leaves no token to a head that reads patches.
+                Also if the class uses the attention of a class token, but the model has no class token.
         """
+        if cls.uses_class_attention and not host.has_class_token:
+            raise ValueError(
+                f"{cls.__name__} needs the attention of a class token, but the model has no class token: choose "
+                "another method, or a model with a class token"
+            )
         if keep is None:
             raise ValueError(
                 f"{cls.__name__} needs a schedule: give gmacs, or keep as a list of {host.depth} whole numbers (one a "
@@ -107,7 +118,7 @@ class Downsampler(nn.Module):
         Args:
             tokens: (B, N, D).
             scores: (B, N), significance scores, if the class uses them.
-            **hints: `sizes` (B, N) and `keys` (B, N, d), if the class uses them.
+            **hints: `sizes` (B, N), `keys` (B, N, d) and `class_attention` (B, N), if the class uses them.
 
         Returns:
             The remaining tokens (B, K, D) and the assignment (B, N).
@@ -122,7 +133,8 @@ class Downsampler(nn.Module):
     def reduce(self, tokens: Tensor, *scores: Any, **hints: Any) -> Downsampled:
         """Reduce N tokens to `keep` tokens, where 0 < keep < N. The arguments are the same as in `forward`.
 
-        A subclass implements `reduce(self, tokens, scores)`, with the keywords `sizes` and `keys` if it uses them.
+        A subclass implements `reduce(self, tokens, scores)`, with the keywords `sizes`, `keys` and `class_attention` if
+        it uses them.
         """
         raise NotImplementedError
 

@@ -1,19 +1,17 @@
 """Methods that merge pairs of similar tokens."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler
 
 
-class BipartiteMatching(Downsampler):
-    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3). The method is a baseline that is not in the paper.
+class Matching(Downsampler):
+    """Base class: merge r tokens into r tokens that remain, each into a similar one.
 
-    Each token of even index is matched with the token of odd index whose key is most similar (cosine similarity). The
-    pairs of highest similarity are merged into their mean, weighted by size. One round merges at most half of the
-    tokens. If fewer tokens have to remain, further rounds follow. (The original method has one round.)
+    One round merges at most half of the tokens. If fewer tokens have to remain, further rounds follow, and the keys of
+    merged tokens are averaged, too. A merged token is the mean of its tokens, weighted by size.
     """
 
     uses_scores = False
@@ -21,39 +19,71 @@ class BipartiteMatching(Downsampler):
     uses_keys = True
     merges = True
 
+    def match(self, keys: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+        """Choose the tokens to merge.
+
+        Args:
+            keys: (B, N, d).
+            pairs: number r of tokens to merge, at most N // 2.
+
+        Returns:
+            Indices (B, r) of the tokens to merge, and indices (B, r) of the tokens that they are merged into. No token
+            is in both.
+        """
+        raise NotImplementedError
+
     def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:
         batch, n, _ = tokens.shape
         assignment = torch.arange(n, device=tokens.device).expand(batch, n)
-        while n > self.keep:
-            step = _matched(keys, min(n - self.keep, n // 2))  # (B, N)
-            n -= min(n - self.keep, n // 2)
+        for pairs in self.rounds(n):
+            step = _merge(*self.match(keys, pairs), n)  # (B, N)
+            n = n - pairs
             keys = clustering.means(keys, sizes, step, n)
             tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
             assignment = step.gather(1, assignment)
         return Downsampled(tokens, assignment)
 
+    def rounds(self, n: int) -> list[int]:
+        """Return the number of merged tokens of each round, for n tokens."""
+        found = []
+        while n > self.keep:
+            found.append(min(n - self.keep, n // 2))
+            n = n - found[-1]  # not in place: in a traced graph, n is a tensor of the caller
+        return found
+
+
+class BipartiteMatching(Matching):
+    """Bipartite soft matching (ToMe; Bolya et al. 2023, section 3). The method is a baseline that is not in the paper.
+
+    Each token of even index is matched with the token of odd index whose key is most similar (cosine similarity). The
+    pairs of highest similarity are merged into their mean, weighted by size. One round merges at most half of the
+    tokens. If fewer tokens have to remain, further rounds follow. (The original method has one round.)
+    """
+
+    def match(self, keys: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+        with torch.autocast(keys.device.type, enabled=False):
+            units = clustering.unit_vectors(keys)
+            similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
+            similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd tokens
+        merged = clustering.stable_topk(similarity, pairs)  # (B, r), an index into the even tokens
+        return 2 * merged, 1 + 2 * partner.gather(1, merged)
+
     def macs(self, n: int, width: int, key_width: int) -> int:
         macs = 0
-        while n > self.keep:
+        for pairs in self.rounds(n):
             macs += (n + 1) // 2 * (n // 2) * key_width  # similarity of each pair, in each round
-            n -= min(n - self.keep, n // 2)
+            n -= pairs
         return macs
 
 
-def _matched(keys: Tensor, pairs: int) -> Tensor:
-    """Return the output token (B, N) of each token if `pairs` pairs are merged. The remaining tokens keep their order.
+def _merge(merged: Tensor, into: Tensor, n: int) -> Tensor:
+    """Return the output token (B, N) of each of N tokens. The tokens that remain keep their order.
 
     Args:
-        keys: (B, N, d).
-        pairs: number of pairs to merge, at most N // 2.
+        merged: (B, r), tokens to merge.
+        into: (B, r), tokens that they are merged into.
+        n: number of tokens N.
     """
-    batch, n, _ = keys.shape
-    with torch.autocast(keys.device.type, enabled=False):
-        units = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
-        similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
-        similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd tokens
-    merged = 2 * clustering.stable_topk(similarity, pairs)  # (B, pairs), even tokens
-    remains = torch.ones(batch, n, dtype=torch.int64, device=keys.device).scatter(1, merged, 0)
-    target = torch.arange(n, device=keys.device).expand(batch, n)
-    target = target.scatter(1, merged, 1 + 2 * partner.gather(1, merged // 2))
+    remains = torch.ones(merged.shape[0], n, dtype=torch.int64, device=merged.device).scatter(1, merged, 0)
+    target = torch.arange(n, device=merged.device).expand_as(remains).scatter(1, merged, into)
     return (remains.cumsum(dim=1) - 1).gather(1, target)

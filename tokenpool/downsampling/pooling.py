@@ -4,7 +4,6 @@ from collections.abc import Callable
 from numbers import Integral
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import clustering
@@ -137,7 +136,7 @@ class KeyMedoids(Downsampler):
             init="ward" if self.init == "ward" else clustering.stable_topk(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # avoids a synchronisation in each block
-            by=F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1),
+            by=clustering.unit_vectors(vectors),
         )
         return Downsampled(clusters.centers, clusters.assignment)
 

@@ -5,9 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from tokenpool.downsampling.atc import ATC
 from tokenpool.downsampling.contract import Downsampler
 from tokenpool.downsampling.convolution import Convolution
+from tokenpool.downsampling.dpc_knn import DPCKNN
+from tokenpool.downsampling.evit import EViT
 from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.pitome import PiToMe
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, WKMeans, WKMedoids
 from tokenpool.downsampling.selection import Importance, PowerBert, Random
 
@@ -245,6 +249,38 @@ for _method in (
         label="ToMe's matching (extension)",
         description="bipartite soft matching (ToMe), to compare with (not in the paper)",
         style={"color": "#8C6D1F", "marker": "<", "linestyle": "-."},
+    ),
+    Method(
+        "pitome",
+        PiToMe,
+        kind="matching",
+        label="PiToMe (extension)",
+        description="matching of tokens of high energy (PiToMe), to compare with (not in the paper)",
+        style={"color": "#AA4499", "marker": ">", "linestyle": "-."},
+    ),
+    Method(
+        "evit",
+        EViT,
+        kind="clustering",
+        label="EViT (extension)",
+        description="the K - 1 tokens that the class token attends to, and the others as one (EViT; not in the paper)",
+        style={"color": "#882255", "marker": "p", "linestyle": "-."},
+    ),
+    Method(
+        "atc",
+        ATC,
+        kind="clustering",
+        label="ATC (extension)",
+        description="agglomerative clustering of attention keys (ATC), to compare with (not in the paper)",
+        style={"color": "#117733", "marker": "H", "linestyle": "-."},
+    ),
+    Method(
+        "dpc_knn",
+        DPCKNN,
+        kind="clustering",
+        label="DPC-KNN (extension)",
+        description="clusters around K density peaks (DPC-KNN), to compare with (not in the paper)",
+        style={"color": "#6699CC", "marker": "8", "linestyle": "-."},
     ),
 ):
     register(_method)

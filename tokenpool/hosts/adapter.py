@@ -155,6 +155,11 @@ class Adapter(ABC):
         return False
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether the first prefix token is a class token. A family with a class token overrides this."""
+        return False
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
@@ -244,7 +249,7 @@ class Adapter(ABC):
         """Return the properties of the model that a downsampler may use. See `tokenpool.patch` for `dense`."""
         unpools = dense or self.head_reads_patches
         reads_patches = unpools or not self.prefix
-        return Host(self.depth, self.width, self.grid(), reads_patches, self.is_dynamic, unpools)
+        return Host(self.depth, self.width, self.grid(), reads_patches, self.is_dynamic, unpools, self.has_class_token)
 
     def copy_with_blocks(self, stand_in: nn.Module) -> nn.Module:
         """Return a copy of the model with another module as its stack of blocks. The model's blocks are not copied."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenpool.attention import Attended, ScoredAttention
+from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import Given, PooledBlock
 from tokenpool.hosts.adapter import Adapter, Layers
 from tokenpool.stream import NEEDS_PLAIN
@@ -56,11 +56,9 @@ class PooledOpenClipBlock(PooledBlock):
             raise TypeError(f"a pooled block got an attention mask; {NEEDS_PLAIN}")
         return Given()
 
-    def attend(
-        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
-    ) -> Attended:
-        output, scores, keys = self.scored_attention(self.ln_1(tokens), sizes, with_scores, with_keys)
-        return Attended(self.ls_1(output), scores, keys)
+    def attend(self, tokens: Tensor, asked: Asked) -> Attended:
+        attended = self.scored_attention(self.ln_1(tokens), asked)
+        return attended._replace(output=self.ls_1(attended.output))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.ls_2(self.mlp(self.ln_2(tokens)))
@@ -101,6 +99,10 @@ class OpenClip(Adapter):
     @property
     def prefix(self) -> int:
         return 1
+
+    @property
+    def has_class_token(self) -> bool:
+        return True
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

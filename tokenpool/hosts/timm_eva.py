@@ -10,7 +10,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, check
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenpool.attention import Attended, ScoredAttention
+from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import Given, PooledBlock
 from tokenpool.hosts.adapter import Layers
 from tokenpool.hosts.timm_vit import TimmViT
@@ -96,11 +96,9 @@ class PooledEvaBlock(PooledBlock):
             raise TypeError(f"a pooled block got an attention mask; {NEEDS_PLAIN}")
         return Given(table=None if rope is None else four_dimensional(rope))
 
-    def attend(
-        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
-    ) -> Attended:
-        output, scores, keys = self.scored_attention(self.norm1(tokens), sizes, with_scores, with_keys, table)
-        return Attended(self.drop_path1(self._scaled(output, "gamma_1")), scores, keys)
+    def attend(self, tokens: Tensor, asked: Asked) -> Attended:
+        attended = self.scored_attention(self.norm1(tokens), asked)
+        return attended._replace(output=self.drop_path1(self._scaled(attended.output, "gamma_1")))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.drop_path2(self._scaled(self.mlp(self.norm2(tokens)), "gamma_2"))
@@ -115,11 +113,9 @@ class PooledEvaBlockPostNorm(PooledEvaBlock):
 
     OWN = ()
 
-    def attend(
-        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
-    ) -> Attended:
-        output, scores, keys = self.scored_attention(tokens, sizes, with_scores, with_keys, table)
-        return Attended(self.drop_path1(self.norm1(output)), scores, keys)
+    def attend(self, tokens: Tensor, asked: Asked) -> Attended:
+        attended = self.scored_attention(tokens, asked)
+        return attended._replace(output=self.drop_path1(self.norm1(attended.output)))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(tokens)))
@@ -155,6 +151,10 @@ class TimmEva(TimmViT):
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
         return isinstance(model, Eva)
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model.cls_token is not None
 
     @property
     def is_rotary(self) -> bool:

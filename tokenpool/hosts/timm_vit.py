@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokenpool.attention import Attended, ScoredAttention
+from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import PooledBlock
 from tokenpool.hosts.adapter import Adapter, Layers
 
@@ -30,11 +30,9 @@ class PooledTimmBlock(PooledBlock):
     def scored_class(cls, attention: nn.Module) -> type[ScoredAttention] | None:
         return ScoredAttention if type(attention) is Attention else None
 
-    def attend(
-        self, tokens: Tensor, sizes: Tensor | None, with_scores: bool, with_keys: bool, table: Tensor | None = None
-    ) -> Attended:
-        output, scores, keys = self.attn(self.norm1(tokens), sizes, with_scores, with_keys)
-        return Attended(self.drop_path1(self.ls1(output)), scores, keys)
+    def attend(self, tokens: Tensor, asked: Asked) -> Attended:
+        attended = self.attn(self.norm1(tokens), asked)
+        return attended._replace(output=self.drop_path1(self.ls1(attended.output)))
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
@@ -87,6 +85,10 @@ class TimmViT(Adapter):
     @property
     def prefix(self) -> int:
         return self.model.num_prefix_tokens
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model.has_class_token
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
