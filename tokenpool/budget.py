@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool import hosts, schedules
-from tokenpool.downsampling import Convolution, Downsampler, find
+from tokenpool.downsampling import Downsampler, Placed, find
 from tokenpool.flops import macs_by_module
 
 MIN_SHARE = 0.98  # minimum share of the budget to use, unless one more token in any block would exceed the budget
@@ -56,7 +56,7 @@ def schedule_for(
             costs. Also for an unknown family, method or option, or for a method without a schedule.
     """
     name, method = find(downsampler)
-    if method is None or method is Convolution:
+    if method is None or issubclass(method, Placed):
         raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
     if not isinstance(gmacs, Real) or isinstance(gmacs, bool) or not 0 < gmacs < math.inf:
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")

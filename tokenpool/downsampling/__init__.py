@@ -1,12 +1,17 @@
 """Downsampling methods, with one interface and one registry.
 
-`contract.py` defines the interface. `selection.py`, `pooling.py`, `matching.py` and `convolution.py` contain the
-methods. `registry.py` gives each method its name, label, plot style and role in the studies.
+`contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper.
+`matching.py`, `fusion.py`, `mutual.py`, `diffrate.py` and `hierarchical.py` contain methods of other papers.
+`registry.py` gives each method its name, label, plot style and role in the studies.
 """
 
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
-from tokenpool.downsampling.convolution import Convolution
+from tokenpool.downsampling.convolution import Convolution, Placed
+from tokenpool.downsampling.diffrate import DiffRate
+from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
+from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.mutual import MutualPairs
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, TokenPooling, WKMeans, WKMedoids
 from tokenpool.downsampling.registry import (
     KINDS,
@@ -28,18 +33,24 @@ __all__ = [
     "BipartiteMatching",
     "Column",
     "Convolution",
+    "DiffRate",
     "Downsampled",
     "Downsampler",
+    "HierarchicalPooling",
     "Host",
     "Importance",
     "KMeans",
     "KMedoids",
     "KeyMedoids",
     "Method",
+    "MultiCriteriaFusion",
+    "MutualPairs",
     "Noise",
+    "Placed",
     "PowerBert",
     "Random",
     "Selection",
+    "TokenFusion",
     "TokenPooling",
     "WKMeans",
     "WKMedoids",

@@ -28,9 +28,23 @@ class BipartiteMatching(Downsampler):
             step = _matched(keys, min(n - self.keep, n // 2))  # (B, N)
             n -= min(n - self.keep, n // 2)
             keys = clustering.means(keys, sizes, step, n)
-            tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
+            tokens, sizes = self.combine(tokens, sizes, step, n), clustering.sums(sizes, step, n)
             assignment = step.gather(1, assignment)
         return Downsampled(tokens, assignment)
+
+    def combine(self, tokens: Tensor, sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
+        """Combine the tokens of each group.
+
+        Args:
+            tokens: (B, N, D).
+            sizes: (B, N).
+            assignment: (B, N), the group of each token, in 0..k-1.
+            k: number of groups.
+
+        Returns:
+            (B, k, D), here the mean weighted by size.
+        """
+        return clustering.means(tokens, sizes, assignment, k)
 
     def macs(self, n: int, width: int, key_width: int) -> int:
         macs = 0

@@ -7,7 +7,11 @@ from typing import Any, Generic, TypeVar
 
 from tokenpool.downsampling.contract import Downsampler
 from tokenpool.downsampling.convolution import Convolution
+from tokenpool.downsampling.diffrate import DiffRate
+from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
+from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.mutual import MutualPairs
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, WKMeans, WKMedoids
 from tokenpool.downsampling.selection import Importance, PowerBert, Random
 
@@ -23,8 +27,8 @@ class Method:
     Attributes:
         name: name for `tokenpool.patch` and the command line.
         downsampler: class of the method, or None for the plain model.
-        kind: one of `KINDS`: "plain", "convolution", "selection" (drops tokens), "clustering" or "matching" (both merge
-            tokens). The kind of a studied method decides in which figures it appears.
+        kind: one of `KINDS`: "plain", "convolution" (a layer at given blocks), "selection" (drops tokens), "clustering"
+            or "matching" (both merge tokens). The kind of a studied method decides in which figures it appears.
         label: name in figures.
         description: the tokens that remain after the attention of a block, where K = keep[l]. For help texts and the
             README.
@@ -245,6 +249,46 @@ for _method in (
         label="ToMe's matching (extension)",
         description="bipartite soft matching (ToMe), to compare with (not in the paper)",
         style={"color": "#8C6D1F", "marker": "<", "linestyle": "-."},
+    ),
+    Method(
+        "mctf",
+        MultiCriteriaFusion,
+        kind="matching",
+        label="MCTF (extension)",
+        description="bipartite matching in both directions by similarity, attention and size (MCTF; not in the paper)",
+        style={"color": "#AA3377", "marker": ">", "linestyle": "-."},
+    ),
+    Method(
+        "tofu",
+        TokenFusion,
+        kind="matching",
+        label="ToFu (extension)",
+        description="ToMe's pairs, pruned in early blocks, merged at full norm in late ones (ToFu; not in the paper)",
+        style={"color": "#CCBB44", "marker": "p", "linestyle": "-."},
+    ),
+    Method(
+        "mpm",
+        MutualPairs,
+        kind="matching",
+        label="MPM (extension)",
+        description="pairs of mutual nearest neighbours, merged into their means (MPM; not in the paper)",
+        style={"color": "#66CCEE", "marker": "H", "linestyle": "-."},
+    ),
+    Method(
+        "diffrate",
+        DiffRate,
+        kind="matching",
+        label="DiffRate (extension)",
+        description="tokens of low score pruned, then others merged, by separate counts (DiffRate; not in the paper)",
+        style={"color": "#228833", "marker": "8", "linestyle": "-."},
+    ),
+    Method(
+        "hvt",
+        HierarchicalPooling,
+        kind="convolution",
+        label="HVT (extension)",
+        description="max pooling of the sequence, kernel 3, stride 2, at the blocks at=[...] (HVT; not in the paper)",
+        style={"color": "#555555", "marker": "|", "linestyle": ":"},
     ),
 ):
     register(_method)
