@@ -98,6 +98,7 @@ def patch(
     unpatch(model)
     if method is None and qk_norm is None:
         return model
+    carry = carry or bool(method and method.masks)  # the masks of training are sizes
     setting = Setting(name, None if keep is None else tuple(keep), carry, qk_norm, alpha, learn_alpha, dense, options)
     adapter.pool(layers, setting)
     return model

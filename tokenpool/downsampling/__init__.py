@@ -1,11 +1,11 @@
 """Downsampling methods, with one interface and one registry.
 
 `contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper.
-`matching.py`, `fusion.py`, `mutual.py`, `diffrate.py` and `hierarchical.py` contain methods of other papers.
+`matching.py`, `fusion.py`, `mutual.py`, `diffrate.py` and `hierarchical.py` contain methods of others.
 `registry.py` gives each method its name, label, plot style and role in the studies.
 """
 
-from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
+from tokenpool.downsampling.contract import Downsampled, Downsampler, Host, Masked
 from tokenpool.downsampling.convolution import Convolution, Placed
 from tokenpool.downsampling.diffrate import DiffRate
 from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
@@ -42,6 +42,7 @@ __all__ = [
     "KMeans",
     "KMedoids",
     "KeyMedoids",
+    "Masked",
     "Method",
     "MultiCriteriaFusion",
     "MutualPairs",

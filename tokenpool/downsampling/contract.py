@@ -25,6 +25,21 @@ class Downsampled(NamedTuple):
     assignment: Tensor
 
 
+class Masked(NamedTuple):
+    """Output, in training, of a downsampler that masks tokens and drops none.
+
+    Attributes:
+        tokens: (B, N, D).
+        assignment: (B, N) int64, the identity.
+        mask: (B, N), positive weights, with gradient. They multiply the sizes of the tokens. Later attentions add the
+            log of the size to the logits of a token's key, so a weight near zero removes the token from them.
+    """
+
+    tokens: Tensor
+    assignment: Tensor
+    mask: Tensor
+
+
 class Host(NamedTuple):
     """The properties of a model that a downsampler may use.
 
@@ -59,12 +74,15 @@ class Downsampler(nn.Module):
         uses_sizes: whether `reduce` needs `sizes` (B, N), the number of patches that each token stands for.
         uses_keys: whether `reduce` needs `keys` (B, N, d), the mean over heads of the attention's keys.
         merges: whether each token is merged into an output token, and none is dropped. `tokenpool.unpool` needs this.
+        masks: whether `forward` returns `Masked` in training. The model's attention then always uses sizes, as with
+            `carry=True`.
     """
 
     uses_scores = True
     uses_sizes = False
     uses_keys = False
     merges = False
+    masks = False
 
     def __init__(self, keep: int) -> None:
         super().__init__()
@@ -101,7 +119,7 @@ class Downsampler(nn.Module):
         """Return whether the downsampler changes n tokens."""
         return n > self.keep
 
-    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> Downsampled:
+    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> "Downsampled | Masked":
         """Downsample tokens.
 
         Args:
