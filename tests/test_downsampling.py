@@ -11,6 +11,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,10 @@ def apply(name: str, keep: int, given: dict[str, Tensor]) -> Downsampled:
     """The method with `keep` on the inputs; a convolution takes no `keep`."""
     method = METHODS[name]
     torch.manual_seed(0)
-    layer = (method(keep) if REGISTRY[name].has_schedule else method(WIDTH, GRID)).double().eval()
+    arguments = {"keep": keep, "width": WIDTH, "grid": GRID}
+    layer = (
+        method(**{name: arguments[name] for name in signature(method).parameters if name in arguments}).double().eval()
+    )
     hints = {hint: given[hint] for hint in ("sizes", "keys") if getattr(layer, f"uses_{hint}")}
     with torch.no_grad():
         return layer(given["tokens"], given["scores"] if layer.uses_scores else None, **hints)

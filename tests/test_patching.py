@@ -12,7 +12,7 @@ import torch
 import tokenpool
 from tokenpool.downsampling import with_schedule
 
-TOKEN_METHODS = with_schedule()
+TOKEN_METHODS = [name for name in with_schedule() if name != "dynamicvit"]  # which has parameters of its own
 KEEP = [30, 17, 5, 2]
 
 

@@ -152,8 +152,9 @@ class ScheduleCost:
         return one + (n - 1) * (two - one) + (n - 1) * (n - 2) // 2 * (three - 2 * two + one)
 
     def _layers(self, keep: Sequence[int]) -> list[Downsampler | None]:
+        device = "meta" if "macs" in vars(self.method) else "cpu"  # no weights for layers that do not run
         try:
-            with torch.random.fork_rng(devices=[]):  # some downsamplers have random weights
+            with torch.random.fork_rng(devices=[]), torch.device(device):  # some downsamplers have random weights
                 return self.method.for_blocks(self.host, list(keep), **self.options)
         except TypeError as error:
             raise ValueError(f"downsampler {find(self.method)[0]!r}: {error}") from error

@@ -1,13 +1,14 @@
 """Downsampling methods, with one interface and one registry.
 
 `contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper.
-`matching.py`, `fusion.py`, `mutual.py`, `diffrate.py` and `hierarchical.py` contain methods of others.
+`matching.py`, `fusion.py`, `mutual.py`, `diffrate.py`, `hierarchical.py` and `dynamic.py` contain methods of others.
 `registry.py` gives each method its name, label, plot style and role in the studies.
 """
 
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host, Masked
 from tokenpool.downsampling.convolution import Convolution, Placed
 from tokenpool.downsampling.diffrate import DiffRate
+from tokenpool.downsampling.dynamic import DynamicSelection
 from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
 from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching
@@ -36,6 +37,7 @@ __all__ = [
     "DiffRate",
     "Downsampled",
     "Downsampler",
+    "DynamicSelection",
     "HierarchicalPooling",
     "Host",
     "Importance",

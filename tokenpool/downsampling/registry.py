@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from tokenpool.downsampling.contract import Downsampler
 from tokenpool.downsampling.convolution import Convolution
 from tokenpool.downsampling.diffrate import DiffRate
+from tokenpool.downsampling.dynamic import DynamicSelection
 from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
 from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching
@@ -289,6 +290,14 @@ for _method in (
         label="HVT (extension)",
         description="max pooling of the sequence, kernel 3, stride 2, at the blocks at=[...] (HVT; not in the paper)",
         style={"color": "#555555", "marker": "|", "linestyle": ":"},
+    ),
+    Method(
+        "dynamicvit",
+        DynamicSelection,
+        kind="selection",
+        label="DynamicViT (extension)",
+        description="the K tokens that a learned predictor keeps (DynamicViT; needs training; not in the paper)",
+        style={"color": "#EE6677", "marker": "x", "linestyle": ":"},
     ),
 ):
     register(_method)
