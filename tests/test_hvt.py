@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tokenpool
 from tokenpool import flops
-from tokenpool.downsampling import HierarchicalPooling
+from tokenpool.downsampling import HierarchicalPooling, Host
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -44,6 +44,19 @@ def test_a_model_with_pooling_starts_without_position_and_costs_what_its_tokens_
     assert flops.count(model).gmacs == same_tokens
     model.train()(photos).sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "at, gflops", [([0], 2.40), ([0, 6], 1.94), ([0, 4, 8], 1.62), ([0, 3, 6, 9], 1.39)], ids=lambda value: str(value)
+)
+def test_token_counts_are_those_of_the_published_models(at: list[int], gflops: float) -> None:
+    """HVT-S-1 to HVT-S-4 pool after the first block of each of 1 to 4 stages; costs from the authors' README."""
+    host = Host(depth=12, width=384, grid=(14, 14), reads_patches=True)
+    macs, n = 196 * 768 * 384 + 384 * 1000, 196
+    for layer in HierarchicalPooling.for_blocks(host, None, at=at):
+        macs += 12 * n * 384**2 + 2 * n * n * 384
+        n = n if layer is None else layer.keep
+    assert macs / 1e9 == pytest.approx(gflops, abs=0.0051)
 
 
 @pytest.mark.parametrize("name", ["hvt", "convolution"])
