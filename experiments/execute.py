@@ -123,7 +123,7 @@ def training_module(run: Run, model: nn.Module, outputs: list[int] | None = None
     return ClassificationModule(
         model,
         num_classes=model.num_classes if outputs is None else len(outputs),
-        recipe=run.recipe if run.recipe.epochs else replace(run.recipe, ema_decay=0.0),
+        recipe=run.recipe if run.recipe.epochs else replace(run.recipe, ema_decay=0.0, distillation=0.0),
         seed=run.seed,
         outputs=outputs,
     )

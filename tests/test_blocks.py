@@ -45,7 +45,8 @@ def test_an_image_does_not_depend_on_its_batch(small, photos, method: str, carry
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)
 def test_every_parameter_gets_a_gradient(small, photos, method: str) -> None:
-    tokenpool.patch(small, method, KEEP, carry=False).train()
+    # A predictor in the last block would learn nothing from the logits: no attention follows its decisions.
+    tokenpool.patch(small, method, [30, 17, 5, 5] if method == "dynamicvit" else KEEP, carry=False).train()
     small(photos).square().sum().backward()
     for name, parameter in small.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name

@@ -10,9 +10,9 @@ import timm
 import torch
 
 import tokenpool
-from tokenpool.downsampling import METHODS
+from tokenpool.downsampling import with_schedule
 
-TOKEN_METHODS = [name for name in METHODS if name not in ("none", "convolution")]
+TOKEN_METHODS = [name for name in with_schedule() if name != "dynamicvit"]  # which has parameters of its own
 KEEP = [30, 17, 5, 2]
 
 

@@ -21,7 +21,7 @@ OTHER = {  # another value than the default for each field
     **{"epochs": 1, "batch_size": 500, "learning_rate": 2e-3, "warmup_epochs": 0.5, "weight_decay": 0.2},
     **{"label_smoothing": 0.2, "final_learning_rate": 1e-4, "mixup": 0.4, "cutmix": 0.3, "repeats": 2},
     **{"ema_decay": 0.5, "crop_pct": 0.7, "augmentation": "light", "train_per_class": 3, "test_per_class": 4},
-    **{"retention_penalty": 0.1, "retention_learning_rate": 0.3},
+    **{"retention_penalty": 0.1, "retention_learning_rate": 0.3, "ratio_penalty": 1.0, "distillation": 0.0},
 }
 FIELDS = {each.name: each for each in fields(Recipe)}
 
@@ -70,8 +70,8 @@ def test_every_stored_setting_makes_a_run_that_gives_it_back(folder: str, runs: 
         assert {name: found[name] for name in stored} == stored, path
         assert all(found[name] == plain(DEFAULTS[name]) for name in found.keys() - stored.keys()), path
         assert run.name == path.stem
-    if folder == "cifar10_128":  # files of the others are older than some keys
-        assert list(found) == list(stored)
+    if folder == "cifar10_128":  # DynamicViT's keys are newer; files of the other folders are older than more keys
+        assert [name for name in found if name not in ("ratio_penalty", "distillation")] == list(stored)
 
 
 @pytest.mark.parametrize(

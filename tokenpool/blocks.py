@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenpool import micro_batch
 from tokenpool.adoption import adopt, give_back
 from tokenpool.attention import Asked, Attended, ScoredAttention
-from tokenpool.downsampling import Downsampler
+from tokenpool.downsampling import Downsampler, Masked
 from tokenpool.eager import is_in_graph
 from tokenpool.positions import MergedPositions, representatives
 from tokenpool.stream import NEEDS_PLAIN, Batch, Frame, Stream, compose, merged_sizes
@@ -190,9 +190,12 @@ class PooledBlock(nn.Module):
         hints = {"sizes": of_patches(sizes)} if downsampler.uses_sizes else {}
         hints |= {"keys": of_patches(attended.keys)} if asked.keys else {}
         hints |= {"class_attention": of_patches(attended.class_attention)} if asked.class_attention else {}
-        kept, assignment = downsampler(tokens[:, prefix:], of_patches(attended.scores), **hints)
+        found = downsampler(tokens[:, prefix:], of_patches(attended.scores), **hints)
+        kept, assignment = found[:2]
         if sizes is not None:
-            sizes = torch.cat([sizes[:, :prefix], merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])], dim=1)
+            merged = merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])
+            merged = merged * found.mask if isinstance(found, Masked) else merged
+            sizes = torch.cat([sizes[:, :prefix], merged], dim=1)
         if patches is not None:
             patches = compose(patches, assignment)
         if places is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool import hosts, schedules
-from tokenpool.downsampling import Convolution, Downsampler, find
+from tokenpool.downsampling import Downsampler, Placed, find
 from tokenpool.flops import macs_by_module
 
 MIN_SHARE = 0.98  # minimum share of the budget to use, unless one more token in any block would exceed the budget
@@ -58,7 +58,7 @@ def schedule_for(
             costs. Also for an unknown family, method or option, or for a method without a schedule.
     """
     name, method = find(downsampler)
-    if method is None or method is Convolution:
+    if method is None or issubclass(method, Placed):
         raise ValueError(f"downsampler {name!r} has no schedule that could meet a budget of {gmacs!r} GMACs")
     if not isinstance(gmacs, Real) or isinstance(gmacs, bool) or not 0 < gmacs < math.inf:
         raise ValueError(f"gmacs = {gmacs!r} must be a positive number")
@@ -165,8 +165,9 @@ class ScheduleCost:
         return one + (n - 1) * (two - one) + (n - 1) * (n - 2) // 2 * (three - 2 * two + one)
 
     def _layers(self, keep: Sequence[int]) -> list[Downsampler | None]:
+        device = "meta" if "macs" in vars(self.method) else "cpu"  # no weights for layers that do not run
         try:
-            with torch.random.fork_rng(devices=[]):  # some downsamplers have random weights
+            with torch.random.fork_rng(devices=[]), torch.device(device):  # some downsamplers have random weights
                 return self.method.for_blocks(self.host, list(keep), **self.options)
         except TypeError as error:
             raise ValueError(f"downsampler {find(self.method)[0]!r}: {error}") from error

@@ -106,6 +106,7 @@ def patch(
     unpatch(model)
     if method is None and qk_norm is None:
         return model
+    carry = carry or bool(method and method.masks)  # the masks of training are sizes
     schedule = None if keep is None else tuple(keep)
     setting = Setting(name, schedule, carry, qk_norm, alpha, learn_alpha, dense, options, positions)
     adapter.pool(layers, setting)

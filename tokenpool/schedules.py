@@ -6,6 +6,7 @@ The class token is not counted: 0 means that only the class token remains. All f
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,7 +45,79 @@ _PAPER = {
     ),
 }
 
+# Chen et al. 2023 (DiffRate), counts learned for DeiT at the given 10^9 multiply-adds: tokens after pruning and after
+# merging in each block, with the class token. Source: compression_rate.json of github.com/OpenGVLab/DiffRate.
+_DIFFRATE = {
+    "diffrate_deit_tiny": {
+        "0.6": (
+            (197, 196, 180, 157, 130, 107, 86, 73, 63, 51, 40, 3),
+            (197, 187, 167, 139, 114, 90, 76, 66, 57, 45, 37, 3),
+        ),
+        "0.7": (
+            (197, 196, 194, 180, 150, 123, 98, 82, 68, 60, 52, 3),
+            (197, 196, 192, 158, 133, 103, 88, 72, 64, 58, 49, 3),
+        ),
+        "0.8": (
+            (197, 197, 196, 186, 166, 147, 117, 103, 92, 80, 74, 3),
+            (197, 196, 190, 172, 154, 125, 107, 96, 84, 78, 70, 3),
+        ),
+        "0.9": (
+            (197, 197, 196, 190, 182, 166, 141, 125, 113, 105, 99, 3),
+            (197, 196, 194, 188, 172, 147, 129, 115, 107, 103, 96, 3),
+        ),
+        "1.0": (
+            (197, 197, 196, 194, 188, 184, 178, 164, 156, 137, 129, 21),
+            (197, 197, 196, 190, 186, 154, 148, 156, 145, 135, 125, 21),
+        ),
+    },
+    "diffrate_deit_small": {
+        "2.3": (
+            (197, 192, 168, 143, 121, 105, 92, 74, 62, 45, 33, 3),
+            (197, 180, 156, 127, 109, 98, 80, 66, 52, 37, 31, 3),
+        ),
+        "2.5": (
+            (197, 192, 174, 156, 131, 115, 111, 99, 76, 50, 39, 3),
+            (197, 186, 160, 133, 119, 107, 96, 82, 66, 43, 37, 3),
+        ),
+        "2.7": (
+            (197, 196, 182, 160, 141, 127, 115, 105, 88, 66, 49, 3),
+            (197, 188, 170, 147, 131, 119, 109, 96, 76, 54, 45, 3),
+        ),
+        "2.9": (
+            (197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3),
+            (197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3),
+        ),
+        "3.1": (
+            (197, 197, 194, 180, 160, 147, 137, 129, 115, 92, 76, 3),
+            (197, 196, 186, 164, 150, 141, 133, 121, 103, 78, 68, 3),
+        ),
+    },
+    "diffrate_deit_base": {
+        "8.7": (
+            (197, 192, 172, 156, 131, 107, 90, 72, 56, 33, 17, 3),
+            (197, 178, 162, 141, 115, 96, 78, 60, 47, 21, 13, 3),
+        ),
+        "10.0": (
+            (197, 194, 182, 168, 148, 129, 113, 101, 82, 49, 25, 3),
+            (197, 186, 174, 156, 137, 117, 105, 90, 66, 31, 19, 3),
+        ),
+        "10.4": (
+            (197, 196, 188, 174, 156, 141, 121, 103, 90, 58, 25, 3),
+            (197, 190, 184, 164, 145, 131, 107, 94, 74, 31, 21, 3),
+        ),
+        "11.5": (
+            (197, 197, 197, 188, 170, 154, 139, 123, 107, 72, 43, 3),
+            (197, 197, 192, 178, 158, 145, 127, 111, 94, 50, 35, 3),
+        ),
+        "12.5": (
+            (197, 197, 196, 192, 184, 170, 154, 139, 129, 94, 58, 3),
+            (197, 196, 194, 190, 176, 160, 145, 131, 115, 68, 47, 3),
+        ),
+    },
+}
+
 MODELS = tuple(_PAPER)
+DIFFRATE = {model: tuple(published) for model, published in _DIFFRATE.items()}  # models, and 10^9 multiply-adds of each
 LEVELS = 8  # sparsity levels of each model
 
 
@@ -84,10 +157,47 @@ def scaled(model: str, level: float, tokens: int, depth: int) -> list[int]:
         raise ValueError(f"level = {level!r} must be a number in 0..{LEVELS - 1}")
     low = int(level)
     mild, strong = (np.array(paper(model, index)) / 196 for index in (low, min(low + 1, LEVELS - 1)))
-    shares = mild + (level - low) * (strong - mild)
+    return _scaled(mild + (level - low) * (strong - mild), tokens, depth)
+
+
+class PrunedAndMerged(NamedTuple):
+    """The numbers of patch tokens that remain in each block, after pruning and then after merging."""
+
+    pruned: list[int]
+    merged: list[int]
+
+
+def diffrate(model: str, gflops: str | float, tokens: int = 196, depth: int = 12) -> PrunedAndMerged:
+    """Return a schedule of DiffRate (Chen et al. 2023) for DeiT, scaled like `scaled`. Class tokens are not counted.
+
+    A published number can be higher than an earlier one. No tokens come back: the result never rises.
+
+    Args:
+        model: "diffrate_deit_tiny", "diffrate_deit_small" or "diffrate_deit_base".
+        gflops: the cost of the model for which the schedule was learned, in 10^9 multiply-adds. `DIFFRATE` has all.
+        tokens: number of patch tokens of an image.
+        depth: number of blocks.
+
+    Raises:
+        ValueError: if there is no such schedule.
+    """
+    if model not in _DIFFRATE:
+        raise ValueError(f"DiffRate has no schedule {model!r}; it has {', '.join(_DIFFRATE)}")
+    known = _DIFFRATE[model].items()
+    found = [published for cost, published in known if str(gflops) in (cost, f"{float(cost):g}")]
+    if not found:
+        raise ValueError(f"{model} has no schedule for {gflops} GFLOPs; it has {', '.join(_DIFFRATE[model])}")
+    pruned, merged = (np.array(counts) - 1 for counts in found[0])  # without the class token
+    merged = np.minimum.accumulate(np.minimum(pruned, merged))
+    pruned = np.minimum(pruned, [196, *merged[:-1]])
+    return PrunedAndMerged(*(_scaled(counts / 196, tokens, depth) for counts in (pruned, merged)))
+
+
+def _scaled(shares: np.ndarray, tokens: int, depth: int) -> list[int]:
+    """Return numbers of tokens for shares (12,) of the tokens after each of 12 blocks."""
     places = (np.arange(depth) + 1) * 12 / depth
     at_places = np.interp(places, np.arange(13), [1, *shares])
-    # The result is zero only where the paper's schedule is zero.
+    # The result is zero only where the published schedule is zero.
     return [max(round(tokens * share), int(share > 0)) for share in at_places.tolist()]
 
 
@@ -156,7 +266,8 @@ def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[
     Args:
         keep: one of these forms: a list with one entry for each block; 0.9, the share of the remaining tokens that each
             block keeps; "0.7@3,6,9", the same for some blocks only (indices start at 0); "-13", the number of tokens
-            that each block removes; "deit_small:3", the paper's schedule of this level, scaled to the model.
+            that each block removes; "deit_small:3", the paper's schedule of this level, scaled to the model;
+            "diffrate_deit_small:2.9", DiffRate's schedule of this cost, scaled to the model (see `diffrate`).
         tokens: number of patch tokens of an image.
         depth: number of blocks.
 
@@ -179,6 +290,8 @@ def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[
 def _parsed(keep: str, tokens: int, depth: int) -> list[int]:
     model, colon, level = keep.partition(":")
     rate, at, blocks = keep.partition("@")
+    if model in DIFFRATE:
+        return diffrate(model, level, tokens, depth).merged
     if colon:
         return scaled(model, float(level), tokens, depth)
     if at:
@@ -202,12 +315,13 @@ def tokens_kept(keep: Sequence[int], tokens: int) -> list[int]:
     return kept
 
 
-def checked(keep: Sequence[int] | float, depth: int) -> list[int]:
+def checked(keep: Sequence[int] | float, depth: int, name: str = "keep") -> list[int]:
     """Return `keep` as a list of Python integers, one for each of `depth` blocks.
 
     Args:
         keep: a sequence of whole numbers, a NumPy array or a tensor. Any other value is an error.
         depth: number of blocks.
+        name: name of the argument, for messages.
 
     Raises:
         ValueError: if `keep` is no sequence or has the wrong length, or if an entry is negative or not a whole number.
@@ -216,14 +330,14 @@ def checked(keep: Sequence[int] | float, depth: int) -> list[int]:
     if hasattr(keep, "tolist"):  # NumPy's arrays and PyTorch's tensors
         keep = keep.tolist()
     if isinstance(keep, str) or not isinstance(keep, Sequence):
-        raise ValueError(f"keep = {keep!r} must be a list of {depth} whole numbers, one a block")
+        raise ValueError(f"{name} = {keep!r} must be a list of {depth} whole numbers, one a block")
     if len(keep) != depth:
-        raise ValueError(f"keep has {len(keep)} entries, but the model has {depth} blocks: give one entry a block")
+        raise ValueError(f"{name} has {len(keep)} entries, but the model has {depth} blocks: give one entry a block")
     for block, limit in enumerate(keep):
         if isinstance(limit, bool) or not isinstance(limit, Integral):
-            raise ValueError(f"keep[{block}] = {limit!r} must be a whole number")
+            raise ValueError(f"{name}[{block}] = {limit!r} must be a whole number")
         if limit < 0:
-            raise ValueError(f"keep[{block}] = {limit} must not be negative")
+            raise ValueError(f"{name}[{block}] = {limit} must not be negative")
     return [int(limit) for limit in keep]
 
 

@@ -6,11 +6,16 @@ studies.
 """
 
 from tokenpool.downsampling.atc import ATC
-from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
-from tokenpool.downsampling.convolution import Convolution
+from tokenpool.downsampling.contract import Downsampled, Downsampler, Host, Masked
+from tokenpool.downsampling.convolution import Convolution, Placed
+from tokenpool.downsampling.diffrate import DiffRate
 from tokenpool.downsampling.dpc_knn import DPCKNN
+from tokenpool.downsampling.dynamic import DynamicSelection
 from tokenpool.downsampling.evit import EViT
+from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
+from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching, Matching
+from tokenpool.downsampling.mutual import MutualPairs
 from tokenpool.downsampling.pitome import PiToMe
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, TokenPooling, WKMeans, WKMedoids
 from tokenpool.downsampling.registry import (
@@ -35,21 +40,29 @@ __all__ = [
     "BipartiteMatching",
     "Column",
     "Convolution",
+    "DiffRate",
     "Downsampled",
     "Downsampler",
+    "DynamicSelection",
     "EViT",
+    "HierarchicalPooling",
     "Host",
     "Importance",
     "KMeans",
     "KMedoids",
     "KeyMedoids",
+    "Masked",
     "Matching",
     "Method",
+    "MultiCriteriaFusion",
+    "MutualPairs",
     "Noise",
     "PiToMe",
+    "Placed",
     "PowerBert",
     "Random",
     "Selection",
+    "TokenFusion",
     "TokenPooling",
     "WKMeans",
     "WKMedoids",

@@ -25,6 +25,21 @@ class Downsampled(NamedTuple):
     assignment: Tensor
 
 
+class Masked(NamedTuple):
+    """Output, in training, of a downsampler that masks tokens and drops none.
+
+    Attributes:
+        tokens: (B, N, D).
+        assignment: (B, N) int64, the identity.
+        mask: (B, N), positive weights, with gradient. They multiply the sizes of the tokens. Later attentions add the
+            log of the size to the logits of a token's key, so a weight near zero removes the token from them.
+    """
+
+    tokens: Tensor
+    assignment: Tensor
+    mask: Tensor
+
+
 class Host(NamedTuple):
     """The properties of a model that a downsampler may use.
 
@@ -63,6 +78,8 @@ class Downsampler(nn.Module):
         uses_class_attention: whether `reduce` needs `class_attention` (B, N), the attention of the class token to each
             token: mean over heads, without gradient. Only for models with a class token.
         merges: whether each token is merged into an output token, and none is dropped. `tokenpool.unpool` needs this.
+        masks: whether `forward` returns `Masked` in training. The model's attention then always uses sizes, as with
+            `carry=True`.
     """
 
     uses_scores = True
@@ -70,6 +87,7 @@ class Downsampler(nn.Module):
     uses_keys = False
     uses_class_attention = False
     merges = False
+    masks = False
 
     def __init__(self, keep: int) -> None:
         super().__init__()
@@ -112,7 +130,7 @@ class Downsampler(nn.Module):
         """Return whether the downsampler changes n tokens."""
         return n > self.keep
 
-    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> Downsampled:
+    def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> "Downsampled | Masked":
         """Downsample tokens.
 
         Args:

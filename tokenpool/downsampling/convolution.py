@@ -1,4 +1,4 @@
-"""Convolution on the token grid (appendix D)."""
+"""Layers at given blocks, without a schedule: convolution on the token grid (appendix D)."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -9,7 +9,41 @@ from torch import Tensor, nn
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 
 
-class Convolution(Downsampler):
+class Placed(Downsampler):
+    """Base class of methods that take `at=[...]`, the blocks that reduce tokens, in place of a schedule."""
+
+    uses_scores = False
+
+    @classmethod
+    def places(cls, host: Host, keep: Sequence[int] | None, at: Sequence[int]) -> list[int]:
+        """Check the arguments of `for_blocks`.
+
+        Args:
+            host: properties of the model.
+            keep: must be None.
+            at: ascending indices of blocks, starting at 0.
+
+        Returns:
+            `at` as a list of Python integers.
+
+        Raises:
+            ValueError: if `keep` is given, if the grid is not fixed, or if `at` does not list blocks.
+        """
+        name = cls.__name__
+        if keep is not None:
+            raise ValueError(f"{name} takes no keep: give at=[...], the blocks that reduce tokens")
+        if host.is_dynamic:
+            raise ValueError(f"{name} needs a fixed grid, but the model has dynamic_img_size=True")
+        usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
+        if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
+            raise ValueError(f"at = {at!r} must list different blocks in ascending order, in 0..{host.depth - 1}")
+        return [int(block) for block in at]
+
+    def acts_on(self, n: int) -> bool:
+        return True
+
+
+class Convolution(Placed):
     """2x2 convolution with stride 2 on the token grid (appendix D). The width of the tokens stays the same.
 
     An odd last row or column of the grid is dropped. So 14 x 14 tokens become 7 x 7, 3 x 3 and 1 x 1: "no more than 3
@@ -20,8 +54,6 @@ class Convolution(Downsampler):
         width: width D of the tokens.
         grid: rows and columns of tokens.
     """
-
-    uses_scores = False
 
     def __init__(self, width: int, grid: tuple[int, int]) -> None:
         super().__init__(keep=(grid[0] // 2) * (grid[1] // 2))
@@ -45,16 +77,9 @@ class Convolution(Downsampler):
         Raises:
             ValueError: if `keep` is given, if the grid is not fixed or too small, or if `at` does not list blocks.
         """
-        if keep is not None:
-            raise ValueError("convolution takes no keep: give at=[...], the blocks after which a quarter remains")
-        if host.is_dynamic:
-            raise ValueError("convolution needs a fixed grid, but the model has dynamic_img_size=True")
-        usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
-        if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
-            raise ValueError(f"at = {at!r} must list different blocks in ascending order, in 0..{host.depth - 1}")
         layers: list[Downsampler | None] = [None] * host.depth
         height, width = host.grid
-        for block in at:
+        for block in cls.places(host, keep, at):
             if min(height, width) < 2:
                 raise ValueError(
                     f"at = {at}: only {height} x {width} tokens are left at block {block}, expected at least 2 x 2"
@@ -62,9 +87,6 @@ class Convolution(Downsampler):
             layers[block] = cls(host.width, (height, width))
             height, width = height // 2, width // 2
         return layers
-
-    def acts_on(self, n: int) -> bool:
-        return True
 
     def forward(self, tokens: Tensor, scores: Tensor | None = None, **hints: Tensor) -> Downsampled:
         batch, n, channels = tokens.shape

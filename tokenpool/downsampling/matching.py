@@ -39,9 +39,23 @@ class Matching(Downsampler):
             step = _merge(*self.match(keys, pairs), n)  # (B, N)
             n = n - pairs
             keys = clustering.means(keys, sizes, step, n)
-            tokens, sizes = clustering.means(tokens, sizes, step, n), clustering.sums(sizes, step, n)
+            tokens, sizes = self.combine(tokens, sizes, step, n), clustering.sums(sizes, step, n)
             assignment = step.gather(1, assignment)
         return Downsampled(tokens, assignment)
+
+    def combine(self, tokens: Tensor, sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
+        """Combine the tokens of each group.
+
+        Args:
+            tokens: (B, N, D).
+            sizes: (B, N).
+            assignment: (B, N), the group of each token, in 0..k-1.
+            k: number of groups.
+
+        Returns:
+            (B, k, D), here the mean weighted by size.
+        """
+        return clustering.means(tokens, sizes, assignment, k)
 
     def rounds(self, n: int) -> list[int]:
         """Return the number of merged tokens of each round, for n tokens."""

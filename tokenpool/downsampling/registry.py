@@ -8,9 +8,14 @@ from typing import Any, Generic, TypeVar
 from tokenpool.downsampling.atc import ATC
 from tokenpool.downsampling.contract import Downsampler
 from tokenpool.downsampling.convolution import Convolution
+from tokenpool.downsampling.diffrate import DiffRate
 from tokenpool.downsampling.dpc_knn import DPCKNN
+from tokenpool.downsampling.dynamic import DynamicSelection
 from tokenpool.downsampling.evit import EViT
+from tokenpool.downsampling.fusion import MultiCriteriaFusion, TokenFusion
+from tokenpool.downsampling.hierarchical import HierarchicalPooling
 from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.mutual import MutualPairs
 from tokenpool.downsampling.pitome import PiToMe
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, WKMeans, WKMedoids
 from tokenpool.downsampling.selection import Importance, PowerBert, Random
@@ -27,8 +32,8 @@ class Method:
     Attributes:
         name: name for `tokenpool.patch` and the command line.
         downsampler: class of the method, or None for the plain model.
-        kind: one of `KINDS`: "plain", "convolution", "selection" (drops tokens), "clustering" or "matching" (both merge
-            tokens). The kind of a studied method decides in which figures it appears.
+        kind: one of `KINDS`: "plain", "convolution" (a layer at given blocks), "selection" (drops tokens), "clustering"
+            or "matching" (both merge tokens). The kind of a studied method decides in which figures it appears.
         label: name in figures.
         description: the tokens that remain after the attention of a block, where K = keep[l]. For help texts and the
             README.
@@ -281,6 +286,54 @@ for _method in (
         label="DPC-KNN (extension)",
         description="clusters around K density peaks (DPC-KNN), to compare with (not in the paper)",
         style={"color": "#6699CC", "marker": "8", "linestyle": "-."},
+    ),
+    Method(
+        "mctf",
+        MultiCriteriaFusion,
+        kind="matching",
+        label="MCTF (extension)",
+        description="bipartite matching in both directions by similarity, attention and size (MCTF; not in the paper)",
+        style={"color": "#AA3377", "marker": "1", "linestyle": "-."},
+    ),
+    Method(
+        "tofu",
+        TokenFusion,
+        kind="matching",
+        label="ToFu (extension)",
+        description="ToMe's pairs, pruned in early blocks, merged at full norm in late ones (ToFu; not in the paper)",
+        style={"color": "#CCBB44", "marker": "2", "linestyle": "-."},
+    ),
+    Method(
+        "mpm",
+        MutualPairs,
+        kind="matching",
+        label="MPM (extension)",
+        description="pairs of mutual nearest neighbours, merged into their means (MPM; not in the paper)",
+        style={"color": "#66CCEE", "marker": "3", "linestyle": "-."},
+    ),
+    Method(
+        "diffrate",
+        DiffRate,
+        kind="matching",
+        label="DiffRate (extension)",
+        description="tokens of low score pruned, then others merged, by separate counts (DiffRate; not in the paper)",
+        style={"color": "#228833", "marker": "4", "linestyle": "-."},
+    ),
+    Method(
+        "hvt",
+        HierarchicalPooling,
+        kind="convolution",
+        label="HVT (extension)",
+        description="max pooling of the sequence, kernel 3, stride 2, at the blocks at=[...] (HVT; not in the paper)",
+        style={"color": "#555555", "marker": "|", "linestyle": ":"},
+    ),
+    Method(
+        "dynamicvit",
+        DynamicSelection,
+        kind="selection",
+        label="DynamicViT (extension)",
+        description="the K tokens that a learned predictor keeps (DynamicViT; needs training; not in the paper)",
+        style={"color": "#EE6677", "marker": "x", "linestyle": ":"},
     ),
 ):
     register(_method)

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from tokenpool.training import soft_selection, stochastic_depth
+from tokenpool.training import dynamic_selection, soft_selection, stochastic_depth
 from tokenpool.training.recipe import Recipe
 from tokenpool.training.seeding import step_seed
 
@@ -26,7 +26,8 @@ class ClassificationModule(LightningModule):
 
     Labels are classes (B,), or targets (B, classes) from mixup. If the model has soft selection (PoWER-BERT's second
     stage), the loss includes `retention_penalty` of the recipe times `soft_selection.retention_loss`, and the retention
-    weights have a separate learning rate.
+    weights have a separate learning rate. If the model has predictors of DynamicViT, the loss includes
+    `dynamic_selection.losses`. Their teacher is the model without predictors, with the weights that it has now.
 
     The seed of each step depends on the number of the step, and checkpoints contain the sums for the epoch's training
     loss. So a run that is resumed within an epoch has the same result as an uninterrupted run.
@@ -81,6 +82,8 @@ class ClassificationModule(LightningModule):
         self._tested: list[list[Tensor]] = [[], []]  # correctness for each batch: of the model, of its moving average
         self._shared_generator: torch.Generator | None = None
         self.searches = bool(soft_selection.layers(model))
+        self.predicts = bool(dynamic_selection.layers(model))
+        self.teacher = dynamic_selection.teacher_of(model) if self.predicts and recipe.distillation else None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -100,8 +103,15 @@ class ClassificationModule(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self._of_the_data(self(images))
+        penalty: Tensor | None = None
+        if self.predicts:
+            weights = self.recipe.ratio_penalty, self.recipe.distillation
+            logits, penalty = dynamic_selection.losses(self.model, self.teacher, images, *weights)
+        else:
+            logits = self(images)
+        logits = self._of_the_data(logits)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = loss if penalty is None else loss + penalty
         if self.searches:
             loss = loss + self.recipe.retention_penalty * soft_selection.retention_loss(self.model)
         self._check_finite(loss.detach())

@@ -58,6 +58,13 @@ class Recipe:
     test_per_class: int = _field(0, "Test on the first N images of each class. 0 for all images.", least=0)
     retention_penalty: float = _field(0.0, "Weight lambda of the retention loss, in a search for a schedule.", least=0)
     retention_learning_rate: float = _field(1e-2, "Peak learning rate of the retention weights.", least=0)
+    ratio_penalty: float = _field(2.0, "Weight of the ratio loss, for DynamicViT.", least=0)
+    distillation: float = _field(
+        0.5,
+        "Weight of each distillation loss, for DynamicViT. The teacher is the plain model at the start of training, "
+        "so start from trained weights. 0 for none.",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         wrong = list(self._violations())
