@@ -26,12 +26,13 @@ def inputs(seed: int, n: int, images: int = 3, width: int = 5) -> dict[str, Tens
         "scores": torch.rand(images, n, generator=generator, dtype=torch.float64) + 0.01,
         "sizes": torch.randint(1, 6, (images, n), generator=generator).double(),
         "keys": torch.randn(images, n, 4, generator=generator, dtype=torch.float64),
+        "class_attention": torch.rand(images, n, generator=generator, dtype=torch.float64),
     }
 
 
 def apply(name: str, keep: int, given: dict[str, Tensor], **options: Any) -> Downsampled:
     layer = METHODS[name](keep, **options)
-    hints = {hint: given[hint] for hint in ("sizes", "keys") if getattr(layer, f"uses_{hint}")}
+    hints = {hint: given[hint] for hint in ("sizes", "keys", "class_attention") if getattr(layer, f"uses_{hint}")}
     return layer(given["tokens"], given["scores"] if layer.uses_scores else None, **hints)
 
 
@@ -217,9 +218,9 @@ def test_mpm_with_equal_tokens_still_keeps_k(seed: int, n: int, kinds: int, shar
 
 
 def diffrate_by_hand(
-    tokens: np.ndarray, scores: np.ndarray, sizes: np.ndarray, keep: int, after_pruning: int
+    tokens: np.ndarray, attention: np.ndarray, sizes: np.ndarray, keep: int, after_pruning: int
 ) -> tuple[Groups, list[np.ndarray], tuple[int, ...]]:
-    by_importance = sorted(range(len(tokens)), key=lambda i: -scores[i])
+    by_importance = sorted(range(len(tokens)), key=lambda i: -attention[i])
     important = sorted(by_importance[:keep])
     groups = {i: [i] for i in important}
     for i in by_importance[keep:after_pruning]:
@@ -235,8 +236,9 @@ def test_diffrate_equals_a_loop(n: int, keep: int, pruned: float | None) -> None
     after = n - (n - keep) // 2 if pruned is None else n - round(pruned * (n - keep))
     found = apply("diffrate", keep, given, **({} if pruned is None else {"prune": after}))
     for image in range(3):
-        tokens, scores, sizes, _ = arrays(given, image)
-        check(found, image, *diffrate_by_hand(tokens, scores, sizes, keep, after))
+        tokens, _, sizes, _ = arrays(given, image)
+        attention = given["class_attention"][image].numpy()
+        check(found, image, *diffrate_by_hand(tokens, attention, sizes, keep, after))
         kept = merged_sizes(given["sizes"], found.assignment, keep)[image]
         assert kept.sum() == given["sizes"][image][found.assignment[image] >= 0].sum()
     layer = METHODS["diffrate"](keep, after)

@@ -15,12 +15,12 @@ from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 class DiffRate(Downsampler):
     """Prune and merge by the counts of DiffRate (Chen et al. 2023, section 3), to compare with.
 
-    Tokens are sorted by significance. The last ones are pruned. Of the rest, the K most significant tokens stay, and
-    each of the others is merged into the most similar of them (cosine of the tokens). Means are weighted by size.
+    Tokens are sorted by the attention of the class token. The last ones are pruned. Of the rest, the first K tokens
+    stay, and each of the others is merged into the most similar of them (cosine of the tokens). Means are weighted by
+    size.
 
     DiffRate learns the counts of each block. `schedules.diffrate` has the published ones:
-    `patch(model, "diffrate", "diffrate_deit_small:2.9", prune="diffrate_deit_small:2.9")`. The paper sorts tokens by
-    the attention of the class token; here they are sorted by the significance score, the attention of all tokens.
+    `patch(model, "diffrate", "diffrate_deit_small:2.9", prune="diffrate_deit_small:2.9")`.
 
     Args:
         keep: maximum number K of tokens that remain.
@@ -31,7 +31,9 @@ class DiffRate(Downsampler):
         ValueError: if `prune` is negative or not a whole number.
     """
 
+    uses_scores = False
     uses_sizes = True
+    uses_class_attention = True
 
     def __init__(self, keep: int, prune: int | None = None) -> None:
         super().__init__(keep)
@@ -63,9 +65,9 @@ class DiffRate(Downsampler):
         limits = schedules.checked(prune, host.depth, name="prune")
         return [cls(layer.keep, limit) for layer, limit in zip(layers, limits, strict=True)]  # type: ignore[union-attr]
 
-    def reduce(self, tokens: Tensor, scores: Tensor, *, sizes: Tensor) -> Downsampled:
+    def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, class_attention: Tensor) -> Downsampled:
         batch, n, width = tokens.shape
-        order = clustering.stable_topk(scores, self._after_pruning(n))  # (B, M), most significant first
+        order = clustering.stable_topk(class_attention, self._after_pruning(n))  # (B, M), most attended first
         stay, go = order[:, : self.keep].sort(dim=1).values, order[:, self.keep :]  # (B, K), (B, M - K)
         assignment = torch.full((batch, n), -1, device=tokens.device)
         assignment = assignment.scatter(1, stay, torch.arange(self.keep, device=tokens.device).expand(batch, -1))

@@ -316,7 +316,7 @@ for _method in (
         DiffRate,
         kind="matching",
         label="DiffRate (extension)",
-        description="tokens of low score pruned, then others merged, by separate counts (DiffRate; not in the paper)",
+        description="tokens pruned by class attention, others merged, by separate counts (DiffRate; not in the paper)",
         style={"color": "#228833", "marker": "4", "linestyle": "-."},
     ),
     Method(
