@@ -176,8 +176,14 @@ def test_each_multiply_add_has_a_part(family: str) -> None:
         ("hiera_tiny_224", "Hiera cannot be pooled: it is hierarchical"),
         ("mvitv2_tiny", "it is hierarchical"),
         ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock, which cannot be pooled: .*in parallel"),
-        ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock, which cannot be pooled: its blocks normalise the output"),
-        ("vit_dlittle_patch16_reg1_gap_256", "block 0 is a DiffAttention, which cannot be pooled: .*two softmax matrices"),
+        (
+            "vit_base_patch16_rpn_224",
+            "block 0 is a ResPostBlock, which cannot be pooled: its blocks normalise the output",
+        ),
+        (
+            "vit_dlittle_patch16_reg1_gap_256",
+            "block 0 is a DiffAttention, which cannot be pooled: .*two softmax matrices",
+        ),
         ("cait_xxs24_224", "Cait cannot be pooled: no adapter exists"),
         ("resnet18", "ResNet cannot be pooled"),
     ],

@@ -10,7 +10,10 @@ _OBSTACLES = (
     ("stages|downsample|pool_block|hiera|reroll", "it is hierarchical: its stages need the whole grid of patches"),
     ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
     ("parallel", "its attention and MLP run in parallel, so a downsampler cannot run between them"),
-    ("respost", "its blocks normalise the output of attention and MLP; of such blocks only timm's EvaBlockPostNorm fits"),
+    (
+        "respost",
+        "its blocks normalise the output of attention and MLP; of such blocks only timm's EvaBlockPostNorm fits",
+    ),
     ("diffattention", "its attention is the difference of two softmax matrices, and no adapter exists for it"),
     ("rope|rotary", "its attention rotates queries and keys, and no adapter exists for its class of attention"),
 )
