@@ -37,7 +37,11 @@ FAMILIES = {
     "vit_pe_core_tiny_patch16_384": {"img_size": 96},  # attention pooling
     "vit_pe_lang_large_patch14_448": {"img_size": 84},
     "vit_pe_spatial_tiny_patch16_512": {"img_size": 96},
-    "vit_base_patch16_sapiens2": {"img_size": 96, "num_kv_heads": (3, 1, 1)},  # grouped queries, one gamma
+    "vit_base_patch16_sapiens2": {
+        "img_size": 96,
+        "num_heads": 4,
+        "num_kv_heads": (4, 2, 1),
+    },  # grouped queries, one gamma
     "vit_small_patch16_lingbot": {"img_size": 96},
     "vit_small_patch16_dinov3 gated": {"img_size": 96},
     "eva02_tiny_patch14_224 separate": {"img_size": 84},  # biases added after the projection
@@ -453,8 +457,8 @@ def test_signals_are_those_of_the_attention(family: str) -> None:
     for handle in handles:
         handle.remove()
     q, k = signals["queries"], signals["keys"]
-    v = signals["values"].unflatten(2, (3, -1)).transpose(1, 2)
-    filtered = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    v = signals["values"].unflatten(2, (block.attn.num_heads, -1)).transpose(1, 2)
+    filtered = ((q @ k.mT * block.attn.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
     filtered = block.attn.norm(filtered)
     if block.attn.gate is not None:
         filtered = filtered * block.attn.gate(signals["given"]).sigmoid()
