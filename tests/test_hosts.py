@@ -173,23 +173,33 @@ def test_each_multiply_add_has_a_part(family: str) -> None:
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("eva02_tiny_patch14_224", "Eva cannot be pooled: its rotary positions"),
-        ("vit_small_patch16_rope_224", "rotary positions"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer cannot be pooled: its attention runs in windows"),
         ("vit_relpos_small_patch16_224", "its relative positions"),
         ("beit_base_patch16_224", "its relative positions"),
+        ("samvit_base_patch16", "VisionTransformerSAM cannot be pooled: its relative positions"),
+        ("hiera_tiny_224", "Hiera cannot be pooled: it is hierarchical"),
         ("mvitv2_tiny", "it is hierarchical"),
         ("vit_small_patch16_18x2_224", "block 0 is a ParallelThingsBlock, which cannot be pooled: .*in parallel"),
-        ("vit_base_patch16_rpn_224", "block 0 is a ResPostBlock, which cannot be pooled: its blocks are not timm's"),
-        ("vit_dlittle_patch16_reg1_gap_256", "block 0 is a DiffAttention"),
+        (
+            "vit_base_patch16_rpn_224",
+            "block 0 is a ResPostBlock, which cannot be pooled: its blocks normalise the output",
+        ),
+        (
+            "vit_dlittle_patch16_reg1_gap_256",
+            "block 0 is a DiffAttention, which cannot be pooled: .*two softmax matrices",
+        ),
+        ("cait_xxs24_224", "Cait cannot be pooled: no adapter exists"),
         ("resnet18", "ResNet cannot be pooled"),
     ],
 )
 def test_others_are_refused_with_a_reason(name: str, reason: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
-    with pytest.raises(TypeError, match=f"{reason}.*; supported are timm's VisionTransformer models"):
+    with pytest.raises(TypeError, match=f"{reason}.*; supported are timm's VisionTransformer models") as refusal:
         tokenpool.patch(model, "kmedoids", 0.9)
+    assert "\n" not in str(refusal.value)
+    if hosts.find(model) is None:
+        assert all(adapter.FAMILY in str(refusal.value) for adapter in hosts.ADAPTERS)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Save and load patched models as safetensors files, with a description of the model as metadata. No pickle."""
 
+import functools
 import json
 import re
 import warnings
@@ -191,7 +192,11 @@ def _check_description(description: Any) -> None:
 
 def _structure(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return as text all properties that determine the logits, besides the weights. Dropout is not included."""
-    attributes = [f"{name} = {getattr(model, name, None)}" for name in names]
+
+    def read(owner: Any, name: str) -> Any:
+        return functools.reduce(lambda inner, part: getattr(inner, part, None), name.split("."), owner)
+
+    attributes = [f"{name} = {read(model, name)}" for name in names]
     return attributes + [line.strip() for line in str(model).splitlines() if "drop" not in line.split(":")[0]]
 
 

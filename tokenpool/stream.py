@@ -129,6 +129,9 @@ class Batch:
             f"{getattr(function, '__name__', function)} was called between two pooled blocks; {NEEDS_PLAIN}"
         )
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{name} was read of the tokens between two pooled blocks; {NEEDS_PLAIN}")
+
     def __getitem__(self, index: Any) -> NoReturn:
         raise TypeError(f"the tokens between two pooled blocks were indexed; {NEEDS_PLAIN}")
 

@@ -49,8 +49,9 @@ class Adapter(ABC):
             the start of a module's name decides to which part the module's FLOPs belong.
         OPTIONS: the arguments of `timm.create_model` that a checkpoint stores, each with a function that reads the
             value from a model.
-        IDENTITY: attributes that change the output of a model, besides modules and weights. A model can be saved only
-            if a model that is built from the checkpoint has the same values.
+        IDENTITY: attributes that change the output of a model, besides modules and weights. A dot leads to an attribute
+            of a module; a missing attribute counts as None. A model can be saved only if a model that is built from the
+            checkpoint has the same values.
         CLASSIFIERS: names of the parameters that depend on the number of classes.
         COUNT_POOLED: whether the FLOPs of a plain model are counted with pooled blocks that keep all tokens. This is
             for models that run operators which fvcore does not know.

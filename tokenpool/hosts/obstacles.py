@@ -7,10 +7,15 @@ from torch import nn
 _OBSTACLES = (
     ("featuregetter", "features_only hands out the whole grid of patches after each block"),
     ("window|swin", "its attention runs in windows, which need the whole grid of patches"),
-    ("stages|downsample|pool_block", "it is hierarchical: its stages need the whole grid of patches"),
-    ("rope|rotary", "its rotary positions tie each token to one place of the grid, and a merged token has several"),
+    ("stages|downsample|pool_block|hiera|reroll", "it is hierarchical: its stages need the whole grid of patches"),
     ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
     ("parallel", "its attention and MLP run in parallel, so a downsampler cannot run between them"),
+    (
+        "respost",
+        "its blocks normalise the output of attention and MLP; of such blocks only timm's EvaBlockPostNorm fits",
+    ),
+    ("diffattention", "its attention is the difference of two softmax matrices, and no adapter exists for it"),
+    ("rope|rotary", "its attention rotates queries and keys, and no adapter exists for its class of attention"),
 )
 
 
@@ -19,4 +24,4 @@ def obstacle(model: nn.Module) -> str:
     classes = (type(module).__name__ for module in model.modules())
     names = " ".join([*classes, *(name for name, _ in model.named_modules()), *model.state_dict()]).lower()
     reasons = (reason for pattern, reason in _OBSTACLES if re.search(pattern, names))
-    return next(reasons, "its blocks are not timm's Block of normalisation, timm's Attention, normalisation and MLP")
+    return next(reasons, "no adapter exists for its class of blocks")

@@ -27,7 +27,7 @@ class RotaryAttention(ScoredAttention):
     def __init__(self, host: Any, *options: Any) -> None:
         super().__init__(host, *options)
         self.rotates_halves = bool(host.rotate_half)
-        self.groups = int(getattr(host, "num_kv_groups", 1))
+        self.num_kv_groups = int(getattr(host, "num_kv_groups", 1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, n, _ = x.shape
@@ -37,8 +37,8 @@ class RotaryAttention(ScoredAttention):
             layers = self.q_proj, self.k_proj, self.v_proj
             q, k, v = (layer(x).reshape(batch, n, -1, self.head_dim).transpose(1, 2) for layer in layers)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.groups > 1:
-            k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
+        if self.num_kv_groups > 1:
+            k, v = (values.repeat_interleave(self.num_kv_groups, dim=1) for values in (k, v))
         return q, k, v
 
     def fused(self, x: Tensor) -> Tensor:
@@ -121,6 +121,13 @@ class PooledEvaBlockPostNorm(PooledEvaBlock):
         return self.drop_path2(self.norm2(self.mlp(tokens)))
 
 
+def key_heads(model: Any) -> list[int] | None:
+    """Return the number of key heads of each block, or None if no block has grouped queries."""
+    groups = [getattr(block.attn, "num_kv_groups", 1) for block in model.blocks]
+    heads = [block.attn.num_heads // shared for block, shared in zip(model.blocks, groups, strict=True)]
+    return heads if max(groups, default=1) > 1 else None
+
+
 class TimmEva(TimmViT):
     """Adapter of timm's `Eva`, if all blocks are `EvaBlock` or `EvaBlockPostNorm`."""
 
@@ -140,13 +147,20 @@ class TimmEva(TimmViT):
         "embed_dim": lambda model: model.embed_dim,
         "depth": lambda model: len(model.blocks),
         "num_heads": lambda model: model.blocks[0].attn.num_heads,
+        "num_kv_heads": key_heads,
         "dynamic_img_size": lambda model: model.dynamic_img_size,
         "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
         "class_token": lambda model: model.cls_token is not None,
         "num_reg_tokens": lambda model: 0 if model.reg_token is None else model.reg_token.shape[1],
         "use_fc_norm": lambda model: not isinstance(model.fc_norm, nn.Identity),
     }
-    IDENTITY = ("num_prefix_tokens", "no_embed_class")
+    IDENTITY = (
+        "num_prefix_tokens",
+        "no_embed_class",
+        *(f"rope.{name}" for name in ("temperature", "max_res", "in_pixels", "linear_bands", "ref_feat_shape")),
+        *(f"rope.{name}" for name in ("min_period", "max_period", "normalize_coords", "mrope_section")),
+        *(f"rope.{name}" for name in ("grid_offset", "grid_indexing", "rotate_half")),
+    )
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
