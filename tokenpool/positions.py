@@ -13,6 +13,7 @@ from tokenpool import clustering
 from tokenpool.clustering.reductions import best_members
 
 POSITIONS = ("mean", "medoid")
+_STEPS = 1000
 
 
 class MergedPositions(nn.Module):
@@ -58,7 +59,8 @@ def representatives(tokens: Tensor, kept: Tensor, assignment: Tensor) -> Tensor:
         assignment: (B, N), the output token of each input token, or -1.
 
     Returns:
-        Indices (B, K) of input tokens, the one at the smallest Euclidean distance.
+        Indices (B, K) of input tokens, the one at the smallest Euclidean distance. Of members whose squared distances
+        differ by less than a thousandth of the largest one, the first member counts as nearest.
     """
     k = kept.shape[1]
     if k == 0:
@@ -66,4 +68,8 @@ def representatives(tokens: Tensor, kept: Tensor, assignment: Tensor) -> Tensor:
     own = kept.gather(1, assignment.clamp(min=0)[:, :, None].expand(-1, -1, kept.shape[2]))
     distance = (tokens - own).detach().float().square().sum(dim=-1)  # (B, N)
     none = assignment.new_zeros(assignment.shape[0], k + 1)
-    return best_members(distance, torch.ones_like(distance), assignment + 1, none)[:, 1:]
+    # Both members of a pair are equally far from their mean, and rounding must not choose between them. So distances
+    # count in steps of the largest distance in the cluster, and the first of equal members wins.
+    farthest = distance.new_zeros(distance.shape[0], k + 1).scatter_reduce(1, assignment + 1, distance, "amax")
+    steps = (_STEPS * distance / farthest.gather(1, assignment + 1).clamp(min=torch.finfo(torch.float32).tiny)).round()
+    return best_members(steps, torch.ones_like(steps), assignment + 1, none)[:, 1:]
