@@ -225,11 +225,14 @@ class Adapter(ABC):
         like = reference(self.blocks)
         layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
         used = [layer for layer in layers if layer is not None]
+        host = self.host(setting.dense)
         frame = Frame(
             prefix=self.prefix,
             sizes=setting.carry or any(layer.uses_sizes for layer in used),
             positions=setting.positions if self.is_rotary else None,
-            unpools=self.host(setting.dense).unpools and any(layer.merges for layer in used),
+            unpools=host.unpools and any(layer.merges for layer in used),
+            drops=host.unpools and not all(layer.merges for layer in used),
+            schedule=host.schedule(setting.form),
         )
         blocks = [
             self.pooled_class(block)(block, layer, frame, setting)  # type: ignore[misc]  # `check` rules None out
