@@ -34,7 +34,7 @@ class MergedPositions(nn.Module):
         Returns:
             (B, H or 1, K, W).
         """
-        batch = len(assignment)
+        batch = assignment.shape[0]  # len() would fix the batch size of an exported graph
         heads, width = table.shape[1], table.shape[3]
         if places is not None:
             index = places[:, None, :, None].expand(-1, heads, -1, width)
@@ -65,5 +65,5 @@ def representatives(tokens: Tensor, kept: Tensor, assignment: Tensor) -> Tensor:
         return assignment[:, :0]
     own = kept.gather(1, assignment.clamp(min=0)[:, :, None].expand(-1, -1, kept.shape[2]))
     distance = (tokens - own).detach().float().square().sum(dim=-1)  # (B, N)
-    none = assignment.new_zeros(len(assignment), k + 1)
+    none = assignment.new_zeros(assignment.shape[0], k + 1)
     return best_members(distance, torch.ones_like(distance), assignment + 1, none)[:, 1:]

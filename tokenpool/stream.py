@@ -107,6 +107,11 @@ class Batch:
     padded: int | None = None
     order: Tensor | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Only the number of images (B,), which some models read between blocks, for example with patch dropout."""
+        return torch.Size([sum(stream.tokens.shape[0] for stream in self.streams)])
+
     def map(self, function: Callable[[Stream], Stream]) -> "Batch":
         """Apply a function to each stream."""
         return replace(self, streams=[function(stream) for stream in self.streams])

@@ -4,7 +4,6 @@ A downsampler gets the patch tokens of a block and their significance scores. It
 input token, the index of its output token. It does not depend on class tokens or on the rest of the network.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -120,8 +119,8 @@ class Downsampler(nn.Module):
         """Return this downsampler with another `keep`. Its parameters, modules, hooks and generator are the same."""
         if keep == self.keep:
             return self
-        other = copy.copy(self)
-        other.keep = keep
+        other = type(self).__new__(type(self))  # copy.copy could not be compiled
+        vars(other).update(vars(self) | {"keep": keep})
         return other
 
     def acts_on(self, n: int) -> bool:
