@@ -196,3 +196,26 @@ def test_bad_models_are_named(small, photos) -> None:
         tokenpool.create_model("vit_tiny_patch16_224", "kmedoids", 0.9, features_only=True)
     with pytest.raises(ValueError, match="name = None must be"):
         tokenpool.create_model(None)
+
+
+@torch.no_grad()
+def test_a_share_follows_the_image_if_the_grid_is_dynamic(tmp_path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 96, 80)
+    for keep, expected in ((0.5, [15, 8]), ("-4", [26, 22]), ([8, 4], [8, 4])):
+        tokenpool.patch(model, "wkmedoids", keep)
+        assert [block.tokens for block in tokenpool.trace(model, images).blocks] == expected
+        tokenpool.save(model, tmp_path / "model")
+        assert torch.equal(tokenpool.load(tmp_path / "model")(images), model(images))
+    tokenpool.patch(model, "wkmedoids", 0.5)
+    assert [layer.keep for layer in tokenpool.hosts.of(model).downsamplers] == [8, 4]  # at the model's own size
+
+
+def test_another_keep_shares_all_but_the_number() -> None:
+    layer = METHODS["kmedoids"](9)
+    layer.register_forward_hook(lambda module, given, out: seen.append(out.tokens.shape[1]))
+    seen, tokens, scores = [], torch.randn(2, 20, 4), torch.rand(2, 20)
+    other = layer.with_keep(5)
+    assert layer.with_keep(9) is layer and layer.keep == 9 and other.keep == 5
+    expected = METHODS["kmedoids"](5)(tokens, scores)
+    assert torch.equal(other(tokens, scores).tokens, expected.tokens) and seen == [5]

@@ -143,14 +143,13 @@ class TimmNaFlex(TimmViT):
         """Channels, height and width of the images that the model is built for.
 
         This is the argument `img_size`, or else the size in timm's configuration of the weights, or else the grid of
-        the position embedding.
+        the position embedding, or else 16 x 16 patches.
         """
-        size = self.model.embeds.default_img_size
-        if size is None and (config := getattr(self.model, "pretrained_cfg", None)):
-            size = config["input_size"][1:]
-        if size is None:
-            grid, patch = _position_grid(self.model), self.model.embeds.patch_size
-            size = grid[0] * patch[0], grid[1] * patch[1]
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        size = self.model.embeds.default_img_size or config.get("input_size", ())[1:]
+        if not size:
+            rows, columns = _position_grid(self.model) or (16, 16)
+            size = rows * self.model.embeds.patch_size[0], columns * self.model.embeds.patch_size[1]
         return self.model.in_chans, *size
 
     @property
