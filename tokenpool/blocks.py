@@ -168,15 +168,15 @@ class PooledBlock(nn.Module):
             )
         if given.valid is not None and (is_in_graph() or not given.valid.all()):
             return padding_removed(tokens, given.valid, self.frame)
-        unpools = self.frame.unpools or given.valid is not None
+        masked = given.valid is not None
         differs = given.table is not None and given.table.shape[0] > 1
         images = torch.arange(len(tokens), device=tokens.device) if differs else None
-        stream = Stream.start(tokens, self.frame, images, unpools)
+        stream = Stream.start(tokens, self.frame, images, masked)
         unsplit = is_in_graph() or torch.is_grad_enabled() or self.training
         if unsplit or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
-            return Batch([stream], unpools)
+            return Batch([stream], masked)
         size = micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS)
-        return Batch(stream.split(size), unpools)
+        return Batch(stream.split(size), masked)
 
     def _has_hooks(self) -> bool:
         """Return whether a module of this block has a forward hook. Hooks expect the full batch."""
@@ -264,7 +264,7 @@ def padding_removed(tokens: Tensor, valid: Tensor, frame: Frame) -> Batch:
     streams = []
     for count in counts.unique().tolist():
         images = (counts == count).nonzero().flatten()
-        streams.append(Stream.start(tokens[images, : frame.prefix + count], frame, images, unpools=True))
+        streams.append(Stream.start(tokens[images, : frame.prefix + count], frame, images, masked=True))
     return Batch(streams, True, valid.shape[1], order)
 
 

@@ -57,19 +57,19 @@ class Stream(NamedTuple):
     images: Tensor | None = None
 
     @staticmethod
-    def start(tokens: Tensor, frame: Frame, images: Tensor | None = None, unpools: bool = False) -> "Stream":
+    def start(tokens: Tensor, frame: Frame, images: Tensor | None = None, masked: bool = False) -> "Stream":
         """Return the stream before the first block, where each token stands for itself.
 
         Args:
             tokens: (B, P + N, D).
             frame: properties of the patched model.
             images: see `Stream`.
-            unpools: see `Batch`.
+            masked: see `Batch`.
         """
         batch, n, _ = tokens.shape
         sizes = torch.ones(batch, n, device=tokens.device) if frame.sizes else None
         patches = None
-        if unpools or frame.unpools or frame.positions or frame.schedule:
+        if masked or frame.unpools or frame.positions or frame.schedule:
             patches = torch.arange(n - frame.prefix, device=tokens.device).expand(batch, -1)
         return Stream(tokens, sizes, patches, patches if frame.positions == "medoid" else None, images)
 
@@ -95,15 +95,15 @@ class Batch:
 
     Attributes:
         streams: the streams.
-        unpools: whether the last block returns all patches, each with the value of its token. Dropped patches are zero.
-            This is so if the head reads patches, or if the model has a mask of all patches.
+        masked: whether the model has a mask of all patches. The last block then returns all patches, each with the
+            value of its token. Dropped patches are zero.
         padded: number N of patches of the padded batch, or None if the batch has no padding.
         order: (B, N), the patches of a padded batch in the order of the streams: first the patches, then the padding.
             None if they are in this order already.
     """
 
     streams: list[Stream]
-    unpools: bool
+    masked: bool
     padded: int | None = None
     order: Tensor | None = None
 
@@ -138,9 +138,10 @@ class Batch:
     def tokens(self, frame: Frame) -> Tensor:
         """Return the tokens (B, P + K, D) of all images, after the last block.
 
-        With `unpools` there are all N patches, and padding is zero.
+        With `masked` or `frame.unpools` there are all N patches, and padding is zero.
         """
-        parts = [_unpooled(stream, frame.prefix) if self.unpools else stream.tokens for stream in self.streams]
+        unpools = self.masked or frame.unpools
+        parts = [_unpooled(stream, frame.prefix) if unpools else stream.tokens for stream in self.streams]
         if self.padded is None:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         width = frame.prefix + self.padded
