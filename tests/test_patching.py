@@ -10,7 +10,7 @@ import timm
 import torch
 
 import tokenpool
-from tokenpool.downsampling import with_schedule
+from tokenpool.downsampling import METHODS, with_schedule
 
 TOKEN_METHODS = [name for name in with_schedule() if name != "dynamicvit"]  # which has parameters of its own
 KEEP = [30, 17, 5, 2]
@@ -179,10 +179,7 @@ def test_bad_models_are_named(small, photos) -> None:
         tokenpool.patch(siglip, "wkmedoids", [0])
     with pytest.raises(ValueError, match="no downsamplers to trace"):
         tokenpool.trace(small, photos)
-    tokenpool.patch(small, "wkmedoids", KEEP).set_grad_checkpointing()
-    with pytest.raises(TypeError, match="gradient checkpointing"):
-        small(photos)
-    small.set_grad_checkpointing(False)
+    tokenpool.patch(small, "wkmedoids", KEEP)
     for call in (
         lambda: small.prune_intermediate_layers(2),
         lambda: small.forward_intermediates(photos),
@@ -196,3 +193,47 @@ def test_bad_models_are_named(small, photos) -> None:
         tokenpool.create_model("vit_tiny_patch16_224", "kmedoids", 0.9, features_only=True)
     with pytest.raises(ValueError, match="name = None must be"):
         tokenpool.create_model(None)
+
+
+@torch.no_grad()
+def test_a_share_follows_the_image_if_the_grid_is_dynamic(tmp_path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 96, 80)
+    for keep, expected in ((0.5, [15, 8]), ("-4", [26, 22]), ([8, 4], [8, 4])):
+        tokenpool.patch(model, "wkmedoids", keep)
+        assert [block.tokens for block in tokenpool.trace(model, images).blocks] == expected
+        tokenpool.save(model, tmp_path / "model")
+        assert torch.equal(tokenpool.load(tmp_path / "model")(images), model(images))
+    tokenpool.patch(model, "wkmedoids", 0.5)
+    assert [layer.keep for layer in tokenpool.hosts.of(model).downsamplers] == [8, 4]  # at the model's own size
+
+
+def test_another_keep_shares_all_but_the_number() -> None:
+    layer = METHODS["kmedoids"](9)
+    layer.register_forward_hook(lambda module, given, out: seen.append(out.tokens.shape[1]))
+    seen, tokens, scores = [], torch.randn(2, 20, 4), torch.rand(2, 20)
+    other = layer.with_keep(5)
+    assert layer.with_keep(9) is layer and layer.keep == 9 and other.keep == 5
+    expected = METHODS["kmedoids"](5)(tokens, scores)
+    assert torch.equal(other(tokens, scores).tokens, expected.tokens) and seen == [5]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(small, photos) -> None:
+    tokenpool.patch(small, "wkmedoids", KEEP).train()
+    found = []
+    for enable in (False, True):
+        small.set_grad_checkpointing(enable)
+        small.zero_grad()
+        small(photos).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in small.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_intermediate_features_work_again_after_unpatch(small, photos) -> None:
+    """With the last block alone, K tokens could be reshaped to a grid without an error."""
+    expected = small.forward_intermediates(photos, indices=[3])[1][0]
+    tokenpool.patch(small, "wkmedoids", [36, 36, 36, 9])
+    with pytest.raises(TypeError, match="forward_intermediates was called; .* call tokenpool.unpatch first"):
+        small.forward_intermediates(photos, indices=[3])
+    torch.testing.assert_close(tokenpool.unpatch(small).forward_intermediates(photos, indices=[3])[1][0], expected)

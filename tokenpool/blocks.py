@@ -13,12 +13,23 @@ from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.downsampling import Downsampler, Masked
 from tokenpool.eager import is_in_graph
 from tokenpool.positions import MergedPositions, representatives
-from tokenpool.stream import NEEDS_PLAIN, Batch, Frame, Stream, compose, merged_sizes
+from tokenpool.stream import NEEDS_PLAIN, Batch, Frame, Stream, compose, merged_sizes, permuted
+
+NOT_IN_A_GRAPH = (
+    "a batch with padding cannot be compiled or exported, because its images have different numbers of tokens: give "
+    "images of one size, without padding"
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The arguments of `tokenpool.patch` that a model was patched with."""
+    """The arguments of `tokenpool.patch` that a model was patched with.
+
+    Attributes:
+        keep: the schedule at the model's own image size.
+        form: the short form of the schedule, such as 0.9, if each image resolves it for its own number of patches. None
+            if `keep` is the schedule of all images.
+    """
 
     downsampler: str
     keep: tuple[int, ...] | None
@@ -29,6 +40,7 @@ class Setting:
     dense: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     positions: str = "mean"
+    form: float | str | None = None
 
 
 class Given(NamedTuple):
@@ -74,6 +86,7 @@ class PooledBlock(nn.Module):
         self.downsampler = downsampler and downsampler.train(host.training)
         self.frame = frame
         self.carry = setting.carry
+        self.index = 0
         self.is_first = self.is_last = False
         if frame.positions:
             self.positions = MergedPositions()
@@ -138,7 +151,8 @@ class PooledBlock(nn.Module):
             batch = self._started(tokens, given)
         if self._has_hooks():
             batch = batch.joined(torch.inf)
-        batch = batch.map(lambda stream: self._run(stream, given.table)).joined(micro_batch.BLOCK_FLOATS)
+        table = batch.table(given.table)
+        batch = batch.map(lambda stream: self._run(stream, table)).joined(micro_batch.BLOCK_FLOATS)
         return batch.tokens(self.frame) if self.is_last else batch
 
     def _started(self, tokens: Tensor, given: Given) -> Batch:
@@ -147,15 +161,22 @@ class PooledBlock(nn.Module):
         With gradients, micro-batches save no memory. In a graph, the loop over them would be unrolled. Training draws
         random numbers for the full batch.
         """
+        if given.valid is not None and self.frame.drops:
+            raise ValueError(
+                "this method drops patches, but the head reads the patches by a mask of all patches: use a method that "
+                "merges tokens, such as key_medoids, or give images (B, C, H, W) without a mask"
+            )
         if given.valid is not None and (is_in_graph() or not given.valid.all()):
             return padding_removed(tokens, given.valid, self.frame)
+        masked = given.valid is not None
         differs = given.table is not None and given.table.shape[0] > 1
         images = torch.arange(len(tokens), device=tokens.device) if differs else None
-        stream = Stream.start(tokens, self.frame, images)
+        stream = Stream.start(tokens, self.frame, images, masked)
         unsplit = is_in_graph() or torch.is_grad_enabled() or self.training
         if unsplit or tokens.device.type != "cpu" or tokens.numel() <= micro_batch.BLOCK_FLOATS:
-            return Batch([stream])
-        return Batch(stream.split(micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS)))
+            return Batch([stream], masked)
+        size = micro_batch.even_size(len(tokens), tokens.numel(), micro_batch.BLOCK_FLOATS)
+        return Batch(stream.split(size), masked)
 
     def _has_hooks(self) -> bool:
         """Return whether a module of this block has a forward hook. Hooks expect the full batch."""
@@ -168,7 +189,7 @@ class PooledBlock(nn.Module):
     def _attend_and_downsample(self, stream: Stream, table: Tensor | None) -> Stream:
         """Compute the part of the block before the MLP. As a separate method, it frees its tensors before the MLP."""
         tokens, sizes, patches, places, _ = stream
-        downsampler, prefix = self.downsampler, self.frame.prefix
+        downsampler, prefix = self._downsampler_of(stream), self.frame.prefix
         if downsampler is not None and not downsampler.acts_on(tokens.shape[1] - prefix):
             downsampler = None
 
@@ -203,6 +224,14 @@ class PooledBlock(nn.Module):
         tokens = torch.cat([tokens[:, :prefix], kept], dim=1)  # (B, P + K, D)
         return Stream(tokens, sizes, patches, places, stream.images)
 
+    def _downsampler_of(self, stream: Stream) -> Downsampler | None:
+        """Return the downsampler for the images of a stream."""
+        if self.downsampler is None or self.frame.schedule is None:
+            return self.downsampler
+        assert stream.assignment is not None
+        patches = int(stream.assignment.shape[1])
+        return self.downsampler.with_keep(self.frame.schedule(patches)[self.index])
+
     def _table(self, stream: Stream, table: Tensor) -> Tensor:
         """Return the rotary table of the current tokens of a stream."""
         assert stream.assignment is not None
@@ -219,28 +248,27 @@ def padding_removed(tokens: Tensor, valid: Tensor, frame: Frame) -> Batch:
     So each image has exactly its own result: padding is never attended to, clustered, scored or counted.
 
     Args:
-        tokens: (B, P + N, D). The padding of each image comes last.
+        tokens: (B, P + N, D).
         valid: (B, N) bool, the patches that are not padding.
         frame: properties of the patched model.
 
     Raises:
-        ValueError: if padding precedes a patch, if an image has no patch, or if a graph is captured.
+        ValueError: if an image has no patch, or if a graph is captured.
     """
     if is_in_graph():
-        raise ValueError(
-            "a batch with padding cannot be compiled or exported, because its images have different numbers of tokens: "
-            "give images of one size, without padding"
-        )
+        raise ValueError(NOT_IN_A_GRAPH)
     counts = valid.sum(dim=1)
-    if not torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
-        raise ValueError("padding must come after the patches of an image")
     if not counts.all():
         raise ValueError(f"image {int((counts == 0).nonzero()[0])} of the batch has no patch: remove it")
+    order = None
+    if not torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
+        order = valid.byte().sort(dim=1, descending=True, stable=True).indices  # (B, N)
+        tokens = permuted(tokens, order, frame.prefix)
     streams = []
     for count in counts.unique().tolist():
         images = (counts == count).nonzero().flatten()
-        streams.append(Stream.start(tokens[images, : frame.prefix + count], frame, images))
-    return Batch(streams, valid.shape[1])
+        streams.append(Stream.start(tokens[images, : frame.prefix + count], frame, images, masked=True))
+    return Batch(streams, True, valid.shape[1], order)
 
 
 class PooledBlocks(nn.Sequential):
@@ -256,6 +284,8 @@ class PooledBlocks(nn.Sequential):
         super().__init__(*blocks)
         if blocks:
             blocks[0].is_first = blocks[-1].is_last = True
+        for index, block in enumerate(blocks):
+            block.index = index
         self._host = (host,)  # a tuple, so that PyTorch does not register the stack as a submodule
         self.setting = setting
         self.training = host.training

@@ -210,7 +210,9 @@ def _setting(adapter: hosts.Adapter) -> dict[str, Any] | None:
             "tokenpool.downsampling.register first"
         )
     keep = None if setting.keep is None else list(setting.keep)
-    return vars(setting) | {"keep": keep}
+    stored = vars(setting) | {"keep": keep if setting.form is None else setting.form}
+    del stored["form"]  # `patch` finds it anew
+    return stored
 
 
 def _build(description: dict[str, Any], empty: bool) -> nn.Module:

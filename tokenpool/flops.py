@@ -71,8 +71,8 @@ FREE = {
     ones_like __or__ pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape
     reshape_as rms_norm round rsqrt rsub scatter scatter_ scatter_add scatter_reduce select sigmoid silu sin slice
     softmax sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu
-    type_as unbind unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa var view view_as where zero_ zeros
-    zeros_like
+    type_as unbind unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d
+    _upsample_bilinear2d_aa upsample_linear1d var view view_as where zero_ zeros zeros_like
     """.split()
 }
 
@@ -138,7 +138,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     setting = adapter.setting
     if idle_clustering and setting and setting.keep and _is_papers_clustering(setting.downsampler):
         tokens = math.prod(adapter.grid(image_size or adapter.image_shape[1:]))
-        macs["clustering"] = paper_clustering_macs(setting.downsampler, setting.keep, tokens, adapter.width)
+        schedule = adapter.host(setting.dense).schedule(setting.form)
+        keep = setting.keep if schedule is None else schedule(tokens)
+        macs["clustering"] = paper_clustering_macs(setting.downsampler, keep, tokens, adapter.width)
     return Count({part: total / 1e9 for part, total in macs.items()})
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tokenpool import hosts, schedules
 from tokenpool.blocks import PooledBlocks, Setting
 from tokenpool.budget import schedule_for
-from tokenpool.downsampling import Downsampler, Host, find
+from tokenpool.downsampling import Downsampler, find
 from tokenpool.positions import POSITIONS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,9 +51,12 @@ def patch(
         keep: retention schedule: at most `keep[l]` patch tokens remain after the attention of block l. Other forms:
             0.9, the share that each block keeps; "-13", the number that each block removes; "deit_small:3", the
             paper's schedule of that level, but with at least one token if the head reads patches (see
-            `schedules.resolve`). These forms and budgets are resolved at the model's own image size.
+            `schedules.resolve`). These forms are resolved at the model's own image size. Models for images of any size
+            (NaFlexVit, `dynamic_img_size=True`) resolve them for the number of patches of each image, and a list is
+            the same for all images.
         gmacs: instead of `keep`, the budget of one image in 10^9 multiply-adds, clustering included. The model uses
-            at least 98 % of the budget (see `tokenpool.schedule_for`).
+            at least 98 % of the budget (see `tokenpool.schedule_for`). The result is a list for the model's own image
+            size.
         carry: add the log of a token's size to the logits of the token's key in later attentions (appendix E;
             *proportional attention* in Bolya et al. 2023). The size of a token is the number of original tokens that
             it stands for. Without fine-tuning, `carry` recovers most of the lost accuracy. It has no effect with
@@ -92,12 +95,16 @@ def patch(
     if dense and not (method and method.merges):
         raise ValueError(f"dense features need a method that merges tokens; {name!r} does not")
     host = adapter.host(dense)
+    form: float | str | None = None
     if method is None:
         if keep is not None or options:
             raise ValueError('downsampler "none" takes no keep and no options')
         layers: list[Downsampler | None] = [None] * host.depth
     else:
-        keep = None if keep is None else _resolved(keep, host)
+        if host.is_dynamic and isinstance(keep, (str, Real)):  # `resolve` refuses a whole number
+            form = keep if isinstance(keep, str) else float(keep)
+        if keep is not None:
+            keep = schedules.resolve(keep, math.prod(host.grid), host.depth, int(host.reads_patches))
         try:
             layers = method.for_blocks(host, keep, **options)
         except TypeError as error:
@@ -108,7 +115,7 @@ def patch(
         return model
     carry = carry or bool(method and method.masks)  # the masks of training are sizes
     schedule = None if keep is None else tuple(keep)
-    setting = Setting(name, schedule, carry, qk_norm, alpha, learn_alpha, dense, options, positions)
+    setting = Setting(name, schedule, carry, qk_norm, alpha, learn_alpha, dense, options, positions, form)
     adapter.pool(layers, setting)
     return model
 
@@ -214,14 +221,6 @@ def _check_attention(qk_norm: str | None, alpha: float, learn_alpha: bool) -> No
         raise ValueError('alpha and learn_alpha need qk_norm="l2"')
     if not isinstance(alpha, Real) or not 0 < alpha < float("inf"):
         raise ValueError(f"alpha = {alpha!r} must be a positive number")
-
-
-def _resolved(keep: Sequence[int] | float | str, host: Host) -> Sequence[int]:
-    """Return the schedule as a list of numbers of tokens."""
-    resolved = schedules.resolve(keep, math.prod(host.grid), host.depth)
-    if isinstance(keep, str) and host.reads_patches:  # the paper's schedules end with zero patches
-        return [max(limit, 1) for limit in resolved]
-    return resolved
 
 
 def _option_names(method: type[Downsampler] | None) -> set[str]:

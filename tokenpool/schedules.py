@@ -260,7 +260,7 @@ def by_decay(rate: float, tokens: int, depth: int) -> list[int]:
     return [max(round(tokens * math.exp(-rate * ((block + 1) / depth) ** 2)), 1) for block in range(depth)]
 
 
-def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[int]:
+def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int, least: int = 0) -> list[int]:
     """Convert any form of a schedule to a list.
 
     Args:
@@ -270,6 +270,7 @@ def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[
             "diffrate_deit_small:2.9", DiffRate's schedule of this cost, scaled to the model (see `diffrate`).
         tokens: number of patch tokens of an image.
         depth: number of blocks.
+        least: the smallest entry of the result, if `keep` is a text. The paper's schedules end with zero tokens.
 
     Raises:
         ValueError: for any other value. The message contains the value.
@@ -279,7 +280,7 @@ def resolve(keep: Sequence[int] | float | str, tokens: int, depth: int) -> list[
     if not isinstance(keep, str):
         return checked(keep, depth)
     try:
-        return _parsed(keep, tokens, depth)
+        return [max(limit, least) for limit in _parsed(keep, tokens, depth)]
     except ValueError as error:
         raise ValueError(
             f'keep = {keep!r}: {error}; expected a list, 0.9 or "0.7@3,6,9" (a share), "-13" (a step) or '

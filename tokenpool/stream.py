@@ -2,15 +2,15 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 NEEDS_PLAIN = (
-    "gradient checkpointing, attention masks, features_only, forward_intermediates and slices of the blocks need a "
-    "plain model: call tokenpool.unpatch first"
+    "attention masks, features_only, forward_intermediates and slices of the blocks need a plain model: call "
+    "tokenpool.unpatch first"
 )
 
 
@@ -24,12 +24,18 @@ class Frame(NamedTuple):
         unpools: whether the last block returns all patches. Each patch then has the value of its token, equation (9).
             This is for heads that read patches. Their mean over patches, or their attention over patches, then weighs
             each token exactly by its size.
+        drops: whether a downsampler drops patches that the head reads. A head that gets a mask of all patches then
+            cannot be used.
+        schedule: returns the retention schedule of an image with a given number of patches. None if all images have the
+            same schedule.
     """
 
     prefix: int
     sizes: bool
     positions: str | None
     unpools: bool
+    drops: bool = False
+    schedule: Callable[[int], Sequence[int]] | None = None
 
 
 class Stream(NamedTuple):
@@ -51,18 +57,19 @@ class Stream(NamedTuple):
     images: Tensor | None = None
 
     @staticmethod
-    def start(tokens: Tensor, frame: Frame, images: Tensor | None = None) -> "Stream":
+    def start(tokens: Tensor, frame: Frame, images: Tensor | None = None, masked: bool = False) -> "Stream":
         """Return the stream before the first block, where each token stands for itself.
 
         Args:
             tokens: (B, P + N, D).
             frame: properties of the patched model.
             images: see `Stream`.
+            masked: see `Batch`.
         """
         batch, n, _ = tokens.shape
         sizes = torch.ones(batch, n, device=tokens.device) if frame.sizes else None
         patches = None
-        if frame.unpools or frame.positions:
+        if masked or frame.unpools or frame.positions or frame.schedule:
             patches = torch.arange(n - frame.prefix, device=tokens.device).expand(batch, -1)
         return Stream(tokens, sizes, patches, patches if frame.positions == "medoid" else None, images)
 
@@ -88,15 +95,26 @@ class Batch:
 
     Attributes:
         streams: the streams.
-        padded: number of patches of the padded batch, or None if the batch has no padding.
+        masked: whether the model has a mask of all patches. The last block then returns all patches, each with the
+            value of its token. Dropped patches are zero.
+        padded: number N of patches of the padded batch, or None if the batch has no padding.
+        order: (B, N), the patches of a padded batch in the order of the streams: first the patches, then the padding.
+            None if they are in this order already.
     """
 
     streams: list[Stream]
+    masked: bool
     padded: int | None = None
+    order: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Only the number of images (B,), which some models read between blocks, for example with patch dropout."""
+        return torch.Size([sum(stream.tokens.shape[0] for stream in self.streams)])
 
     def map(self, function: Callable[[Stream], Stream]) -> "Batch":
         """Apply a function to each stream."""
-        return Batch([function(stream) for stream in self.streams], self.padded)
+        return replace(self, streams=[function(stream) for stream in self.streams])
 
     def joined(self, max_floats: float) -> "Batch":
         """Join neighbouring streams into streams of at most `max_floats` floats. Padded batches stay as they are."""
@@ -108,20 +126,29 @@ class Batch:
                 joined[-1].append(stream)
             else:
                 joined.append([stream])
-        return Batch([Stream.cat(parts) for parts in joined])
+        return replace(self, streams=[Stream.cat(parts) for parts in joined])
+
+    def table(self, table: Tensor | None) -> Tensor | None:
+        """Return a rotary table (B or 1, H or 1, N, W) in the order of the streams."""
+        if table is None or self.order is None:
+            return table
+        index = self.order[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        return table.expand(len(index), -1, -1, -1).gather(2, index)
 
     def tokens(self, frame: Frame) -> Tensor:
         """Return the tokens (B, P + K, D) of all images, after the last block.
 
-        With `frame.unpools` there are all N patches, and padding is zero.
+        With `masked` or `frame.unpools` there are all N patches, and padding is zero.
         """
+        unpools = self.masked or frame.unpools
+        parts = [_unpooled(stream, frame.prefix) if unpools else stream.tokens for stream in self.streams]
         if self.padded is None:
-            return _unpooled(Stream.cat(self.streams), frame)
-        parts = [_unpooled(stream, frame) for stream in self.streams]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
         width = frame.prefix + self.padded
         padded = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts]
-        order = torch.cat([stream.images for stream in self.streams if stream.images is not None])
-        return torch.cat(padded)[order.argsort()]
+        images = torch.cat([stream.images for stream in self.streams if stream.images is not None])
+        tokens = torch.cat(padded)[images.argsort()]
+        return tokens if self.order is None else permuted(tokens, self.order.argsort(dim=1), frame.prefix)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -136,11 +163,22 @@ class Batch:
         raise TypeError(f"the tokens between two pooled blocks were indexed; {NEEDS_PLAIN}")
 
 
-def _unpooled(stream: Stream, frame: Frame) -> Tensor:
-    if not frame.unpools or stream.assignment is None:
+def _unpooled(stream: Stream, prefix: int) -> Tensor:
+    if stream.assignment is None:
         return stream.tokens
-    back = unpool(stream.tokens[:, frame.prefix :], stream.assignment)
-    return torch.cat([stream.tokens[:, : frame.prefix], back], dim=1)
+    return torch.cat([stream.tokens[:, :prefix], unpool(stream.tokens[:, prefix:], stream.assignment)], dim=1)
+
+
+def permuted(tokens: Tensor, order: Tensor, prefix: int) -> Tensor:
+    """Permute the patch tokens of each image.
+
+    Args:
+        tokens: (B, P + N, D).
+        order: (B, N), indices of patch tokens.
+        prefix: number P of prefix tokens.
+    """
+    patches = tokens[:, prefix:].gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :prefix], patches], dim=1)
 
 
 def unpool(tokens: Tensor, assignment: Tensor) -> Tensor:

@@ -59,11 +59,15 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         The logits, and the state of the tokens after each block.
 
     Raises:
-        ValueError: if the model is not patched.
+        ValueError: if the model is not patched, or if `images` is not a batch (B, C, H, W).
     """
     adapter = hosts.find(model)
     if adapter is None or not adapter.is_patched:
         raise ValueError("the model has no downsamplers to trace: call tokenpool.patch first")
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise ValueError(
+            "trace needs images (B, C, H, W) of one size: trace the images of a padded batch one by one, as images"
+        )
     seen: dict[int, tuple[Tensor, Downsampled]] = {}
     handles = watch(model, lambda index, before, after: seen.update({index: (before, after)}))
     try:

@@ -4,8 +4,9 @@ A downsampler gets the patch tokens of a block and their significance scores. It
 input token, the index of its output token. It does not depend on class tokens or on the rest of the network.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,12 @@ class Host(NamedTuple):
     is_dynamic: bool = False
     unpools: bool = False
     has_class_token: bool = False
+
+    def schedule(self, form: float | str | None) -> Callable[[int], list[int]] | None:
+        """Return the function from the number of patches of an image to its schedule. See `schedules.resolve`."""
+        if form is None:
+            return None
+        return partial(schedules.resolve, form, depth=self.depth, least=int(self.reads_patches))
 
 
 class Downsampler(nn.Module):
@@ -125,6 +132,14 @@ class Downsampler(nn.Module):
                 f"keep[{keep.index(0)}] = 0 must be at least 1: the head of this model reads the patch tokens"
             )
         return [cls(limit, **options) for limit in keep]
+
+    def with_keep(self, keep: int) -> Self:
+        """Return this downsampler with another `keep`. Its parameters, modules, hooks and generator are the same."""
+        if keep == self.keep:
+            return self
+        other = type(self).__new__(type(self))  # copy.copy could not be compiled
+        vars(other).update(vars(self) | {"keep": keep})
+        return other
 
     def acts_on(self, n: int) -> bool:
         """Return whether the downsampler changes n tokens."""

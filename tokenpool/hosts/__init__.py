@@ -9,6 +9,7 @@ from tokenpool.hosts.adapter import Adapter, Layers
 from tokenpool.hosts.obstacles import obstacle
 from tokenpool.hosts.open_clip import OpenClip
 from tokenpool.hosts.timm_eva import TimmEva
+from tokenpool.hosts.timm_naflex import TimmNaFlex
 from tokenpool.hosts.timm_vit import TimmViT
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Layers",
     "OpenClip",
     "TimmEva",
+    "TimmNaFlex",
     "TimmViT",
     "find",
     "inside",
@@ -26,7 +28,7 @@ __all__ = [
     "wrapped_name",
 ]
 
-ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, OpenClip]
+ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, TimmNaFlex, OpenClip]
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:

@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from tokenpool.attention import ScoredAttention
 from tokenpool.blocks import PooledBlock, PooledBlocks, Setting
 from tokenpool.downsampling import Downsampler, Host
 from tokenpool.hosts.obstacles import obstacle
-from tokenpool.stream import Frame
+from tokenpool.stream import NEEDS_PLAIN, Frame
+
+_INTERMEDIATES = "forward_intermediates"
 
 
 class Layers(NamedTuple):
@@ -226,21 +228,27 @@ class Adapter(ABC):
         like = reference(self.blocks)
         layers = [layer and layer.to(device=like.device, dtype=like.dtype) for layer in layers]
         used = [layer for layer in layers if layer is not None]
+        host = self.host(setting.dense)
         frame = Frame(
             prefix=self.prefix,
             sizes=setting.carry or any(layer.uses_sizes for layer in used),
             positions=setting.positions if self.is_rotary else None,
-            unpools=self.host(setting.dense).unpools and any(layer.merges for layer in used),
+            unpools=host.unpools and any(layer.merges for layer in used),
+            drops=host.unpools and not all(layer.merges for layer in used),
+            schedule=host.schedule(setting.form),
         )
         blocks = [
             self.pooled_class(block)(block, layer, frame, setting)  # type: ignore[misc]  # `check` rules None out
             for block, layer in zip(self.blocks, layers, strict=True)
         ]
         self._put(PooledBlocks(blocks, setting, self.blocks))
+        if hasattr(self.model, _INTERMEDIATES):
+            setattr(self.model, _INTERMEDIATES, _refuse_intermediates)
 
     def unpool(self) -> None:
         """Replace the pooled blocks of a patched model by the model's own blocks, in place."""
         self._put(self.blocks.give_back())
+        vars(self.model).pop(_INTERMEDIATES, None)
 
     def _put(self, stack: nn.Module) -> None:
         parent, _, name = self.STACK.rpartition(".")
@@ -260,6 +268,11 @@ class Adapter(ABC):
         """Return a black image (1, C, H, W). The default is the model's own image size."""
         channels, *size = self.image_shape
         return torch.zeros(1, channels, *(image_size or size))
+
+
+def _refuse_intermediates(*arguments: Any, **named: Any) -> NoReturn:
+    """Stand in for a method that expects all patches after each block, and that could reshape fewer without an error."""
+    raise TypeError(f"{_INTERMEDIATES} was called; {NEEDS_PLAIN}")
 
 
 def _check_pooled(block: nn.Module, name: str) -> None:
