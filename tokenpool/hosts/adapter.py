@@ -271,7 +271,7 @@ class Adapter(ABC):
 
 
 def _refuse_intermediates(*arguments: Any, **named: Any) -> NoReturn:
-    """Stand in for a method that expects all patches after each block, and that could reshape fewer without an error."""
+    """Stand in for a method that expects all patches after each block. It could reshape fewer tokens silently."""
     raise TypeError(f"{_INTERMEDIATES} was called; {NEEDS_PLAIN}")
 
 
