@@ -15,6 +15,11 @@ from tokenpool.eager import is_in_graph
 from tokenpool.positions import MergedPositions, representatives
 from tokenpool.stream import NEEDS_PLAIN, Batch, Frame, Stream, compose, merged_sizes
 
+NOT_IN_A_GRAPH = (
+    "a batch with padding cannot be compiled or exported, because its images have different numbers of tokens: give "
+    "images of one size, without padding"
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -227,10 +232,7 @@ def padding_removed(tokens: Tensor, valid: Tensor, frame: Frame) -> Batch:
         ValueError: if padding precedes a patch, if an image has no patch, or if a graph is captured.
     """
     if is_in_graph():
-        raise ValueError(
-            "a batch with padding cannot be compiled or exported, because its images have different numbers of tokens: "
-            "give images of one size, without padding"
-        )
+        raise ValueError(NOT_IN_A_GRAPH)
     counts = valid.sum(dim=1)
     if not torch.equal(valid, torch.arange(valid.shape[1], device=valid.device) < counts[:, None]):
         raise ValueError("padding must come after the patches of an image")

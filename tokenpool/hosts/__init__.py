@@ -6,6 +6,7 @@ To add a family, write a subclass of `Adapter`, and call `register`. See docs/ba
 from torch import nn
 
 from tokenpool.hosts.adapter import Adapter, Layers
+from tokenpool.hosts.huggingface import HuggingFaceViT
 from tokenpool.hosts.obstacles import obstacle
 from tokenpool.hosts.open_clip import OpenClip
 from tokenpool.hosts.timm_eva import TimmEva
@@ -14,6 +15,7 @@ from tokenpool.hosts.timm_vit import TimmViT
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "HuggingFaceViT",
     "Layers",
     "OpenClip",
     "TimmEva",
@@ -26,7 +28,7 @@ __all__ = [
     "wrapped_name",
 ]
 
-ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, OpenClip]
+ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, OpenClip, HuggingFaceViT]
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:
