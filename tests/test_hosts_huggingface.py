@@ -118,8 +118,11 @@ def test_every_method_follows_every_form_of_schedule(family: str) -> None:
     forms = ([35, 30, 2], [5, 20, 5], 0.5, "-13", [1, 1, 1])
     expected = ([35, 30, 2], [5, 5, 5], [18, 9, 4], [23, 10, 1], [1, 1, 1])
     for index, method in enumerate(with_schedule()):
-        if ("siglip2" in family or "masked" in family) and not tokenpool.METHODS[method].merges:
-            with pytest.raises(ValueError, match="drops patches, but .* needs all patches: use a method that merges"):
+        kind = tokenpool.METHODS[method]
+        needs_class = kind.uses_class_attention and "siglip" in family
+        if needs_class or (("siglip2" in family or "masked" in family) and not kind.merges):
+            reason = "has no class token" if needs_class else "drops patches, but .* needs all patches: use a method"
+            with pytest.raises(ValueError, match=reason):
                 tokenpool.patch(model, method, forms[index % 5])
             continue
         tokenpool.patch(model, method, forms[index % 5])
@@ -323,7 +326,7 @@ def test_others_are_refused_with_a_reason() -> None:
     model.vit.layers[1].register_forward_hook(lambda module, inputs, output: None)
     with pytest.raises(ValueError, match=r"vit.layers\[1\] has a forward hook, which would be lost"):
         tokenpool.patch(model, "kmedoids", 0.9)
-    with pytest.raises(ValueError, match="needs a fixed grid"):
+    with pytest.raises(ValueError, match="needs a fixed grid, but the model takes images of any size"):
         tokenpool.patch(create("dinov2"), "convolution", at=[1])
 
 

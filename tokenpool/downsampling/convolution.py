@@ -33,7 +33,9 @@ class Placed(Downsampler):
         if keep is not None:
             raise ValueError(f"{name} takes no keep: give at=[...], the blocks that reduce tokens")
         if host.is_dynamic:
-            raise ValueError(f"{name} needs a fixed grid, but the model takes images of any size (timm: dynamic_img_size=True)")
+            raise ValueError(
+                f"{name} needs a fixed grid, but the model takes images of any size (timm: dynamic_img_size=True)"
+            )
         usable = isinstance(at, Sequence) and all(isinstance(block, Integral) for block in at) and len(at) > 0
         if not usable or sorted(set(at)) != list(at) or at[0] < 0 or at[-1] >= host.depth:
             raise ValueError(f"at = {at!r} must list different blocks in ascending order, in 0..{host.depth - 1}")
