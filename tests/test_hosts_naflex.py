@@ -19,7 +19,7 @@ import tokenpool
 from tokenpool import flops, hosts, micro_batch, schedules
 from tokenpool.budget import ScheduleCost
 from tokenpool.downsampling import METHODS, with_schedule
-from tokenpool.hosts.timm_naflex import valid_tokens
+from tokenpool.hosts.masks import valid_tokens
 
 GAP, MAP = "naflexvit_base_patch16_gap", "naflexvit_base_patch16_map"
 # One of each kind of head, mask, prefix, block, position embedding and rotary embedding.
@@ -269,7 +269,7 @@ def test_other_masks_are_refused(mask: Tensor) -> None:
     model = create("siglip")
     batch = collated(pictures([(3, 3), (3, 3)]), 9)
     tokenpool.patch(model, "kmedoids", 0.5)
-    with pytest.raises(ValueError, match="not a mask of padding.*call tokenpool.unpatch first"):
+    with pytest.raises(ValueError, match="attention masks of padding only.*call tokenpool.unpatch first"):
         model(batch | {"attn_mask": mask})
     with pytest.raises(ValueError, match="image 1 of the batch has no patch"):
         model(batch | {"patch_valid": batch["patch_valid"] & torch.tensor([[True], [False]])})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("lightning", "torchmetrics", "pandas", "matplotlib", "sklearn", "scipy")
+HEAVY = ("lightning", "torchmetrics", "pandas", "matplotlib", "sklearn", "scipy", "transformers")
 MISSING = """
 import sys
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenpool import clustering, deit, flops, gpu, hosts, moved, schedules
 from tokenpool.budget import schedule_for
-from tokenpool.checkpoint import load, load_weights, save
+from tokenpool.checkpoint import load, load_weights, patch_from_config, save
 from tokenpool.downsampling import METHODS, Downsampled, Downsampler
 from tokenpool.patching import create_model, is_patched, patch, unpatch
 from tokenpool.stream import unpool
@@ -52,6 +52,7 @@ __all__ = [
     "module",
     "pareto",
     "patch",
+    "patch_from_config",
     "plotting",
     "redundancy",
     "results",

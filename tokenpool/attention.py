@@ -77,7 +77,7 @@ class ScoredAttention(nn.Module):
 
     The module adopts the submodules and parameters of the model's own attention under the same names, so that
     checkpoints stay the same. A learned alpha adds one parameter, `alpha`. For other attentions than timm's
-    `Attention`, a subclass replaces `project`, `rotate` and `finish`.
+    `Attention`, a subclass replaces `heads_of`, `project`, `rotate`, `dropout` and `finish`.
 
     Class attributes that a subclass sets:
         OWN: names of parameters and buffers of the attention itself. All others belong to its submodules.
@@ -104,12 +104,15 @@ class ScoredAttention(nn.Module):
         super().__init__()
         adopt(self, host)
         self._host = (host,)  # a tuple, so that PyTorch does not register the attention as a submodule
-        self.num_heads = host.num_heads
-        self.head_dim = host.head_dim
-        self.scale = getattr(host, "scale", self.head_dim**-0.5)
+        self.num_heads, self.head_dim, self.scale = self.heads_of(host)
         self.normalise = qk_norm == "l2"
         if self.normalise:
             self.alpha = nn.Parameter(reference(host).new_tensor(float(alpha))) if learn_alpha else float(alpha)
+
+    @staticmethod
+    def heads_of(host: Any) -> tuple[int, int, float]:
+        """Return the number of heads, the width d of a head, and the scale of the logits, usually 1 / sqrt(d)."""
+        return host.num_heads, host.head_dim, getattr(host, "scale", host.head_dim**-0.5)
 
     def give_back(self) -> nn.Module:
         """Return the model's own attention, with the submodules that are in this module now."""

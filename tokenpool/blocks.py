@@ -42,6 +42,13 @@ class Setting:
     positions: str = "mean"
     form: float | str | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `patch` that give this setting. The option's values stay in "options"."""
+        keep = None if self.keep is None else list(self.keep)
+        arguments = vars(self) | {"keep": keep if self.form is None else self.form}
+        del arguments["form"]  # `patch` finds it anew
+        return arguments
+
 
 class Given(NamedTuple):
     """The arguments that a model gives to each of its blocks, besides the tokens.

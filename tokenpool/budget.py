@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenpool import hosts, schedules
 from tokenpool.downsampling import Downsampler, Placed, find
-from tokenpool.flops import macs_by_module
+from tokenpool.flops import OnImages, macs_by_module
 
 MIN_SHARE = 0.98  # minimum share of the budget to use, unless one more token in any block would exceed the budget
 
@@ -133,7 +133,7 @@ class ScheduleCost:
         self._outside = []
         for n in [self.tokens] if self._head_reads else [1, 2, 3]:
             first.limit = self.prefix + n
-            self._outside.append(_macs(rest, adapter.blank_image()))
+            self._outside.append(_macs(OnImages(rest, adapter), adapter.blank_image()))
 
     def __call__(self, keep: Sequence[int]) -> int:
         """Return the multiply-adds of one image, clustering included, for a schedule."""

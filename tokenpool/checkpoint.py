@@ -19,7 +19,7 @@ from tokenpool import files, hosts, weight_files
 from tokenpool.adoption import reference
 from tokenpool.blocks import Setting
 from tokenpool.downsampling import METHODS
-from tokenpool.patching import patch
+from tokenpool.patching import Model, patch
 from tokenpool.version import __version__
 
 _KEY = "tokenpool"
@@ -44,6 +44,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: save its `{inner}`")
     adapter = hosts.of(model)
+    if adapter.SAVED_BY:
+        raise ValueError(
+            f"a {type(model).__name__} is not saved by tokenpool.save: call its {adapter.SAVED_BY}, and restore the "
+            "patch by tokenpool.patch_from_config"
+        )
     description = {
         "version": __version__,
         "model": _architecture(model),
@@ -139,6 +144,8 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
     files.check_local(path)
     if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: load the weights into its `{inner}`")
+    if (adapter := hosts.find(model)) and adapter.SAVED_BY:
+        raise ValueError(f"load the weights of a {type(model).__name__} by its from_pretrained, not by load_weights")
     content = weight_files.read(path)
     own, classifiers = model.state_dict(), _classifiers(model)
     optional = {key for key in own if ".downsampler." in key or key.endswith("attn.alpha")}
@@ -162,6 +169,46 @@ def load_weights(model: nn.Module, path: str | Path, other_classes: bool = False
         raise ValueError(f"{path} cannot be loaded into this model: {reason}") from error
     if notes:
         warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=2)
+
+
+def patch_from_config(model: Model) -> Model:
+    """Patch a model of transformers as it was patched when `save_pretrained` saved it, in place.
+
+    `patch` writes its setting to `model.config.tokenpool`, `save_pretrained` writes the configuration to a file, and
+    `from_pretrained` reads it. But `from_pretrained` returns the plain model: it is not patched until this function is
+    called. `unpatch` removes the setting. Models that share one configuration object share the setting.
+
+    Args:
+        model: result of `from_pretrained`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if the model belongs to no supported family.
+        ValueError: if the configuration has no usable setting.
+    """
+    hosts.of(model)
+    stored = getattr(getattr(model, "config", None), _KEY, None)
+    if stored is None:
+        raise ValueError(
+            "the configuration of the model has no setting of tokenpool. The model was saved plain, or its patch had "
+            "parameters, a method or options that a configuration cannot hold: call tokenpool.patch"
+        )
+    if (
+        not isinstance(stored, dict)
+        or not set(stored) <= set(Setting.__dataclass_fields__)
+        or "downsampler" not in stored
+    ):
+        raise ValueError(
+            f"config.{_KEY} = {stored!r} is not a setting of tokenpool {__version__}: call tokenpool.patch"
+        )
+    return _patched(model, stored)
+
+
+def _patched(model: Model, setting: dict[str, Any]) -> Model:
+    arguments = {name: value for name, value in setting.items() if name != "options"}
+    return patch(model, **setting.get("options", {}), **arguments)  # all options go to the downsampler
 
 
 def _classifiers(model: nn.Module) -> frozenset[str]:
@@ -209,18 +256,14 @@ def _setting(adapter: hosts.Adapter) -> dict[str, Any] | None:
             f"downsampler {setting.downsampler} is not one of {', '.join(METHODS)} and cannot be saved: add it by "
             "tokenpool.downsampling.register first"
         )
-    keep = None if setting.keep is None else list(setting.keep)
-    stored = vars(setting) | {"keep": keep if setting.form is None else setting.form}
-    del stored["form"]  # `patch` finds it anew
-    return stored
+    return setting.arguments()
 
 
 def _build(description: dict[str, Any], empty: bool) -> nn.Module:
     """Build the described model. With `empty`, no memory is allocated for its weights."""
     with torch.device("meta" if empty else "cpu"):
         model = timm.create_model(description["model"], pretrained=False, **description["model_options"])
-        setting = dict(description["setting"] or {"downsampler": "none"})
-        return patch(model, **setting.pop("options", {}), **setting)  # all options go to the downsampler
+        return _patched(model, description["setting"] or {"downsampler": "none"})
 
 
 def _check_same_modules(model: nn.Module, rebuilt: nn.Module, summary: str) -> None:

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     from fvcore.nn.jit_handles import (
         addmm_flop_jit,
         bmm_flop_jit,
+        conv_flop_count,
         conv_flop_jit,
         einsum_flop_jit,
         get_shape,
@@ -46,8 +47,14 @@ def fused_attention_flop_jit(inputs: list[Any], outputs: list[Any]) -> int:
     return pairs * (query[-1] + value[-1])
 
 
+def padded_convolution_flop_jit(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count the multiply-adds of a convolution with padding "valid" or "same". fvcore does not know it."""
+    return conv_flop_count(get_shape(inputs[0]), get_shape(inputs[1]), get_shape(outputs[0]))
+
+
 COUNTED = {
     "aten::_convolution": conv_flop_jit,
+    "aten::_convolution_mode": padded_convolution_flop_jit,
     "aten::addmm": addmm_flop_jit,
     "aten::bmm": bmm_flop_jit,
     "aten::einsum": einsum_flop_jit,
@@ -61,17 +68,17 @@ COUNTED = {
 FREE = {
     f"aten::{name}"
     for name in """
-    abs adaptive_avg_pool2d add add_ all amax amin aminmax __and__ any arange argmax argmin argsort avg_pool2d
+    abs abs_ adaptive_avg_pool2d add add_ all amax amin aminmax __and__ any arange argmax argmin argsort avg_pool2d
     batch_norm bernoulli_ bitwise_and bitwise_not bitwise_or broadcast_tensors cat ceil chunk clamp clamp_ clamp_min
-    clamp_min_ clone constant_pad_nd contiguous copy_ cos cumsum detach diagonal div div_ dropout empty empty_like eq
-    exp exp2 expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu group_norm gt index
-    index_add index_copy index_put index_put_ index_select instance_norm layer_norm le lift_fresh linalg_vector_norm
-    linspace log log2 log_softmax logical_and logical_not lt masked_fill masked_fill_ max max_pool2d maximum mean
-    meshgrid min minimum movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm normal_ ones
-    ones_like __or__ pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave reshape
-    reshape_as rms_norm round rsqrt rsub scatter scatter_ scatter_add scatter_reduce select sigmoid silu sin slice
-    softmax sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh to topk transpose tril triu
-    type_as unbind unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d
+    clamp_min_ clone constant_pad_nd contiguous copy_ cos cumsum detach diagonal div div_ dropout embedding empty
+    empty_like eq exp exp2 expand expand_as eye fill_ flatten floor floor_divide full full_like gather ge gelu
+    group_norm gt index index_add index_copy index_put index_put_ index_select instance_norm layer_norm le lift_fresh
+    linalg_vector_norm linspace log log2 log_softmax logical_and logical_not lt masked_fill masked_fill_ max max_pool2d
+    maximum mean meshgrid min minimum movedim mT mul mul_ narrow ne neg new_empty new_full new_ones new_zeros norm
+    normal_ ones ones_like __or__ pad permute pow prod rand rand_like randn reciprocal relu repeat repeat_interleave
+    reshape reshape_as rms_norm round rsqrt rsub scatter scatter_ scatter_add scatter_reduce select sigmoid silu sin
+    slice softmax sort split split_with_sizes sqrt square squeeze stack std sub sub_ sum t tanh tile to topk transpose
+    tril triu type_as unbind unflatten unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d
     _upsample_bilinear2d_aa upsample_linear1d var view view_as where zero_ zeros zeros_like
     """.split()
 }
@@ -114,8 +121,9 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
 
     Args:
         model: a model of a family in `tokenpool.hosts`, patched or plain, or a model that wraps such a model. The model
-            is copied and not changed. Adapters (such as LoRA) count as a part of the layers that contain them. Other
-            plain timm models with the same module names as VisionTransformer can be counted, too.
+            is copied and not changed. Adapters (such as LoRA) count as a part of the layers that contain them. Of a
+            model for images and texts, such as CLIP, only the part for images counts, projection included. Other plain
+            timm models with the same module names as VisionTransformer can be counted, too.
         image_size: height and width in pixels. Default: the model's own image size.
         idle_clustering: count clustering as in the paper's tables: the distance matrix of K-Medoids at all blocks,
             also at blocks that do not cluster. See `paper_clustering_macs`.
@@ -132,9 +140,11 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
     if adapter.COUNT_POOLED and not adapter.is_patched:
         adapter.check()
         adapter.pool([None] * adapter.depth, Setting("none", None, carry=False))
+    prefix = f"model.{name}.".replace("..", ".")
     macs = Counter(dict.fromkeys(PARTS, 0))
-    for (module, operator), own in macs_by_operator(copied, adapter.blank_image(image_size)).items():
-        macs[_part(f"{module.removeprefix(f'{name}.')}:{operator}", adapter.PARTS)] += own
+    for (module, operator), own in macs_by_operator(OnImages(copied, adapter), adapter.blank_image(image_size)).items():
+        within = f"{module}.".removeprefix(prefix).rstrip(".")
+        macs[_part(f"{within}:{operator}", adapter.PARTS)] += own
     setting = adapter.setting
     if idle_clustering and setting and setting.keep and _is_papers_clustering(setting.downsampler):
         tokens = math.prod(adapter.grid(image_size or adapter.image_shape[1:]))
@@ -142,6 +152,22 @@ def count(model: nn.Module, image_size: tuple[int, int] | None = None, idle_clus
         keep = setting.keep if schedule is None else schedule(tokens)
         macs["clustering"] = paper_clustering_macs(setting.downsampler, keep, tokens, adapter.width)
     return Count({part: total / 1e9 for part, total in macs.items()})
+
+
+class OnImages(nn.Module):
+    """A model as a module whose only argument is images, and whose only result is a tensor. Tracing requires this.
+
+    Args:
+        model: a model that belongs to a family, or wraps such a model.
+        adapter: the adapter of the model that belongs to the family.
+    """
+
+    def __init__(self, model: nn.Module, adapter: hosts.Adapter) -> None:
+        super().__init__()
+        self.model, self.adapter = model, adapter
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.adapter.run(images, self.model)
 
 
 def paper_clustering_macs(downsampler: str, keep: Sequence[int], tokens: int, width: int) -> int:

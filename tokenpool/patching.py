@@ -137,6 +137,8 @@ def unpatch(model: Model) -> Model:
         adapter = hosts.of(model)
         adapter.check()
         adapter.unpool()
+    elif plain := hosts.find(model):
+        plain.record(None)
     return model
 
 

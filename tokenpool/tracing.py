@@ -35,7 +35,7 @@ class Trace(NamedTuple):
     """Result of a traced forward pass.
 
     Attributes:
-        logits: (B, classes).
+        logits: (B, classes), or the features of the images if the model has no classes.
         blocks: the state after each block.
         grid: rows and columns of patches. Their product is N, except if the model drops patches at random in training.
     """
@@ -71,7 +71,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
     seen: dict[int, tuple[Tensor, Downsampled]] = {}
     handles = watch(model, lambda index, before, after: seen.update({index: (before, after)}))
     try:
-        logits = model(images)
+        logits = adapter.run(images)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ To add a family, write a subclass of `Adapter`, and call `register`. See docs/ba
 from torch import nn
 
 from tokenpool.hosts.adapter import Adapter, Layers
+from tokenpool.hosts.huggingface import HuggingFaceViT
 from tokenpool.hosts.obstacles import obstacle
 from tokenpool.hosts.open_clip import OpenClip
 from tokenpool.hosts.timm_eva import TimmEva
@@ -15,6 +16,7 @@ from tokenpool.hosts.timm_vit import TimmViT
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "HuggingFaceViT",
     "Layers",
     "OpenClip",
     "TimmEva",
@@ -28,7 +30,7 @@ __all__ = [
     "wrapped_name",
 ]
 
-ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, TimmNaFlex, OpenClip]
+ADAPTERS: list[type[Adapter]] = [TimmViT, TimmEva, TimmNaFlex, OpenClip, HuggingFaceViT]
 
 
 def register(adapter: type[Adapter]) -> type[Adapter]:

@@ -57,6 +57,7 @@ class Adapter(ABC):
         CLASSIFIERS: names of the parameters that depend on the number of classes.
         COUNT_POOLED: whether the FLOPs of a plain model are counted with pooled blocks that keep all tokens. This is
             for models that run operators which fvcore does not know.
+        SAVED_BY: the model's own method that saves it, if `tokenpool.save` does not save models of this family.
     """
 
     FAMILY: ClassVar[str]
@@ -67,8 +68,8 @@ class Adapter(ABC):
     CLASSIFIERS: ClassVar[frozenset[str]] = frozenset(
         {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
     )
-
     COUNT_POOLED: ClassVar[bool] = False
+    SAVED_BY: ClassVar[str | None] = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # Any, because PyTorch's stubs do not know the attributes of a model
@@ -148,9 +149,14 @@ class Adapter(ABC):
     # Methods for all families
 
     @property
+    def stack(self) -> str:
+        """Name of the stack of blocks in this model. Adapters of nested models replace it."""
+        return self.STACK
+
+    @property
     def blocks(self) -> Any:
         """The current stack of blocks: `PooledBlocks` in a patched model."""
-        return self.model.get_submodule(self.STACK)
+        return self.model.get_submodule(self.stack)
 
     @property
     def is_rotary(self) -> bool:
@@ -189,7 +195,7 @@ class Adapter(ABC):
             TypeError: if a block cannot be pooled. The message gives the reason.
             ValueError: if a replaced module has hooks, parameters or a forward method that would be lost.
         """
-        stack, where = self.blocks, f"model.{self.STACK}"
+        stack, where = self.blocks, f"model.{self.stack}"
         if type(stack) not in (nn.Sequential, nn.ModuleList, PooledBlocks):
             raise TypeError(
                 f"{where} is a {type(stack).__name__}, which cannot be pooled: it is not the model's own stack of "
@@ -197,7 +203,7 @@ class Adapter(ABC):
             )
         check_exchangeable(stack, where)
         for index, block in enumerate(stack):
-            name = f"{self.STACK}[{index}]"
+            name = f"{self.stack}[{index}]"
             if self.is_patched:
                 _check_pooled(block, name)
                 kind, path, own = type(block), block.ATTENTION, (*type(block.scored_attention).OWN, "alpha")
@@ -244,14 +250,19 @@ class Adapter(ABC):
         self._put(PooledBlocks(blocks, setting, self.blocks))
         if hasattr(self.model, _INTERMEDIATES):
             setattr(self.model, _INTERMEDIATES, _refuse_intermediates)
+        self.record(setting)
 
     def unpool(self) -> None:
         """Replace the pooled blocks of a patched model by the model's own blocks, in place."""
         self._put(self.blocks.give_back())
         vars(self.model).pop(_INTERMEDIATES, None)
+        self.record(None)
+
+    def record(self, setting: Setting | None) -> None:  # noqa: B027 - most models have no place for a setting
+        """Write the setting where the model's own method of saving finds it. None removes the setting."""
 
     def _put(self, stack: nn.Module) -> None:
-        parent, _, name = self.STACK.rpartition(".")
+        parent, _, name = self.stack.rpartition(".")
         setattr(self.model.get_submodule(parent), name, stack)
 
     def host(self, dense: bool = False) -> Host:
@@ -263,6 +274,18 @@ class Adapter(ABC):
     def copy_with_blocks(self, stand_in: nn.Module) -> nn.Module:
         """Return a copy of the model with another module as its stack of blocks. The model's blocks are not copied."""
         return copy.deepcopy(self.model, {id(self.blocks): stand_in})
+
+    def run(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Run a model on images.
+
+        Args:
+            images: (B, C, H, W).
+            model: the module to call: the model of this adapter, or a module that wraps it. Default: the model.
+
+        Returns:
+            (B, classes), or the features of the images if the model has no classes.
+        """
+        return (model or self.model)(images)
 
     def blank_image(self, image_size: tuple[int, int] | None = None) -> Tensor:
         """Return a black image (1, C, H, W). The default is the model's own image size."""

@@ -6,9 +6,11 @@ from torch import nn
 
 _OBSTACLES = (
     ("featuregetter", "features_only hands out the whole grid of patches after each block"),
+    (r"dino\w*backbone", "it is a backbone, which returns the whole grid of patches after several layers"),
     ("window|swin", "its attention runs in windows, which need the whole grid of patches"),
     ("stages|downsample|pool_block|hiera|reroll", "it is hierarchical: its stages need the whole grid of patches"),
     ("rel_pos|relpos|relative_position", "its relative positions tie each token to one place of the grid"),
+    ("(clip|siglip|siglip2)text", "it reads texts, and only patches of images are pooled"),
     ("parallel", "its attention and MLP run in parallel, so a downsampler cannot run between them"),
     (
         "respost",

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenpool.blocks import NOT_IN_A_GRAPH, Given, PooledBlock
 from tokenpool.eager import is_in_graph
 from tokenpool.hosts.adapter import Layers
+from tokenpool.hosts.masks import valid_patches
 from tokenpool.hosts.timm_eva import (
     PooledEvaBlock,
     TimmEva,
@@ -22,8 +22,6 @@ from tokenpool.hosts.timm_eva import (
 )
 from tokenpool.hosts.timm_vit import PooledTimmBlock, TimmViT
 from tokenpool.stream import NEEDS_PLAIN
-
-_HIDDEN = -1e4  # the softmax of a logit with this addend is zero in all dtypes
 
 
 class PooledNaFlexBlock(PooledTimmBlock):
@@ -63,37 +61,7 @@ def _valid_patches(mask: Tensor | None, tokens: Tensor | None, prefix: int) -> T
         return None
     if is_in_graph():
         raise ValueError(NOT_IN_A_GRAPH)
-    batch, n, _ = tokens.shape
-    return valid_tokens(mask)[:, prefix:].expand(batch, n - prefix)
-
-
-def valid_tokens(mask: Tensor) -> Tensor:
-    """Read an attention mask of padding.
-
-    Args:
-        mask: a mask as `scaled_dot_product_attention` takes it, (S, S), (B or 1, H or 1, S or 1, S): bool, or 0 for
-            visible and a very negative number for hidden tokens. The rows of padding may have any values.
-
-    Returns:
-        (B or 1, S) bool, the tokens that are visible.
-
-    Raises:
-        ValueError: if the mask is not a mask of padding: all tokens that are not padding see the same tokens.
-    """
-    visible = mask if mask.dtype == torch.bool else mask == 0
-    visible = visible.reshape((1,) * (4 - mask.dim()) + mask.shape)
-    valid = visible[:, 0].any(dim=1)  # (B or 1, S)
-    agrees = visible == valid[:, None, None, :]
-    if mask.dtype != torch.bool:
-        agrees &= (visible.view_as(mask) | (mask <= _HIDDEN)).view_as(visible)  # other numbers are weights
-    if visible.shape[2] > 1:
-        agrees |= ~valid[:, None, :, None]
-    if not agrees.all():
-        raise ValueError(
-            "the attention mask is not a mask of padding: some tokens see others than the rest, or the mask has "
-            "weights. Masks that cannot be kept when tokens are merged need a plain model: call tokenpool.unpatch first"
-        )
-    return valid
+    return valid_patches(mask, tokens, prefix)
 
 
 class TimmNaFlex(TimmViT):
