@@ -195,5 +195,5 @@ class PooledCLIPLayer(PooledLayer):
 
 
 def sdpa_form(mask: Any) -> Any:
-    """Return a mask (B, tokens) for flash attention, where 0 is padding, as (B, 1, 1, tokens) bool; others unchanged."""
+    """Return a mask (B, tokens) for flash attention, where 0 is padding, as (B, 1, 1, tokens) bool. Others stay."""
     return (mask != 0)[:, None, None] if isinstance(mask, Tensor) and mask.dim() == 2 else mask
