@@ -329,6 +329,14 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
         assert torch.equal(found(images), model(images))
 
 
+def test_another_rotary_table_is_not_saved(tmp_path: Path) -> None:
+    """`load` would build the table of the default temperature, with other logits."""
+    name, options = KINDS["axial"]
+    model = timm.create_model(name, rope_temperature=50.0, embed_dim=48, depth=2, num_heads=3, **options)
+    with pytest.raises(ValueError, match="timm builds a different model"):
+        tokenpool.save(model, tmp_path / "model.safetensors")
+
+
 @torch.no_grad()
 def test_weights_of_a_vit_give_the_logits_of_the_vit(tmp_path: Path) -> None:
     options = {"embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7, "img_size": 96}

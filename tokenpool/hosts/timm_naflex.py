@@ -100,7 +100,13 @@ class TimmNaFlex(TimmViT):
         "enable_patch_interpolator": lambda model: model.embeds.enable_patch_interpolator,
         "patchify_channels_last": lambda model: model.embeds.channels_last,
     }
-    IDENTITY = ("num_prefix_tokens", "pool_include_prefix", "has_class_token", "use_key_only_attn_mask")
+    IDENTITY = (
+        "num_prefix_tokens",
+        "pool_include_prefix",
+        "has_class_token",
+        "use_key_only_attn_mask",
+        *(name for name in TimmEva.IDENTITY if name.startswith("rope.")),
+    )
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
