@@ -198,9 +198,10 @@ def shares(model: VisionTransformer, images: Tensor, precision: str = "float32",
             taken = _median(partial(part, *given, **named), images.device, repeats)
             if not isinstance(part, ScoredAttention):
                 pooling += taken
-            elif given[2]:  # with scores
-                x, sizes, _, *others = given
-                scoring += taken - _median(partial(part, x, sizes, False, *others), images.device, repeats)
+            elif given[1].scores:
+                x, asked = given
+                without = partial(part, x, asked._replace(scores=False))
+                scoring += taken - _median(without, images.device, repeats)
     return {"clustering_share": pooling / whole, "scoring_share": scoring / whole}
 
 

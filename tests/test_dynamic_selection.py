@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tokenpool
 from tokenpool import flops
-from tokenpool.attention import ScoredAttention
+from tokenpool.attention import Asked, ScoredAttention
 from tokenpool.downsampling import DynamicSelection, Masked
 from tokenpool.training import dynamic_selection
 from tokenpool.training.data import DigitsDataModule
@@ -123,7 +123,7 @@ def test_gradients_of_masks_equal_those_of_masked_attention() -> None:
 
     ours, theirs = mask.clone().requires_grad_(), mask.clone().requires_grad_()
     direction = torch.randn(2, 6, 192, dtype=torch.float64)
-    (attention(x, ours).output * direction).sum().backward()
+    (attention(x, Asked(ours)).output * direction).sum().backward()
     (masked(theirs) * direction).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
     assert ours.grad.isfinite().all() and (ours.grad != 0).all()

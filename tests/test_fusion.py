@@ -343,7 +343,7 @@ def test_16_bit_models_match_in_float32(name: str) -> None:
 
 
 def test_for_blocks_still_checks_the_schedule() -> None:
-    host = Host(depth=2, width=4, grid=(2, 2), reads_patches=True)
+    host = Host(depth=2, width=4, grid=(2, 2), reads_patches=True, has_class_token=True)
     for name in ("mctf", "tofu", "mpm", "diffrate"):
         with pytest.raises(ValueError, match="needs a schedule"):
             METHODS[name].for_blocks(host, None)

@@ -389,7 +389,7 @@ def test_signals_are_those_of_the_attention(kind: str) -> None:
 
 def test_refusals_name_the_way_out() -> None:
     model = create("gap")
-    with pytest.raises(ValueError, match="convolution needs a fixed grid"):
+    with pytest.raises(ValueError, match="Convolution needs a fixed grid"):
         tokenpool.patch(model, "convolution", at=[1])
     tokenpool.patch(model, "tome", 0.5)
     with pytest.raises(ValueError, match="trace needs images"):
