@@ -1,0 +1,189 @@
+"""Calibrated schedules: they meet the budget, are never worse than the start, and do not depend on interruptions."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy.spatial.distance import cosine
+from scipy.special import rel_entr, softmax
+from timm.models.vision_transformer import VisionTransformer
+
+import tokenpool
+from tokenpool import budget, calibration, flops
+
+SHARE = 0.6  # of the plain model's cost
+
+
+def gmacs(model: VisionTransformer) -> float:
+    return SHARE * flops.count(model).gmacs
+
+
+def mean_divergence(model: VisionTransformer, images: torch.Tensor, keep: list[int], method: str) -> float:
+    """Kullback-Leibler divergence by SciPy, image by image."""
+    with torch.inference_mode():
+        expected = [softmax(model(image[None])[0].double().numpy()) for image in images]
+        tokenpool.patch(model, method, keep)
+        found = [softmax(model(image[None])[0].double().numpy()) for image in images]
+    tokenpool.unpatch(model)
+    return float(np.mean([rel_entr(p, q).sum() for p, q in zip(expected, found, strict=True)]))
+
+
+def told(line: str) -> tuple[float, float]:
+    """The best divergence and the divergence at the start, of a line of progress."""
+    best, start = re.search(r"best ([\d.]+), at the start ([\d.]+)$", line).groups()
+    return float(best), float(start)
+
+
+@pytest.mark.parametrize("method", ["key_medoids", "tome", "power_bert"])
+def test_the_budget_is_met_and_the_start_is_not_better(
+    method: str, small: VisionTransformer, photos: torch.Tensor
+) -> None:
+    lines: list[str] = []
+    state = torch.get_rng_state()
+    keep = tokenpool.calibrate(small, photos, method, gmacs(small), report=lines.append)
+    assert torch.equal(torch.get_rng_state(), state) and not tokenpool.is_patched(small)
+    start = tokenpool.schedule_for(gmacs(small), small, method)
+    cost = budget.ScheduleCost(small, tokenpool.METHODS[method])
+    assert 0.98 * gmacs(small) <= cost(keep) / 1e9 <= gmacs(small)
+    ours, before = (mean_divergence(small, photos, each, method) for each in (keep, start))
+    assert keep != start and ours < before
+    assert told(lines[-1]) == pytest.approx((ours, before), abs=2e-5)
+    assert tokenpool.schedules.calibrate(small, photos, method, gmacs(small), report=None) == keep
+
+
+def test_the_schedule_is_better_than_the_neighbours_that_were_tried(
+    small: VisionTransformer, photos: torch.Tensor, tmp_path: Path
+) -> None:
+    """The state file has every schedule with all its images; the result has the smallest mean of these."""
+    path = tmp_path / "state.json"
+    keep = tokenpool.calibrate(small, photos, "key_medoids", gmacs(small), state=path, report=None)
+    divergences = json.loads(path.read_text())["divergences"]
+    images = {name: list(itertools.chain(*parts)) for name, parts in divergences.items()}
+    means = {name: np.mean(found) for name, found in images.items() if len(found) == len(photos)}
+    assert len(means) > 3 and min(means, key=means.__getitem__) == ",".join(map(str, keep))
+    assert len(divergences) > len(means)  # some schedules were rejected before all images were seen
+
+
+class Interruption(Exception):
+    pass
+
+
+def interrupted_after(lines: int) -> Callable[[str], None]:
+    said = []
+
+    def report(line: str) -> None:
+        said.append(line)
+        if len(said) == lines:
+            raise Interruption
+
+    return report
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(
+    small: VisionTransformer, photos: torch.Tensor, tmp_path: Path
+) -> None:
+    arguments = {"model": small, "images": photos, "downsampler": "tome", "gmacs": gmacs(small)}
+    every: list[str] = []
+    expected = tokenpool.calibrate(**arguments, report=every.append)
+    path, lines = tmp_path / "deep" / "state.json", 0
+    for stop in (1, 2, 9):
+        with pytest.raises(Interruption):
+            tokenpool.calibrate(**arguments, state=path, report=interrupted_after(stop))
+        lines += stop
+    rest: list[str] = []
+    assert tokenpool.calibrate(**arguments, state=path, report=rest.append) == expected
+    assert lines + len(rest) == len(every) and rest == every[lines:]
+    rest.clear()
+    assert tokenpool.calibrate(**arguments, state=path, report=rest.append) == expected and not rest
+
+
+def test_a_state_serves_one_search_only(small: VisionTransformer, photos: torch.Tensor, tmp_path: Path) -> None:
+    path, budget_ = tmp_path / "state.json", gmacs(small)
+    arguments = {"images": photos, "downsampler": "kmedoids", "gmacs": budget_, "state": path}
+    with pytest.raises(Interruption):
+        tokenpool.calibrate(small, **arguments, report=interrupted_after(1))
+    before = path.read_bytes()
+    for key, changes in {
+        "images": {"images": photos + 1e-3},
+        "downsampler": {"downsampler": "wkmedoids"},
+        "setting": {"iterations": 2},
+        "gmacs": {"gmacs": 0.9 * budget_},
+    }.items():
+        with pytest.raises(ValueError, match=rf"state.json is the state of another calibration \({key} was"):
+            tokenpool.calibrate(small, **arguments | changes, report=interrupted_after(1))
+    with torch.no_grad():
+        small.head.bias[0] += 1e-3
+    with pytest.raises(ValueError, match=r"another calibration \(model was"):
+        tokenpool.calibrate(small, **arguments, report=None)
+    assert path.read_bytes() == before
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"state.json is not the state of a calibration: delete it"):
+        tokenpool.calibrate(small, **arguments, report=None)
+
+
+def test_a_patched_model_stays_as_it_is(small: VisionTransformer, photos: torch.Tensor) -> None:
+    expected = tokenpool.calibrate(small, photos, "tome", gmacs(small), report=None)
+    tokenpool.patch(small, "kmeans", [20, 10, 5, 2]).train()
+    assert tokenpool.calibrate(small, photos, "tome", gmacs(tokenpool.unpatch(small)), report=None) == expected
+    tokenpool.patch(small, "kmeans", [20, 10, 5, 2]).train()
+    setting, budget_ = small.blocks.setting, 0.4 * flops.count(small).gmacs
+    tokenpool.calibrate(small, photos[:1], "tome", budget_, report=None)
+    assert small.training and small.blocks.setting == setting
+
+
+def test_features_are_compared_by_angle(photos: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=96, embed_dim=48, depth=4, num_heads=3, num_classes=0)
+    lines: list[str] = []
+    tokenpool.calibrate(model, photos, "tome", gmacs(model), report=lines.append)
+    keep = tokenpool.schedule_for(gmacs(model), model, "tome")
+    with torch.inference_mode():
+        expected = model.eval()(photos)
+        found = tokenpool.patch(model, "tome", keep)(photos)
+    mean = np.mean([cosine(a, b) for a, b in zip(expected.double().numpy(), found.double().numpy(), strict=True)])
+    assert told(lines[-1])[1] == pytest.approx(mean, abs=2e-5) and mean > 1e-4
+
+
+def test_divergences_of_dense_outputs_are_means() -> None:
+    outputs, expected = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    each = [
+        [rel_entr(softmax(q), softmax(p)).sum() for p, q in zip(*pair, strict=True)]
+        for pair in zip(outputs.double().numpy(), expected.double().numpy(), strict=True)
+    ]
+    found = calibration.divergence(outputs, expected)
+    np.testing.assert_allclose(found, np.mean(each, axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"images": torch.zeros(0, 3, 96, 96)},
+            r"images must be a tensor \(B, C, H, W\) of one image or more, got \(0",
+        ),
+        ({"images": torch.zeros(3, 96, 96)}, r"images must be .*, got \(3, 96, 96\)"),
+        ({"images": [1]}, r"images must be .*, got list"),
+        ({"gmacs": None}, "gmacs is missing"),
+        ({"gmacs": 9.0}, "gmacs = 9 is more than the plain model costs"),
+        ({"gmacs": 1e-4}, "GMACs are too few"),
+        ({"downsampler": "none"}, "'none' has no schedule"),
+        ({"downsampler": "convolution"}, "'convolution' has no schedule"),
+        ({"downsampler": "random", "generator": torch.Generator()}, "needs options that are JSON values: .*Generator"),
+        ({"iteration": 3}, "'kmedoids': .*unexpected keyword"),
+        ({"state": "https://host/state.json"}, "https://host/state.json is a URL, expected a path"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict, message: str, small: VisionTransformer, photos: torch.Tensor) -> None:
+    arguments = {"images": photos, "downsampler": "kmedoids", "gmacs": gmacs(small), "report": None}
+    with pytest.raises(ValueError, match=message):
+        tokenpool.calibrate(small, **arguments | changes)
+
+
+def test_the_whole_budget_keeps_all_tokens(small: VisionTransformer, photos: torch.Tensor) -> None:
+    assert tokenpool.calibrate(small, photos, "tome", flops.count(small).gmacs, report=None) == [36] * 4
