@@ -79,7 +79,7 @@ def calibrate(
         raise ValueError(f"images must be a tensor (B, C, H, W) of one image or more, got {shape}")
     if gmacs is None:
         raise ValueError("gmacs is missing: give the budget of an image in 10^9 multiply-adds")
-    host_options = {"dense": dense, "positions": positions}
+    host_options: dict[str, Any] = {"dense": dense, "positions": positions}
     start = tuple(schedule_for(gmacs, model, downsampler, **host_options, **options))
     name, method = find(downsampler)
     plain = unpatch(copy.deepcopy(model)).eval()
@@ -214,6 +214,9 @@ class _Measured:
 class _Race:
     """Compares schedules with the best one so far, on as few images as needed.
 
+    It compares mean square roots of divergences. A few images have most of the divergence, so a mean of divergences
+    needs several times as many images to tell two schedules apart.
+
     Args:
         evaluate: returns the divergence of each image of a part.
         known: divergences that are known.
@@ -234,42 +237,45 @@ class _Race:
         list(self._sums(start))
 
     def wins(self, keep: Schedule) -> bool:
-        """Return whether a schedule has a smaller divergence than the best one. It is then the best one.
+        """Return whether a schedule is better than the best one so far. It is then the best one.
 
-        A schedule that is worse on the first parts is rejected without the other parts.
+        A schedule that is worse on the first parts is rejected without the other parts. A schedule with a larger mean
+        divergence than the first schedule is rejected, too.
         """
         if keep == self.best:
             return False
         for ours, theirs in zip(self._sums(keep), self._sums(self.best), strict=True):
             if ours >= theirs:
                 return False
+        if self.mean(keep) >= self.mean(self.start):
+            return False
         self.best = keep
         return True
 
     def _sums(self, keep: Schedule) -> Iterator[float]:
-        """Yield the sum of divergences over the first part, over the first two parts, and so on."""
-        images, total = 0, 0.0
+        """Yield the sum of square roots over the first part, over the first two parts, and so on."""
+        total = 0.0
         for part in range(self.parts):
-            is_new = part == len(self.known.parts(keep))
-            if is_new:
+            known = self.known.parts(keep)
+            if part == len(known):
                 self.known.add(keep, self.evaluate(keep, part))
-            found = self.known.parts(keep)[part]
-            images, total = images + len(found), total + math.fsum(found)
-            if is_new and self.report is not None:
-                self.report(self._line(keep, total / images, images))
+                self._report(keep)
+            total += math.fsum(math.sqrt(max(value, 0.0)) for value in known[part])  # rounding errors are negative
             yield total
 
-    def _line(self, keep: Schedule, mean: float, images: int) -> str:
-        number = len(self.known.divergences)
-        text = f"schedule {number}: divergence {mean:.5f} on {images} of {self.total} images"
-        if keep == self.start:
-            return text
-        best, start = (self.mean(schedule) for schedule in (self.best, self.start))
-        return f"{text}; best {best:.5f}, at the start {start:.5f}"
+    def _report(self, keep: Schedule) -> None:
+        if self.report is None:
+            return
+        images, number = sum(map(len, self.known.parts(keep))), len(self.known.divergences)
+        text = f"schedule {number}: divergence {self.mean(keep):.5f} on {images} of {self.total} images"
+        if keep != self.start:
+            text += f"; best {self.mean(self.best):.5f}, at the start {self.mean(self.start):.5f}"
+        self.report(text)
 
     def mean(self, keep: Schedule) -> float:
-        """Return the mean divergence over all images."""
-        return math.fsum(value for part in self.known.parts(keep) for value in part) / self.total
+        """Return the mean divergence over the images that have been measured."""
+        known = [value for part in self.known.parts(keep) for value in part]
+        return math.fsum(known) / len(known)
 
 
 def _search(start: Schedule, cost: ScheduleCost, budget: int, race: _Race) -> Schedule:
@@ -325,7 +331,7 @@ def _digest(text: str, tensors: dict[str, Any]) -> str:
     for name, value in tensors.items():
         if isinstance(value, Tensor):
             digest.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
