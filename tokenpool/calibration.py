@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from tokenpool.budget import ScheduleCost, meet, schedule_for
 from tokenpool.downsampling import Downsampler, find
 from tokenpool.patching import patch, unpatch
 
-KNOTS = (2, 4, 7)  # numbers of knots of the search, from coarse to fine
-STEPS = (0.6, 0.3)  # changes of the logarithm of a rate at a knot, from large to small
-PARTS = 4  # a schedule is rejected after a quarter of the images if it is worse on these
+ROUNDS = 3  # each measures the slopes anew, and takes a step
+SPREAD = 0.5  # change of the logarithms of the rates to measure slopes
+STEPS = (0.6, 0.3, 0.15)  # largest change of the logarithm of a rate in a step; the first step that helps is taken
+PARTS = 5  # parts of the images; an odd number, so that a part does not always meet the same signs of a block
 BATCH = 50  # images that the model sees at a time
 
-_ALGORITHM = f"pattern search, knots {KNOTS}, steps {STEPS}, parts {PARTS}"
+_ALGORITHM = f"steepest descent, {ROUNDS} rounds, spread {SPREAD}, steps {STEPS}, {PARTS} parts"
 
 Schedule = tuple[int, ...]
 
@@ -93,11 +94,11 @@ def calibrate(
         "gmacs": float(gmacs),
         "start": list(start),
     }
-    known = _Measured(identity, None if state is None else Path(state))
-    race = _Race(_Evaluator(plain, images, downsampler, setting), known, start, report)
+    evaluate = _Evaluator(plain, images, downsampler, setting)
+    measured = _Measurements(evaluate, _State(identity, None if state is None else Path(state)), report)
     cost = ScheduleCost(model, method, **host_options, **options)  # type: ignore[arg-type]  # `schedule_for` refuses None
     budget = math.floor(float(gmacs) * 1e9 * (1 + 1e-15))  # as in `schedule_for`
-    return list(_search(start, cost, budget, race))
+    return list(_Search(start, cost, budget, measured).run())
 
 
 def divergence(outputs: Tensor, expected: Tensor, classifies: bool = True) -> Tensor:
@@ -164,8 +165,8 @@ def _tensor(output: Any) -> Tensor:
     return found
 
 
-class _Measured:
-    """Divergences that are known, by schedule and part. The file stores them for a search that goes on.
+class _State:
+    """Divergences that have been measured, by schedule and part. The file stores them for a search that goes on.
 
     Args:
         identity: values that determine the divergences.
@@ -177,14 +178,14 @@ class _Measured:
 
     def __init__(self, identity: dict[str, Any], path: Path | None) -> None:
         self.identity, self.path = identity, path
-        self.divergences: dict[str, list[list[float]]] = {}
+        self.divergences: dict[str, list[float]] = {}
         if path is None:
             return
         files.check_local(path)
         if path.exists():
             self.divergences = self._read(path)
 
-    def _read(self, path: Path) -> dict[str, list[list[float]]]:
+    def _read(self, path: Path) -> dict[str, list[float]]:
         try:
             stored = json.loads(path.read_text())
             before, divergences = stored["identity"], stored["divergences"]
@@ -199,130 +200,153 @@ class _Measured:
             )
         return divergences
 
-    def parts(self, keep: Schedule) -> list[list[float]]:
-        """Return the divergences of the parts that have been measured."""
-        return self.divergences.setdefault(",".join(map(str, keep)), [])
-
-    def add(self, keep: Schedule, found: list[float]) -> None:
-        """Store the divergences of the next part."""
-        self.parts(keep).append(found)
+    def add(self, key: str, found: list[float]) -> None:
+        """Store the divergences of a schedule on a part."""
+        self.divergences[key] = found
         if self.path is not None:
             with files.atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps({"identity": self.identity, "divergences": self.divergences}))
 
 
-class _Race:
-    """Compares schedules with the best one so far, on as few images as needed.
-
-    It compares mean square roots of divergences. A few images have most of the divergence, so a mean of divergences
-    needs several times as many images to tell two schedules apart.
+class _Measurements:
+    """Divergences of schedules on parts of the images. Each is measured once.
 
     Args:
         evaluate: returns the divergence of each image of a part.
-        known: divergences that are known.
-        start: the first schedule.
+        state: divergences that are known.
         report: see `calibrate`.
+    """
+
+    def __init__(self, evaluate: _Evaluator, state: _State, report: Callable[[str], None] | None) -> None:
+        self.evaluate, self.state, self.report = evaluate, state, report
+        self.parts = len(evaluate.images)
+        self.title = ""  # what the measurements serve, for the report
+
+    def __call__(self, keep: Schedule, part: int) -> list[float]:
+        """Return the divergence of each image of a part."""
+        key = f"{','.join(map(str, keep))} on part {part}"
+        if key not in self.state.divergences:
+            found = self.evaluate(keep, part)
+            self.state.add(key, found)
+            if self.report is not None:
+                mean = math.fsum(found) / len(found)
+                number = len(self.state.divergences)
+                self.report(f"measurement {number}: {self.title}, divergence {mean:.5f} on {len(found)} images")
+        return self.state.divergences[key]
+
+    def root(self, keep: Schedule, part: int) -> float:
+        """Return the mean square root of the divergences on a part."""
+        found = self(keep, part)
+        return math.fsum(math.sqrt(max(value, 0.0)) for value in found) / len(found)  # rounding errors are negative
+
+    def mean(self, keep: Schedule) -> float:
+        """Return the mean divergence on all images."""
+        found = [value for part in range(self.parts) for value in self(keep, part)]
+        return math.fsum(found) / len(found)
+
+
+class _Search:
+    """Steepest descent on the rates at which blocks remove tokens (Box and Wilson 1951).
+
+    The rate of a block is the logarithm of the share of tokens that remain, with opposite sign. A common factor of all
+    rates meets the budget. A step changes the logarithms of the rates against their slopes.
+
+    The search minimises the mean square root of the divergences. A few images have most of the divergence, so its mean
+    would need several times as many images to tell two schedules apart.
+
+    Args:
+        start: the first schedule, of `schedules.by_decay`.
+        cost: returns the cost of a schedule.
+        budget: multiply-adds of one image.
+        measured: returns divergences.
 
     Attributes:
         best: the best schedule so far.
     """
 
-    def __init__(
-        self, evaluate: _Evaluator, known: _Measured, start: Schedule, report: Callable[[str], None] | None
-    ) -> None:
-        self.evaluate, self.known, self.report = evaluate, known, report
-        self.parts = len(evaluate.images)
+    def __init__(self, start: Schedule, cost: ScheduleCost, budget: int, measured: _Measurements) -> None:
         self.start = self.best = start
-        self.total = sum(map(len, evaluate.images))
-        list(self._sums(start))
+        self.cost, self.budget, self.measured = cost, budget, measured
+        self.rates = [(2 * block + 1) / len(start) ** 2 for block in range(len(start))]
 
-    def wins(self, keep: Schedule) -> bool:
-        """Return whether a schedule is better than the best one so far. It is then the best one.
+    def run(self) -> Schedule:
+        """Return the best schedule."""
+        self.measured.title = "the start"
+        before = self.measured.mean(self.start)
+        for number in range(ROUNDS):
+            self.measured.title = f"round {number + 1} of {ROUNDS}, slopes"
+            slopes = self._slopes(number)
+            steepest = max(map(abs, slopes))
+            self.measured.title = f"round {number + 1} of {ROUNDS}, step"
+            if not steepest or not any(self._step([step * slope / steepest for slope in slopes]) for step in STEPS):
+                continue
+            if self.measured.report is not None:
+                self.measured.report(f"divergence {before:.5f} at the start, now {self.measured.mean(self.best):.5f}")
+        return self.best
 
-        A schedule that is worse on the first parts is rejected without the other parts. A schedule with a larger mean
-        divergence than the first schedule is rejected, too.
+    def _slopes(self, number: int) -> list[float]:
+        """Return the slope of the mean square root for the logarithm of each block's rate.
+
+        Each measurement changes all rates at once, by signs that are orthogonal. So each slope depends on all
+        measurements, and is as precise as if all of them had changed only its own block.
         """
-        if keep == self.best:
+        signs = _orthogonal_signs(len(self.rates))
+        slopes = [0.0] * len(self.rates)
+        for index, row in enumerate(signs):
+            part = (index + number) % self.measured.parts
+            pair = [self._schedule([direction * SPREAD * sign for sign in row]) for direction in (1, -1)]
+            if pair[0] is None or pair[1] is None:
+                continue
+            more, less = (self.measured.root(keep, part) for keep in pair if keep is not None)
+            for block, sign in enumerate(row):
+                slopes[block] += sign * (more - less) / (2 * SPREAD * len(signs))
+        return slopes
+
+    def _step(self, descent: Sequence[float]) -> bool:
+        """Change the logarithms of the rates by -descent, if this helps. Return whether it does."""
+        changes = [-change for change in descent]
+        keep = self._schedule(changes)
+        if keep is None or not self._is_better(keep):
             return False
-        for ours, theirs in zip(self._sums(keep), self._sums(self.best), strict=True):
-            if ours >= theirs:
-                return False
-        if self.mean(keep) >= self.mean(self.start):
-            return False
+        self.rates = _changed(self.rates, changes)
         self.best = keep
         return True
 
-    def _sums(self, keep: Schedule) -> Iterator[float]:
-        """Yield the sum of square roots over the first part, over the first two parts, and so on."""
-        total = 0.0
-        for part in range(self.parts):
-            known = self.known.parts(keep)
-            if part == len(known):
-                self.known.add(keep, self.evaluate(keep, part))
-                self._report(keep)
-            total += math.fsum(math.sqrt(max(value, 0.0)) for value in known[part])  # rounding errors are negative
-            yield total
+    def _is_better(self, keep: Schedule) -> bool:
+        """Compare a schedule with the best one. A schedule that is worse on the first parts does not see the others."""
+        if keep == self.best:
+            return False
+        ours = theirs = 0.0
+        for part in range(self.measured.parts):
+            ours += self.measured.root(keep, part) * len(self.measured(keep, part))
+            theirs += self.measured.root(self.best, part) * len(self.measured(keep, part))
+            if ours >= theirs:
+                return False
+        return self.measured.mean(keep) < self.measured.mean(self.start)
 
-    def _report(self, keep: Schedule) -> None:
-        if self.report is None:
-            return
-        images, number = sum(map(len, self.known.parts(keep))), len(self.known.divergences)
-        text = f"schedule {number}: divergence {self.mean(keep):.5f} on {images} of {self.total} images"
-        if keep != self.start:
-            text += f"; best {self.mean(self.best):.5f}, at the start {self.mean(self.start):.5f}"
-        self.report(text)
+    def _schedule(self, changes: Sequence[float]) -> Schedule | None:
+        """Return the schedule of changed rates that meets the budget, or None if there is none."""
+        exponents = list(accumulate(_changed(self.rates, changes)))
+        steepest = math.log(2 * self.cost.tokens) / exponents[0]  # keeps one token after the first block
 
-    def mean(self, keep: Schedule) -> float:
-        """Return the mean divergence over the images that have been measured."""
-        known = [value for part in self.known.parts(keep) for value in part]
-        return math.fsum(known) / len(known)
+        def schedule(steepness: float) -> list[int]:
+            shares = (math.exp(-steepness * steepest * exponent) for exponent in exponents)
+            return [max(round(self.cost.tokens * share), 1) for share in shares]
 
-
-def _search(start: Schedule, cost: ScheduleCost, budget: int, race: _Race) -> Schedule:
-    """Change the rates at which blocks remove tokens, knot by knot, while the divergence falls.
-
-    The rate of a block is the logarithm of the share of tokens that it removes. A change of the rates at a knot is
-    linear between knots. After each change, a common factor of all rates meets the budget again. First, few knots
-    change the rates of many blocks together. They have few free numbers, so a few hundred images determine them. More
-    knots follow. This is a pattern search (Hooke and Jeeves 1961) with as many variables as knots.
-    """
-    depth, tokens = len(start), cost.tokens
-    rates = [(2 * block + 1) / depth**2 for block in range(depth)]  # of `schedules.by_decay`
-    for knots in sorted({min(number, depth) for number in KNOTS}):
-        signs = [1] * knots
-        for step in STEPS:
-            moved = True
-            while moved:
-                moved = False
-                for knot in range(knots):
-                    for sign in (signs[knot], -signs[knot]):
-                        changed = _changed(rates, knots, knot, sign * step)
-                        keep = _meeting(changed, tokens, cost, budget)
-                        if keep is not None and race.wins(keep):
-                            rates, signs[knot], moved = changed, sign, True
-                            break
-    return race.best
+        try:
+            return tuple(meet(self.budget, self.cost, self.cost.backbone, schedule))
+        except ValueError:  # clustering makes some schedules impossible
+            return None
 
 
-def _changed(rates: Sequence[float], knots: int, knot: int, step: float) -> list[float]:
-    """Multiply the rate at a knot by exp(step). The factor falls to 1 at the neighbouring knots."""
-    spacing = (len(rates) - 1) / max(knots - 1, 1)
-    near = (max(0.0, 1 - abs(block / max(spacing, 1e-9) - knot)) for block in range(len(rates)))
-    return [rate * math.exp(step * share) for rate, share in zip(rates, near, strict=True)]
+def _changed(rates: Sequence[float], changes: Sequence[float]) -> list[float]:
+    return [rate * math.exp(change) for rate, change in zip(rates, changes, strict=True)]
 
 
-def _meeting(rates: Sequence[float], tokens: int, cost: ScheduleCost, budget: int) -> Schedule | None:
-    """Return the schedule with these rates, times a factor, that meets the budget. None if there is none."""
-    exponents = list(accumulate(rates))
-    steepest = math.log(2 * tokens) / exponents[0]  # keeps one token after the first block
-
-    def schedule(steepness: float) -> list[int]:
-        return [max(round(tokens * math.exp(-steepness * steepest * exponent)), 1) for exponent in exponents]
-
-    try:
-        return tuple(meet(budget, cost, cost.backbone, schedule))
-    except ValueError:  # clustering makes some schedules impossible
-        return None
+def _orthogonal_signs(depth: int) -> list[list[int]]:
+    """Return rows of `depth` signs, whose columns are orthogonal: a part of a Hadamard matrix (Sylvester 1867)."""
+    order = 1 << depth.bit_length()
+    return [[(-1) ** (row & column).bit_count() for column in range(1, depth + 1)] for row in range(order)]
 
 
 def _digest(text: str, tensors: dict[str, Any]) -> str:
