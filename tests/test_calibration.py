@@ -166,6 +166,55 @@ def test_divergences_of_dense_outputs_are_means() -> None:
     np.testing.assert_allclose(found, np.mean(each, axis=1), rtol=1e-4)
 
 
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[int]], list[float]]], None]:
+    """Replaces the divergences of the model by a function of the schedule."""
+
+    def plant(function: Callable[[list[int]], list[float]]) -> None:
+        last: list[list[int]] = []
+
+        def patch(model: VisionTransformer, downsampler: str, keep: list[int], **setting: object) -> VisionTransformer:
+            last[:] = [keep]
+            return tokenpool.patch(model, downsampler, keep, **setting)
+
+        def divergence(outputs: torch.Tensor, expected: torch.Tensor, classifies: bool) -> torch.Tensor:
+            return torch.tensor(function(last[0]), dtype=torch.float64)[: len(outputs)]
+
+        monkeypatch.setattr(calibration, "patch", patch)
+        monkeypatch.setattr(calibration, "divergence", divergence)
+
+    return plant
+
+
+def test_the_search_comes_near_to_a_planted_schedule(planted, small: VisionTransformer, photos: torch.Tensor) -> None:
+    """The planted schedule costs the same and removes most tokens in the first block, contrary to the start."""
+    cost = budget.ScheduleCost(small, tokenpool.METHODS["tome"])
+    target = budget.meet(
+        int(1e9 * gmacs(small)), cost, cost.backbone, lambda steepness: [max(round(36 - 35 * steepness), 1)] * 4
+    )
+    assert len(set(target)) == 1
+
+    def distance(keep: list[int]) -> float:
+        return sum((limit - aim) ** 2 for limit, aim in zip(keep, target, strict=True))
+
+    planted(lambda keep: [distance(keep)])
+    keep = tokenpool.calibrate(small, photos[:1], "tome", gmacs(small), report=None)
+    start = tokenpool.schedule_for(gmacs(small), small, "tome")
+    assert distance(keep) < 0.5 * distance(start), (start, keep, target)
+
+
+def test_a_larger_mean_divergence_is_refused(planted, small: VisionTransformer, photos: torch.Tensor) -> None:
+    """One image of five has almost all of the divergence; the mean square root falls where its divergence rises."""
+    start = tokenpool.schedule_for(gmacs(small), small, "tome")
+
+    def heavy(keep: list[int]) -> list[float]:
+        return [0.0 if keep[0] > start[0] else 1.0] * 4 + [100.0 if keep == start else 110.0]
+
+    planted(heavy)
+    images = photos[:1].expand(25, -1, -1, -1)  # five images in each part
+    assert tokenpool.calibrate(small, images, "tome", gmacs(small), report=None) == start
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
