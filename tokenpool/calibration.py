@@ -37,8 +37,8 @@ Schedule = tuple[int, ...]
 def calibrate(
     model: nn.Module,
     images: Tensor,
-    downsampler: str | type[Downsampler] = "key_medoids",
-    gmacs: float | None = None,
+    downsampler: str | type[Downsampler],
+    gmacs: float,
     *,
     carry: bool = True,
     dense: bool = False,
@@ -72,14 +72,12 @@ def calibrate(
 
     Raises:
         TypeError: if the model belongs to no supported family, or returns no tensor.
-        ValueError: if there are no images, if the state file belongs to another search or is damaged, or if an option
-            is not a JSON value. Also for an unusable method or budget, see `schedule_for`.
+        ValueError: if there are no images, if an output is not finite, if the state file belongs to another search or
+            is damaged, or if an option is not a JSON value. Also for an unusable method or budget, see `schedule_for`.
     """
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor (B, C, H, W) of one image or more, got {shape}")
-    if gmacs is None:
-        raise ValueError("gmacs is missing: give the budget of an image in 10^9 multiply-adds")
     host_options: dict[str, Any] = {"dense": dense, "positions": positions}
     start = tuple(schedule_for(gmacs, model, downsampler, **host_options, **options))
     name, method = find(downsampler)
@@ -151,9 +149,9 @@ class _Evaluator:
         return divergence(found, self.expected[part], self.classifies).tolist()  # type: ignore[arg-type]  # not None
 
     def _outputs(self, model: nn.Module, part: int) -> Tensor:
-        device = reference(hosts.of(model).blocks).device
+        like = reference(hosts.of(model).blocks)
         with torch.inference_mode():
-            return torch.cat([_tensor(model(batch.to(device))) for batch in self.images[part].split(BATCH)])
+            return torch.cat([_tensor(model(batch.to(like))) for batch in self.images[part].split(BATCH)])
 
 
 def _tensor(output: Any) -> Tensor:
@@ -227,6 +225,10 @@ class _Measurements:
         key = f"{','.join(map(str, keep))} on part {part}"
         if key not in self.state.divergences:
             found = self.evaluate(keep, part)
+            if not all(map(math.isfinite, found)):
+                raise ValueError(
+                    f"the model's outputs are not finite with keep = {list(keep)}: check weights and images"
+                )
             self.state.add(key, found)
             if self.report is not None:
                 mean = math.fsum(found) / len(found)
