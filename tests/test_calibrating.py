@@ -82,7 +82,7 @@ def test_a_calibrated_schedule_is_evaluated(folder: Path, in_process) -> None:
     command += [f"--calibrate={folder}", "--calibrate-part=1/2", "--calibrate-images=4"]
     first = in_process(*command, "--agreement")
     assert first.returncode == 0, first.stderr
-    assert "calibrating on 4 images" in first.stdout and "schedule 1: divergence" in first.stdout
+    assert "calibrating on 4 images" in first.stdout and "measurement 1: the start, divergence" in first.stdout
     outcome = results.read(folder / "out" / "agreement-c-seed0.json")
     images = CalibrationImages(str(folder), "1/2", 4).load(run_of(folder, part="2/2"))
     expected = tokenpool.calibrate(model(), images, "tome", gmacs, report=None)
@@ -90,7 +90,7 @@ def test_a_calibrated_schedule_is_evaluated(folder: Path, in_process) -> None:
     assert f"--keep {','.join(map(str, expected))}" in first.stdout
     assert f"divergence {outcome['metrics']['divergence']:.4f} of 5 images" in first.stdout
     again = in_process(*command)  # another stage, the same calibration
-    assert again.returncode == 0 and "schedule 1" not in again.stdout and "top-5" in again.stdout
+    assert again.returncode == 0 and "measurement 1" not in again.stdout and "top-5" in again.stdout
 
 
 def test_a_calibration_needs_a_budget(folder: Path, in_process) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -156,6 +157,22 @@ def test_features_are_compared_by_angle(photos: torch.Tensor) -> None:
     assert told(lines)[1] == pytest.approx(mean, abs=2e-5) and mean > 1e-4
 
 
+class Output(NamedTuple):
+    """The kind of output that models of other libraries have."""
+
+    logits: torch.Tensor
+
+
+def test_the_logits_of_a_named_output_are_compared(small: VisionTransformer, photos: torch.Tensor) -> None:
+    arguments = {"images": photos[:2], "downsampler": "tome", "gmacs": gmacs(small), "report": None}
+    expected = tokenpool.calibrate(small, **arguments)
+    small.register_forward_hook(lambda module, inputs, output: Output(output))
+    assert tokenpool.calibrate(small, **arguments) == expected
+    small.register_forward_hook(lambda module, inputs, output: (output.logits,))
+    with pytest.raises(TypeError, match="the model returns a tuple, expected a tensor of logits or features"):
+        tokenpool.calibrate(small, **arguments)
+
+
 def test_divergences_of_dense_outputs_are_means() -> None:
     outputs, expected = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     each = [
@@ -224,7 +241,10 @@ def test_a_larger_mean_divergence_is_refused(planted, small: VisionTransformer, 
         ),
         ({"images": torch.zeros(3, 96, 96)}, r"images must be .*, got \(3, 96, 96\)"),
         ({"images": [1]}, r"images must be .*, got list"),
-        ({"images": torch.full((1, 3, 96, 96), torch.nan)}, "outputs are not finite with keep = "),
+        (
+            {"images": torch.full((1, 3, 96, 96), torch.nan), "downsampler": "tome"},
+            "outputs are not finite with keep = ",
+        ),
         ({"gmacs": None}, "gmacs = None must be a positive number"),
         ({"gmacs": 9.0}, "gmacs = 9 is more than the plain model costs"),
         ({"gmacs": 1e-4}, "GMACs are too few"),
