@@ -52,6 +52,16 @@ Gmacs = Annotated[
     float | None,
     typer.Option("--gmacs", help="Instead of --keep: what an image may cost, in 10^9 multiply-adds, with clustering."),
 ]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        help="With --gmacs: search the schedule that changes the plain model's outputs least on images in "
+        "FOLDER/train, or of another data set. Takes minutes, and goes on where it was interrupted."
+    ),
+]
+CalibratePart = Annotated[str, typer.Option(help="Calibrate on a part of FOLDER/val instead: 1/2, the first half.")]
+CalibrateImages = Annotated[int, typer.Option(min=1, help="Number of images of the calibration.")]
+Part = Annotated[str, typer.Option(help="Use a part of the images only: 2/2, the second of two interleaved halves.")]
 Carry = Annotated[bool, typer.Option("--carry", help="Carry token sizes into the attention (appendix E).")]
 QkNorm = Annotated[str | None, typer.Option(help='"l2": normalise queries and keys (appendix F).')]
 Alpha = Annotated[float, typer.Option(help="Scalar of the attention, with --qk-norm.")]

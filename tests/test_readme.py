@@ -32,7 +32,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[-1][:40])
@@ -49,6 +49,8 @@ def test_snippets_run(
         assert shown.strip() == "+2.9 (+2.1, +3.6) in 2 seeds"
     elif "tokenpool.compare" in snippet:
         assert shown.strip() == "+3.7 (+2.5, +5.0), p = 5e-153"
+    elif "np.subtract" in snippet:
+        assert shown.strip() == "-0.0135 ± 0.0039"
     elif "tokenpool.save" in snippet:
         assert shown.startswith("[194, 187, ") and (tmp_path / "runs" / "pooled.safetensors").exists()
     elif "TinyAdapter" in snippet:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenpool import analysis, training
     from tokenpool.analysis import comparison, pareto, plotting, redundancy, results
     from tokenpool.analysis.comparison import compare
+    from tokenpool.calibration import calibrate
     from tokenpool.training import (
         data,
         images,
@@ -34,6 +35,7 @@ __all__ = [
     "Downsampler",
     "__version__",
     "analysis",
+    "calibrate",
     "clustering",
     "compare",
     "comparison",
@@ -82,7 +84,10 @@ _ON_DEMAND: dict[str, tuple[str, str | None]] = {
     name: (f"tokenpool.{room}.{name}", None) for room, names in _MODULES.items() for name in names
 }
 _ON_DEMAND |= {room: (f"tokenpool.{room}", None) for room in _MODULES}
-_ON_DEMAND |= {"compare": ("tokenpool.analysis.comparison", "compare")}
+_ON_DEMAND |= {
+    "calibrate": ("tokenpool.calibration", "calibrate"),
+    "compare": ("tokenpool.analysis.comparison", "compare"),
+}
 
 moved.install()
 

@@ -5,8 +5,9 @@ The class token is not counted: 0 means that only the class token remains. All f
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -345,3 +346,9 @@ def checked(keep: Sequence[int] | float, depth: int, name: str = "keep") -> list
 def _check_not_negative(name: str, value: float) -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise ValueError(f"the {name} must be a number that is not negative, got {value!r}")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "calibrate":
+        raise AttributeError(f"module 'tokenpool.schedules' has no attribute {name!r}")
+    return import_module("tokenpool.calibration").calibrate  # imported when first used, because it needs this module

@@ -10,6 +10,7 @@ import typer
 
 import tokenpool
 from experiments import execute, pool, presets
+from experiments.calibrating import CalibrationImages, calibrated
 from experiments.options import (
     DATA_OR_FOLDER,
     MODELS,
@@ -17,6 +18,9 @@ from experiments.options import (
     AllowEmpty,
     AllowTruncated,
     Alpha,
+    Calibrate,
+    CalibrateImages,
+    CalibratePart,
     Carry,
     Ema,
     Gmacs,
@@ -28,6 +32,7 @@ from experiments.options import (
     ModelOptions,
     Name,
     Options,
+    Part,
     Pretrained,
     QkNorm,
     Split,
@@ -116,11 +121,18 @@ def evaluate(
     downsampler: Method = "none",
     keep: Keep = None,
     gmacs: Gmacs = None,
+    calibrate: Calibrate = None,
+    calibrate_part: CalibratePart = "",
+    calibrate_images: CalibrateImages = 256,
     carry: Carry = False,
     qk_norm: QkNorm = None,
     alpha: Alpha = 1.0,
     learn_alpha: LearnAlpha = False,
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
+    part: Part = "",
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Measure the divergence from the plain model, in place of top-5.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     split: Split = 0,
     allow_empty_classes: AllowEmpty = False,
@@ -134,11 +146,13 @@ def evaluate(
     """Test one setting without training, and write one JSON file."""
     if not weights and not pretrained:
         raise ValueError("evaluate needs --weights FILE or --pretrained")
+    if calibrate and (gmacs is None or keep is not None or qk_norm):
+        raise ValueError("--calibrate needs the budget --gmacs, and takes no --keep and no --qk-norm")
     options, model_options = named_values(option), named_values(model_option)
+    words = [model, downsampler, _file_name(keep, gmacs), "carry" if carry else "", "calibrated" if calibrate else ""]
     run = Run(
-        stage="evaluate",
-        label=_plain_name(name)
-        or "-".join(filter(None, [model, downsampler, _file_name(keep, gmacs), "carry" if carry else ""])),
+        stage="agreement" if agreement else "evaluate",
+        label=_plain_name(name) or "-".join(filter(None, words)),
         data=data,
         model=model,
         downsampler=downsampler,
@@ -153,12 +167,15 @@ def evaluate(
         recipe=Recipe(batch_size=batch_size),
         split=split,
         limit=limit,
+        part=part,
         allow_empty_classes=allow_empty_classes,
         allow_truncated=allow_truncated,
         options=options,
         model_options=model_options,
         trainer_options=named_values(trainer),
     )
+    if calibrate:
+        run = calibrated(run, gmacs, CalibrationImages(calibrate, calibrate_part, calibrate_images), output)
     make(run, output)
 
 
@@ -177,8 +194,9 @@ def make(run: Run, folder: Path) -> None:
     images = f"{metrics['images']} images"
     if "among_classes" in outcome:
         images += f", among {len(outcome['among_classes'])} of the model's classes"
+    more = f"top-5 {metrics['top5']:.2f} %" if "top5" in metrics else f"divergence {metrics['divergence']:.4f}"
     print(
-        f"top-1 {metrics['top1']:.2f} ± {metrics['top1_error']:.2f} %, top-5 {metrics['top5']:.2f} % of "
+        f"top-1 {metrics['top1']:.2f} ± {metrics['top1_error']:.2f} %, {more} of "
         f"{images}; {cost['gmacs']:.4g} GMACs, of which clustering {cost['clustering_gmacs']:.4g}"
     )
     print(f"result: {path}")
