@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 import tokenpool
-from experiments import timing
+from experiments import remembered, timing
 from tokenpool.analysis import redundancy
 from tokenpool.downsampling import TokenPooling
 from tokenpool.training.callbacks import ReconstructionErrors
@@ -43,6 +43,7 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
     each block, see `tokenpool.training.callbacks.ReconstructionErrors`; empty for a plain model.
     """
     plain = tokenpool.unpatch(copy.deepcopy(model))
+    of_plain = remembered.fingerprint(plain)
     outputs = outputs_of(data.classes, model.num_classes)
     chosen = slice(None) if outputs is None else outputs
     correct, divergences = [], []
@@ -50,8 +51,8 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
     errors.start(model)
     with torch.inference_mode():
         for images, labels in data.test_dataloader():
-            images = images.to(_device(model))
-            found, expected = (network(images)[:, chosen].log_softmax(-1) for network in (model, plain))
+            logits = model(images.to(_device(model))), remembered.predict(plain, images, of_plain)
+            found, expected = (each[:, chosen].log_softmax(-1) for each in logits)
             correct += (found.argmax(-1).cpu() == labels).int().tolist()
             divergences += F.kl_div(found, expected, log_target=True, reduction="none").sum(-1).tolist()
     errors.stop()

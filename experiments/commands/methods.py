@@ -41,8 +41,8 @@ def benchmark_methods(
 ) -> None:
     """Compare all methods that need no training at the same counted cost: on any model, with any labelled images.
 
-    Each method has a decaying schedule and the form of schedule of its own paper. Half of the images chooses between the
-    two, the other half confirms. Finished runs are skipped: start the same command again after an interruption.
+    Each method has a decaying schedule and the form of schedule of its own paper. Half of the images chooses one of
+    them, the other half confirms. Finished runs are skipped: start the same command again after an interruption.
     """
     if not weights and not pretrained:
         raise ValueError("benchmark-methods needs --weights FILE or --pretrained")

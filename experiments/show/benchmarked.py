@@ -8,7 +8,7 @@ from experiments.extras import benchmark_methods as benchmark
 from experiments.show.tables import Section
 from tokenpool.analysis import plotting
 
-_FORMS = {"decay": "decay", "step": "constant step", "stages": "three stages", "published": "published counts"}
+FORMS = {"decay": "decay", "step": "constant step", "stages": "three stages", "published": "published counts"}
 _NOTE = (
     "{images} images, which had no part in the choice of the schedule; the other half chose it, by divergence. Every "
     "method costs 0.98 to 1.0 of the budget, clustering included, and sizes are carried. Differences to {baseline} are "
@@ -37,7 +37,7 @@ def _shown(rows: pd.DataFrame) -> pd.DataFrame:
     shown = pd.DataFrame(
         {
             "method": rows["downsampler"],
-            "schedule": rows["family"].map(_FORMS),
+            "schedule": rows["family"].map(FORMS),
             "GMACs": [f"{gmacs:.3f}" for gmacs in rows["gmacs"]],
             "top-1 (%)": [f"{top1:.1f}" for top1 in rows["top1"]],
             "difference": _with_errors(rows, "top1", 1),
