@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tokenpool import hosts
 
 MOST_BYTES = 2**28  # of all remembered predictions; later ones are made again
-_logits: dict[tuple[bytes, bytes, str], Tensor] = {}
+memory: dict[tuple[bytes, bytes, str], Tensor] = {}
 
 
 def fingerprint(model: nn.Module) -> bytes:
@@ -38,11 +38,11 @@ def predict(model: nn.Module, images: Tensor, of_model: bytes) -> Tensor:
     """
     device = next(model.parameters()).device
     key = of_model, _digest([str(images.dtype), str(images.shape)], [images]), str(device)
-    if key in _logits:
-        return _logits[key].to(device)
+    if key in memory:
+        return memory[key].to(device)
     found = model(images.to(device))
-    if found.nbytes + sum(logits.nbytes for logits in _logits.values()) <= MOST_BYTES:
-        _logits[key] = found.cpu()
+    if found.nbytes + sum(logits.nbytes for logits in memory.values()) <= MOST_BYTES:
+        memory[key] = found.cpu()
     return found
 
 

@@ -74,13 +74,13 @@ def test_all_methods_cost_the_same(tmp_path: Path) -> None:
 
 
 def test_published_counts_are_used_where_they_meet_the_budget(tmp_path: Path) -> None:
-    """DiffRate's counts for 0.8 GFLOPs cost 0.80; none of the published ones costs between 0.98 and 1.0 times 0.75."""
-    made = benchmark.study_of(MODEL, {}, (0.81, 0.75), False, tmp_path)
+    """DiffRate's counts for "0.8" cost 0.811 GMACs, as counted here. No published counts cost 0.98 to 1.0 of 0.75."""
+    made = benchmark.study_of(MODEL, {}, (0.815, 0.75), False, tmp_path)
     runs = benchmark.plan(made, ["diffrate"]).runs
-    assert [(run.budget, run.family) for run in runs] == [(0.81, "decay"), (0.81, "published"), (0.75, "decay")]
+    assert [(run.budget, run.family) for run in runs] == [(0.815, "decay"), (0.815, "published"), (0.75, "decay")]
     model = tokenpool.create_model(MODEL, "diffrate", list(runs[1].keep), **runs[1].options)
     assert runs[1].options == {"prune": "diffrate_deit_tiny:0.8"}
-    assert 0.98 * 0.81 <= flops.count(model).gmacs <= 0.81
+    assert 0.98 * 0.815 <= flops.count(model).gmacs <= 0.815
 
 
 def write(study: Study, run: Run, correct: list[int], divergences: list[float], gmacs: float | None = None) -> None:
@@ -142,7 +142,7 @@ def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypat
     done = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time"))
     assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("agreement-*.json"))
-    # The half that chooses has two schedules of tome and one of the others; the other half one each, and the plain model.
+    # The half that chooses: two schedules of tome, one of the others. The other half: one each, and the plain model.
     assert len(files) == 2 * (4 + 3) + 1 and len(list(tmp_path.glob("throughput-*.json"))) == 2 * 3
     found = {path.stem: results.read(path) for path in files}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
