@@ -70,7 +70,7 @@ def figure(points: pd.DataFrame, baseline: str) -> Figure:
     for ax, quality in zip(axes, ("divergence", "top1"), strict=True):
         for method, curve in rows.groupby("downsampler", sort=False):
             ax.plot(scale * curve["gmacs"], curve[quality], **{"linewidth": 1} | plotting.STYLES[method])
-        ax.set_xlabel(f"{prefix}MACs an image, clustering included")
+        ax.set(xlim=(0, scale * plain["gmacs"]), xlabel=f"{prefix}MACs an image, clustering included")
     axes[0].set(yscale="log", ylabel="divergence from the plain model (nats)")
     axes[1].axhline(plain["top1"], color="black", linewidth=1, linestyle=":", label="plain model")
     axes[1].set_ylabel(plotting.TOP1_LABEL)
