@@ -24,7 +24,7 @@ import matplotlib
 import typer
 from tqdm import tqdm
 
-from experiments.commands import benchmark, extras, making, showing, single
+from experiments.commands import benchmark, extras, making, methods, showing, single
 from experiments.options import describe_methods
 from tokenpool import files
 from tokenpool.training.interruption import Interrupted
@@ -40,7 +40,7 @@ for command in (
     *(making.reproduce, showing.table, showing.figure, showing.report),
     *(making.run, making.submit, making.status),
     *(single.train, single.evaluate, extras.explain),
-    *(benchmark.throughput, benchmark.clustering_speed, extras.check_data),
+    *(benchmark.throughput, benchmark.clustering_speed, methods.benchmark_methods, extras.check_data),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 

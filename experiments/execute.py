@@ -230,7 +230,7 @@ def build_model(run: Run, folder: Path) -> nn.Module:
     downsampler = soft_selection.SoftSelection if run.downsampler == "soft_selection" else run.downsampler
     weights = os.environ.get(WEIGHTS) if run.pretrained else None
     keep = run.keep
-    if run.budget is not None:
+    if run.budget is not None and keep is None:
         plain = tokenpool.create_model(run.model, **run.model_options)
         keep = tokenpool.schedule_for(run.budget, plain, run.downsampler, run.family, **run.options)
     model = tokenpool.create_model(

@@ -14,9 +14,10 @@ from torch import Tensor
 from torchvision.transforms import functional as transforms
 
 import tokenpool
-from experiments import timing
+from experiments import remembered, timing
 from tokenpool.analysis import redundancy
 from tokenpool.downsampling import TokenPooling
+from tokenpool.training.callbacks import ReconstructionErrors
 from tokenpool.training.data import DigitsDataModule
 from tokenpool.training.labels import outputs_of
 
@@ -38,23 +39,29 @@ def measure_agreement(model: VisionTransformer, data: LightningDataModule) -> di
 
     `correct`: for each image whether it is classified right, 1 or 0. `divergences`: for each image the Kullback-Leibler
     divergence of the predicted distribution from the plain model's, in nats, which varies less than `correct` does.
-    Both are among the classes of the data, see `tokenpool.training.labels.outputs_of`.
+    Both are among the classes of the data, see `tokenpool.training.labels.outputs_of`. `relative_error`: of
+    each block, see `tokenpool.training.callbacks.ReconstructionErrors`; empty for a plain model.
     """
     plain = tokenpool.unpatch(copy.deepcopy(model))
+    of_plain = remembered.fingerprint(plain)
     outputs = outputs_of(data.classes, model.num_classes)
     chosen = slice(None) if outputs is None else outputs
     correct, divergences = [], []
+    errors = ReconstructionErrors()
+    errors.start(model)
     with torch.inference_mode():
         for images, labels in data.test_dataloader():
-            images = images.to(_device(model))
-            found, expected = (network(images)[:, chosen].log_softmax(-1) for network in (model, plain))
+            logits = model(images.to(_device(model))), remembered.predict(plain, images, of_plain)
+            found, expected = (each[:, chosen].log_softmax(-1) for each in logits)
             correct += (found.argmax(-1).cpu() == labels).int().tolist()
             divergences += F.kl_div(found, expected, log_target=True, reduction="none").sum(-1).tolist()
+    errors.stop()
     top1, images = float(np.mean(correct)), len(correct)
     return {
         "top1": 100 * top1,
         "top1_error": 100 * (top1 * (1 - top1) / images) ** 0.5,
         "divergence": float(np.mean(divergences)),
+        "relative_error": errors.relative,
         "images": images,
         "correct": correct,
         "divergences": [round(divergence, 5) for divergence in divergences],

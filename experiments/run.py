@@ -45,7 +45,7 @@ class Run:
         variant: name of the base model in its study, empty for the main one.
         downsampler: name of the method; "soft_selection" in a search.
         keep: retention schedule.
-        budget: instead of `keep`: in 10^9 multiply-adds, see `tokenpool.schedule_for`.
+        budget: in 10^9 multiply-adds. Without `keep`, the schedule is the one of `tokenpool.schedule_for`.
         family: of the schedules that may meet it.
         level: number of the schedule, 0 the mildest; None where there is none.
         schedule: where a level's schedule comes from: "lambda0.001", the search with that penalty, or "deit_e252:3",

@@ -335,6 +335,27 @@ def test_an_unknown_family_is_named() -> None:
         budget.schedule_for(0.2, timm.create_model("deit_tiny_patch16_224", depth=3), "kmedoids", "cosine")
 
 
+@pytest.mark.parametrize("method", ["evit", "atc", "kmeans"])
+@pytest.mark.parametrize("share", [0.5, 0.65, 0.8, 0.95])
+def test_stages_keep_equal_shares_at_three_blocks(method: str, share: float) -> None:
+    model = timm.create_model("deit_tiny_patch16_224")
+    gmacs = share * 1.2536832
+    keep = budget.schedule_for(gmacs, model, method, "stages")
+    assert 0.98 * gmacs <= counted(model, method, keep) / 1e9 <= gmacs
+    assert [block for block in range(12) if keep[block] < [196, *keep][block]] == [3, 6, 9]
+    rates = np.array([(keep[block] + np.array([-0.5, 0.5])) / 196 for block in (3, 6, 9)]) ** [[1], [1 / 2], [1 / 3]]
+    assert rates[:, 0].max() <= rates[:, 1].min()  # one rate explains all three rounded counts
+
+
+def test_stages_have_a_least_cost() -> None:
+    """No token is removed before block 3."""
+    model = timm.create_model("deit_tiny_patch16_224")
+    with pytest.raises(
+        ValueError, match="0.2 GMACs are too few: the model costs .* with one token after block 3; give"
+    ):
+        budget.schedule_for(0.2, model, "evit", "stages")
+
+
 def test_a_schedule_that_is_already_right_stays_in_its_family() -> None:
     keep = budget.schedule_for(0.8, timm.create_model("deit_tiny_patch16_224"), "tome", "step")
     assert keep in [schedules.by_step(step, 196, 12) for step in np.linspace(0, 20, 20001)]

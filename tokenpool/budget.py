@@ -44,7 +44,7 @@ def schedule_for(
         gmacs: budget of one image's forward pass, in units of 10^9 multiply-adds.
         model: a model of a family in `tokenpool.hosts`, patched or plain. It is not changed.
         downsampler: see `tokenpool.patch`.
-        family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
+        family: "decay", "step" or "stages", see `schedules_of`.
         dense: see `tokenpool.patch`.
         positions: see `tokenpool.patch`.
         **options: arguments of the downsampler's class.
@@ -256,10 +256,12 @@ def _macs(module: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> int:
 def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list[int]]:
     """Return a function from steepness to schedule.
 
-    Steepness 0 keeps all tokens. Steepness 1 keeps one token after the first block.
+    Steepness 0 keeps all tokens. Steepness 1 keeps one token after the first block that removes tokens.
 
     Args:
-        family: "decay" (`schedules.by_decay`) or "step" (`schedules.by_step`).
+        family: "decay" (`schedules.by_decay`); "step" (`schedules.by_step`); or "stages": the blocks depth / 4,
+            depth / 2 and 3 depth / 4 (indices start at 0) keep the same share of their tokens (`schedules.by_rate`), as
+            in EViT (Liang et al. 2022).
         tokens: number of patch tokens of an image.
         depth: number of blocks.
 
@@ -270,7 +272,11 @@ def schedules_of(family: str, tokens: int, depth: int) -> Callable[[float], list
         return lambda steepness: schedules.by_decay(steepness * depth**2 * math.log(2 * tokens), tokens, depth)
     if family == "step":
         return lambda steepness: schedules.by_step(steepness * tokens, tokens, depth)
-    raise ValueError(f'family = {family!r} must be "decay" or "step"')
+    if family == "stages":
+        at = [depth * quarter // 4 for quarter in (1, 2, 3)]
+        least = 1 / (2 * tokens)  # the share that keeps one token
+        return lambda steepness: schedules.by_rate(max(1 - steepness, least), tokens, depth, at)
+    raise ValueError(f'family = {family!r} must be "decay", "step" or "stages"')
 
 
 def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], list[int]]) -> list[int]:
@@ -287,15 +293,15 @@ def meet(budget: int, total: Cost, backbone: Cost, schedule: Callable[[float], l
         schedule: see `schedules_of`.
 
     Raises:
-        ValueError: if the model costs more even with one token after the first block.
+        ValueError: if the model costs more even with one token after the first block that removes tokens.
     """
     every, one = schedule(0.0), schedule(1.0)
     if total(every) <= budget:
         return every
     if total(one) > budget:
         raise ValueError(
-            f"{budget / 1e9:.6g} GMACs are too few: the model costs {total(one) / 1e9:.4g} with one token after the "
-            "first block; give a larger budget"
+            f"{budget / 1e9:.6g} GMACs are too few: the model costs {total(one) / 1e9:.4g} with one token after "
+            f"block {one.index(min(one))}; give a larger budget"
         )
     keep = _search_family(budget, total, backbone, schedule)
     if total(keep) < MIN_SHARE * budget:

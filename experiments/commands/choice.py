@@ -40,8 +40,7 @@ def study_of(
         raise ValueError(f"preset {chosen.name} has its own images ({chosen.data}): it takes no --data")
     if weights is not None and not chosen.pretrained:
         raise ValueError(f"preset {chosen.name} trains its models from scratch: it takes no --weights")
-    _name(DATA, data)
-    _name(WEIGHTS, weights)
+    name_sources(data, weights)
     if results is not None and results.exists() and not results.is_dir():
         raise ValueError(f"{results} is a file, not a folder of results")
     if results is None:
@@ -52,14 +51,23 @@ def study_of(
     return Study(chosen, results, full=not quick)
 
 
-def _name(variable: str, path: Path | None) -> None:
-    """Store the path of images or weights in an environment variable, which the processes of a study inherit."""
-    if path is None:
-        return
-    if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):
-        files.check_local(path)
-        raise FileNotFoundError(f"no file or folder {path}")
-    os.environ[variable] = str(path)
+def name_sources(data: Path | None, weights: Path | None) -> None:
+    """Store the paths of images and weights in environment variables, which the processes of a study inherit.
+
+    Args:
+        data: images; None leaves the variable as it is.
+        weights: pretrained weights; None leaves the variable as it is.
+
+    Raises:
+        FileNotFoundError: if there are no such images or weights.
+    """
+    for variable, path in ((DATA, data), (WEIGHTS, weights)):
+        if path is None:
+            continue
+        if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):
+            files.check_local(path)
+            raise FileNotFoundError(f"no file or folder {path}")
+        os.environ[variable] = str(path)
 
 
 def artifacts_of(kind: str, name: str) -> list[Artifact]:

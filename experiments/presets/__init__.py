@@ -64,7 +64,8 @@ class Preset:
         extra_seeds: seeds of the full study for other base models, other initial centres, several convolutions, and
             models without fine-tuning.
         main: the main model.
-        stands_for: the paper's name of the main model, or of the model that it represents.
+        stands_for: the paper's name of the main model, or of the model that it represents. Empty for other models,
+            which have no place in the paper's tables.
         family: the other models of the paper, or models that represent them, by the paper's names ("deit_tiny",
             "deit_e252", ...).
         normalised: the main model with normalised queries and keys (Figure 10), by number of the figure.

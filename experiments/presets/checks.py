@@ -94,7 +94,7 @@ def _wrong_variants(preset: Any) -> Iterator[str]:
     for variant in _all(preset)[1:]:
         if not re.fullmatch(r"[A-Za-z0-9_]+", variant.name):
             yield f"the name of variant {variant.name!r} must consist of letters, digits and _"
-    for name in (preset.stands_for, *preset.family):
+    for name in (*([preset.stands_for] if preset.stands_for else []), *preset.family):
         if name not in ("deit_tiny", *MODELS):
             yield f"{name!r} is not a model of the paper, expected one of deit_tiny, {', '.join(MODELS)}"
     if preset.stands_for in preset.family:
@@ -117,10 +117,11 @@ def _wrong_stages(preset: Any) -> Iterator[str]:
         levels = {name: len(getattr(preset, name)) for name in levels}
     if any(printed) and not all(printed):
         yield "main and all models of family must have schedules, or none of them"
+    only_budgets = not preset.trains and not any(printed) and bool(preset.budgets)  # then there are no levels
     for name, count in levels.items():
-        if not 0 <= preset.clustered_level < count:
+        if not only_budgets and not 0 <= preset.clustered_level < count:
             yield f"clustered_level = {preset.clustered_level}, but there are {count} {name}"
-    if not preset.trains and not all(printed):
+    if not preset.trains and not all(printed) and not only_budgets:
         yield "base_epochs = 0: without training there is no search, so main must have schedules"
     if preset.trains:
         for name in ("finetune_epochs", *([] if all(printed) else ["search_epochs"])):

@@ -69,14 +69,13 @@ def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for part in parts:
-        stem = folder / f"table-{name}-{part.name}"
         for suffix, text in (
             (".md", part.markdown() + "\n"),
             (".tex", part.latex()),
             (".csv", part.raw.to_csv(index=False)),
         ):
-            stem.with_suffix(suffix).write_text(text)
-            files.append(stem.with_suffix(suffix))
+            files.append(folder / f"table-{name}-{part.name}{suffix}")  # the name may have dots
+            files[-1].write_text(text)
     return files
 
 

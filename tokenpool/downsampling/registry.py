@@ -40,6 +40,8 @@ class Method:
         style: plot style: Matplotlib's `color`, `marker`, `linestyle`, `markersize`.
         in_paper: whether it is a method of Marin et al. 2021.
         studied: whether `reproduce --full`, tables and figures include it with every schedule.
+        family: of the schedules that its own paper uses without learning them, see `tokenpool.schedule_for`.
+        learned: whether it has weights of its own, which must be trained.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Method:
     style: Mapping[str, Any] = field(default_factory=lambda: {"marker": "."})
     in_paper: bool = False
     studied: bool = False
+    family: str = "decay"
+    learned: bool = False
 
     @property
     def has_schedule(self) -> bool:
@@ -168,6 +172,7 @@ for _method in (
         description="a 2x2 convolution with stride 2 at the blocks at=[...] (appendix D)",
         style={"color": "#999999", "marker": "P"},
         in_paper=True,
+        learned=True,
     ),
     Method(
         "random",
@@ -254,6 +259,7 @@ for _method in (
         label="ToMe's matching (extension)",
         description="bipartite soft matching (ToMe), to compare with (not in the paper)",
         style={"color": "#8C6D1F", "marker": "<", "linestyle": "-."},
+        family="step",
     ),
     Method(
         "pitome",
@@ -262,6 +268,7 @@ for _method in (
         label="PiToMe (extension)",
         description="matching of tokens of high energy (PiToMe), to compare with (not in the paper)",
         style={"color": "#AA4499", "marker": ">", "linestyle": "-."},
+        family="step",
     ),
     Method(
         "evit",
@@ -270,6 +277,7 @@ for _method in (
         label="EViT (extension)",
         description="the K - 1 tokens that the class token attends to, and the others as one (EViT; not in the paper)",
         style={"color": "#882255", "marker": "p", "linestyle": "-."},
+        family="stages",
     ),
     Method(
         "atc",
@@ -278,6 +286,7 @@ for _method in (
         label="ATC (extension)",
         description="agglomerative clustering of attention keys (ATC), to compare with (not in the paper)",
         style={"color": "#117733", "marker": "H", "linestyle": "-."},
+        family="stages",
     ),
     Method(
         "dpc_knn",
@@ -286,6 +295,7 @@ for _method in (
         label="DPC-KNN (extension)",
         description="clusters around K density peaks (DPC-KNN), to compare with (not in the paper)",
         style={"color": "#6699CC", "marker": "8", "linestyle": "-."},
+        family="stages",
     ),
     Method(
         "mctf",
@@ -294,6 +304,7 @@ for _method in (
         label="MCTF (extension)",
         description="bipartite matching in both directions by similarity, attention and size (MCTF; not in the paper)",
         style={"color": "#AA3377", "marker": "1", "linestyle": "-."},
+        family="step",
     ),
     Method(
         "tofu",
@@ -302,6 +313,7 @@ for _method in (
         label="ToFu (extension)",
         description="ToMe's pairs, pruned in early blocks, merged at full norm in late ones (ToFu; not in the paper)",
         style={"color": "#CCBB44", "marker": "2", "linestyle": "-."},
+        family="step",
     ),
     Method(
         "mpm",
@@ -334,6 +346,7 @@ for _method in (
         label="DynamicViT (extension)",
         description="the K tokens that a learned predictor keeps (DynamicViT; needs training; not in the paper)",
         style={"color": "#EE6677", "marker": "x", "linestyle": ":"},
+        learned=True,
     ),
 ):
     register(_method)

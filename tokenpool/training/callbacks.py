@@ -34,6 +34,49 @@ class FlopsCallback(Callback):
             logger.log_metrics(figures, step=0)
 
 
+class ReconstructionErrors:
+    """The reconstruction error of the downsampler in each block, over all forward passes between `start` and `stop`.
+
+    Attributes:
+        sums: for each block that downsamples, the error of equation (8), and the squared distance of its input tokens
+            to their mean. Both are sums over tokens and images.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[int, list[float]] = {}
+        self.depth = 0
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def relative(self) -> list[float | None]:
+        """For each block, the error divided by the squared distance of input tokens to their mean.
+
+        0 for a block that does not downsample, None if no token remains. Empty for a plain model.
+        """
+        shares: list[float | None] = [0.0] * self.depth
+        for block, (error, spread) in self.sums.items():
+            shares[block] = error / spread if math.isfinite(error) and spread > 0 else None
+        return shares
+
+    def start(self, model: nn.Module) -> None:
+        """Begin anew with a model. Of a plain model nothing is measured."""
+        self.sums.clear()
+        if is_patched(model):
+            self.depth = hosts.of(model).depth
+            self._handles = tracing.watch(model, self._add)
+
+    def stop(self) -> None:
+        """Measure no more forward passes."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, block: int, before: Tensor, after: Downsampled) -> None:
+        centred = before.float() - before.float().mean(1, keepdim=True)  # (B, N, D)
+        sums = self.sums.setdefault(block, [0.0, 0.0])
+        sums[0] += tracing.reconstruction_error(before, after).sum().item()
+        sums[1] += centred.square().sum().item()
+
+
 class ReconstructionErrorCallback(Callback):
     """Measure the reconstruction error of the downsampler in each block during a test.
 
@@ -41,42 +84,25 @@ class ReconstructionErrorCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._sums: dict[int, list[float]] = {}
-        self._handles: list[RemovableHandle] = []
-        self._depth = 0
+        self._errors = ReconstructionErrors()
 
     @property
     def relative(self) -> list[float | None]:
-        """For each block, the error of equation (8) divided by the squared distance of input tokens to their mean.
-
-        Both sums are over tokens and images. 0 for a block that does not downsample, None if no token remains.
-        """
-        shares: list[float | None] = [0.0] * self._depth
-        for block, (error, spread) in self._sums.items():
-            shares[block] = error / spread if math.isfinite(error) and spread > 0 else None
-        return shares
+        """See `ReconstructionErrors.relative`."""
+        return self._errors.relative
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if is_patched(_network(module)):
-            self._depth = hosts.of(_network(module)).depth
-            self._sums.clear()
-            self._handles = tracing.watch(_network(module), self._add)
+        self._errors.start(_network(module))
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if trainer.world_size > 1 and self._depth:
-            shared = torch.zeros(self._depth, 2, device=module.device)
-            for block, sums in self._sums.items():
+        errors = self._errors
+        errors.stop()
+        if trainer.world_size > 1 and errors.depth:
+            shared = torch.zeros(errors.depth, 2, device=module.device)
+            for block, sums in errors.sums.items():
                 shared[block] = torch.tensor(sums)
             shared = trainer.strategy.reduce(shared, reduce_op="sum")  # each process has different images
-            self._sums = {block: sums for block, sums in enumerate(shared.tolist()) if any(sums)}
-
-    def _add(self, block: int, before: Tensor, after: Downsampled) -> None:
-        centred = before.float() - before.float().mean(1, keepdim=True)  # (B, N, D)
-        sums = self._sums.setdefault(block, [0.0, 0.0])
-        sums[0] += tracing.reconstruction_error(before, after).sum().item()
-        sums[1] += centred.square().sum().item()
+            errors.sums = {block: sums for block, sums in enumerate(shared.tolist()) if any(sums)}
 
 
 def _network(module: LightningModule) -> nn.Module:

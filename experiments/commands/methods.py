@@ -1,0 +1,80 @@
+"""The command that compares methods without training: `benchmark-methods`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from experiments import pool
+from experiments.commands.choice import cores, name_sources
+from experiments.extras import benchmark_methods as benchmark
+from experiments.options import FOLDER_OR_HUB, Jobs, Model, ModelOptions, Pretrained, named_values
+from experiments.show import benchmarked, curves, tables
+from tokenpool.downsampling import METHODS
+
+
+def benchmark_methods(
+    model: Model,
+    data: Annotated[Path, typer.Option(help=FOLDER_OR_HUB + " Only val is needed.")],
+    weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
+    pretrained: Pretrained = False,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(help="Budget, as a share of the plain model's cost. Repeatable; default: 0.5, 0.65, 0.8."),
+    ] = None,
+    gmacs: Annotated[
+        list[float] | None,
+        typer.Option(help="Instead of --share: budget in 10^9 multiply-adds, with clustering. Repeatable."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeatable; default: all with a schedule that need no training.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "key_medoids",
+    time: Annotated[bool, typer.Option("--time", help="Time the chosen schedules against the plain model.")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
+    jobs: Jobs = 0,
+    output: Annotated[Path, typer.Option(help="Folder for results, tables and figure.")] = Path(
+        "runs/benchmark-methods"
+    ),
+    model_option: ModelOptions = None,
+) -> None:
+    """Compare all methods that need no training at the same counted cost: on any model, with any labelled images.
+
+    Each method has a decaying schedule and the form of schedule of its own paper. Half of the images chooses one of
+    them, the other half confirms. Finished runs are skipped: start the same command again after an interruption.
+    """
+    if not weights and not pretrained:
+        raise ValueError("benchmark-methods needs --weights FILE or --pretrained")
+    if share and gmacs:
+        raise ValueError("--share and --gmacs are two ways to give budgets: give one of them")
+    methods = _methods(method, baseline)
+    name_sources(data, weights)
+    study = benchmark.study_of(model, named_values(model_option), gmacs or share or benchmark.SHARES, not gmacs, output)
+    planned = benchmark.plan(study, methods, limit)
+    for line in planned.skipped:
+        print(f"skipped {line}")
+    if baseline not in {run.downsampler for run in planned.runs}:
+        raise ValueError(f"--baseline {baseline} cannot be run at any of the budgets: choose another baseline")
+    processes = jobs or min(cores(), 8)
+    with pool.exclusive(output):
+        pool.make(study, planned.runs, processes)
+        confirming = benchmark.confirmations(planned.runs, study.points(planned.runs))
+        runs = [benchmark.plain_run(study, limit), *confirming, *(benchmark.timings(confirming) if time else [])]
+        pool.make(replace(study), runs, processes)  # a new study estimates times from the runs above
+        points = study.points(runs)
+    parts = benchmarked.sections(points, baseline)
+    written = tables.write(parts, "methods", output)
+    pictures = curves.save(benchmarked.figure(points, baseline), output / "methods")
+    print("\n\n".join(part.markdown() for part in parts))
+    print(f"\nTables and figure: {', '.join(map(str, [*written, *pictures]))}")
+
+
+def _methods(given: list[str] | None, baseline: str) -> list[str]:
+    """The methods to compare, the baseline among them, in the order of the registry."""
+    known = benchmark.candidates()
+    for name in [*(given or []), baseline]:
+        if name not in known:
+            reason = "needs training or has no schedule" if name in METHODS else "is unknown"
+            raise ValueError(f"method {name!r} {reason}; choose from {', '.join(known)}")
+    return [name for name in known if not given or name in (*given, baseline)]
