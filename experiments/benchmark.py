@@ -6,6 +6,7 @@ one, the ratio of FLOPs: at 1 the tokens saved are seconds saved.
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import tokenpool
@@ -97,9 +97,9 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
     if setting.precision not in PRECISIONS:
         raise ValueError(f"precision = {setting.precision!r} must be one of {', '.join(PRECISIONS)}")
     plain, pooled = _models(setting, device)
-    size = plain.patch_embed.img_size
+    adapter = tokenpool.hosts.of(plain)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(setting.batch_size, plain.patch_embed.proj.in_channels, *size, generator=generator).to(device)
+    images = torch.randn(setting.batch_size, *adapter.image_shape, generator=generator).to(device)
     count, plain_count = flops.count(pooled), flops.count(plain)
     is_eager = not setting.train and not setting.compiled
     parts = {"in_parts": plain_in_parts(plain)} if is_eager and images.device.type == "cpu" else {}
@@ -128,16 +128,17 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         found |= shares(pooled, images, setting.precision, repeats)
     keep = tokenpool.hosts.of(pooled).setting.keep
     exact = asdict(setting) | {"schedule": setting.keep, "keep": None if keep is None else list(keep)}
-    found |= {"tokens": plain.patch_embed.num_patches, "repeats": repeats}
+    found |= {"tokens": math.prod(adapter.grid(adapter.image_shape[1:])), "repeats": repeats}
     return {"setting": exact, "metrics": found, "cost": cost, "environment": environment()}
 
 
-def plain_in_parts(plain: VisionTransformer) -> VisionTransformer:
+def plain_in_parts(plain: nn.Module) -> nn.Module:
     """A copy of the plain model whose blocks get a few images at a time on a CPU, as those of pooled models do.
 
     What is gained so is no merit of pooling: a stricter baseline.
     """
-    keep = [plain.patch_embed.num_patches] * len(plain.blocks)
+    adapter = tokenpool.hosts.of(plain)
+    keep = [math.prod(adapter.grid(adapter.image_shape[1:]))] * adapter.depth
     return tokenpool.patch(copy.deepcopy(plain), "power_bert", keep, carry=False)
 
 
@@ -172,7 +173,7 @@ def _times(outcome: dict[str, Any]) -> dict[str, Any]:
     return timed_on(outcome) | {"repeats": outcome["metrics"].get("repeats")}
 
 
-def shares(model: VisionTransformer, images: Tensor, precision: str = "float32", repeats: int = 5) -> dict[str, float]:
+def shares(model: nn.Module, images: Tensor, precision: str = "float32", repeats: int = 5) -> dict[str, float]:
     """Shares of a forward pass's time: downsampling (`clustering_share`) and significance scores (`scoring_share`).
 
     Scoring is what attention with scores takes beyond fused attention on the same tokens; it can be negative.
@@ -183,7 +184,12 @@ def shares(model: VisionTransformer, images: Tensor, precision: str = "float32",
         inputs.append((part, given, named))
         return type(part).forward(part, *given, **named)
 
-    parts = [part for block in model.blocks for part in (block.attn, block.downsampler) if part is not None]
+    parts = [
+        part
+        for block in tokenpool.hosts.of(model).blocks
+        for part in (block.scored_attention, block.downsampler)
+        if part is not None
+    ]
     for part in parts:  # no hooks: where there are any, a batch goes through the blocks whole
         part.forward = partial(record, part)
     with torch.inference_mode(), _autocast(images.device, precision):
@@ -288,7 +294,7 @@ def _row(path: Path, outcome: dict[str, Any]) -> dict[str, Any]:
     return {"run": path.stem} | outcome["setting"] | outcome["metrics"] | outcome["cost"]
 
 
-def _models(setting: Setting, device: str) -> tuple[VisionTransformer, VisionTransformer]:
+def _models(setting: Setting, device: str) -> tuple[nn.Module, nn.Module]:
     """timm's plain model, and a copy of it that is pooled."""
     size = {} if setting.image_size is None else {"img_size": setting.image_size}
     plain = timm.create_model(setting.model, **size).to(device).train(setting.train)

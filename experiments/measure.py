@@ -157,7 +157,9 @@ def clustered_images(model: VisionTransformer, data: LightningDataModule) -> tup
     if isinstance(data, DigitsDataModule):
         return data.test_set[:CLUSTERED_DIGITS][0], [f"digit {index}" for index in range(CLUSTERED_DIGITS)]
     mean, std = data.transforms["mean"], data.transforms["std"]
-    pictures = [transforms.normalize(picture, mean, std) for picture in photographs(model.patch_embed.img_size[0])]
+    pictures = [
+        transforms.normalize(picture, mean, std) for picture in photographs(tokenpool.hosts.of(model).image_shape[1])
+    ]
     return torch.stack(pictures), list(PHOTOGRAPHS)
 
 

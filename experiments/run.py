@@ -16,6 +16,7 @@ from torch import nn
 
 import tokenpool
 from experiments.data_sets import DATA, data_set
+from tokenpool import hosts
 from tokenpool.analysis import results
 from tokenpool.training import fingerprint
 from tokenpool.training.images import check_no_url, open_images
@@ -323,8 +324,9 @@ def preprocessing(run: Run) -> dict[str, Any]:
     if config is None or _CONFIGURING & run.model_options.keys():
         model = empty_model(run)
         found = resolve_model_data_config(model)
-        if not model.dynamic_img_size:  # the only size that it takes, whatever its configuration says
-            size = model.patch_embed.img_size
+        adapter = hosts.of(model)
+        if not adapter.is_dynamic:  # the only size that it takes, whatever its configuration says
+            size = adapter.image_shape[1:]
     else:
         found = resolve_model_data_config(None, pretrained_cfg=config.to_dict())
     if size:
