@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import Given, PooledBlock
 from tokenpool.hosts.adapter import Layers
-from tokenpool.hosts.timm_vit import TimmViT
+from tokenpool.hosts.timm_vit import SHARED_OPTIONS, TimmViT
 from tokenpool.stream import NEEDS_PLAIN
 
 
@@ -138,19 +138,8 @@ class TimmEva(TimmViT):
         *TimmViT.PARTS[2:],
         (r"blocks\.\d+\.positions", "clustering"),
     )
-    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "img_size": lambda model: list(model.patch_embed.img_size),
-        "patch_size": lambda model: list(model.patch_embed.patch_size),
-        "in_chans": lambda model: model.in_chans,
-        "num_classes": lambda model: model.num_classes,
-        "global_pool": lambda model: model.global_pool,
-        "embed_dim": lambda model: model.embed_dim,
-        "depth": lambda model: len(model.blocks),
-        "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = SHARED_OPTIONS | {
         "num_kv_heads": key_heads,
-        "dynamic_img_size": lambda model: model.dynamic_img_size,
-        "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
-        "class_token": lambda model: model.cls_token is not None,
         "num_reg_tokens": lambda model: 0 if model.reg_token is None else model.reg_token.shape[1],
         "use_fc_norm": lambda model: not isinstance(model.fc_norm, nn.Identity),
     }

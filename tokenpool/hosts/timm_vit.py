@@ -13,6 +13,21 @@ from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import PooledBlock
 from tokenpool.hosts.adapter import Adapter, Layers
 
+# Arguments that timm's VisionTransformer and Eva have in common, see `Adapter.OPTIONS`.
+SHARED_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "img_size": lambda model: list(model.patch_embed.img_size),
+    "patch_size": lambda model: list(model.patch_embed.patch_size),
+    "in_chans": lambda model: model.in_chans,
+    "num_classes": lambda model: model.num_classes,
+    "global_pool": lambda model: model.global_pool,
+    "embed_dim": lambda model: model.embed_dim,
+    "depth": lambda model: len(model.blocks),
+    "num_heads": lambda model: model.blocks[0].attn.num_heads,
+    "dynamic_img_size": lambda model: model.dynamic_img_size,
+    "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
+    "class_token": lambda model: model.cls_token is not None,
+}
+
 
 class PooledTimmBlock(PooledBlock):
     """timm's `Block` with a downsampler between attention and MLP."""
@@ -52,18 +67,7 @@ class TimmViT(Adapter):
         (r"blocks\.\d+\.downsampler", "clustering"),
         (r"head|attn_pool|fc_norm", "head"),
     )
-    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = {
-        "img_size": lambda model: list(model.patch_embed.img_size),
-        "patch_size": lambda model: list(model.patch_embed.patch_size),
-        "in_chans": lambda model: model.in_chans,
-        "num_classes": lambda model: model.num_classes,
-        "global_pool": lambda model: model.global_pool,
-        "embed_dim": lambda model: model.embed_dim,
-        "depth": lambda model: len(model.blocks),
-        "num_heads": lambda model: model.blocks[0].attn.num_heads,
-        "dynamic_img_size": lambda model: model.dynamic_img_size,
-        "dynamic_img_pad": lambda model: model.patch_embed.dynamic_img_pad,
-        "class_token": lambda model: model.cls_token is not None,
+    OPTIONS: ClassVar[dict[str, Callable[[Any], Any]]] = SHARED_OPTIONS | {
         "reg_tokens": lambda model: model.num_reg_tokens,
         "pool_include_prefix": lambda model: model.pool_include_prefix,
     }
