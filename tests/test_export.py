@@ -17,7 +17,19 @@ KEEP = [20, 4]
 SETTINGS = [{"downsampler": name, "keep": KEEP} for name in with_schedule()]
 SETTINGS += [{"downsampler": "convolution", "at": [0, 1]}, {"downsampler": "kmeans", "keep": KEEP, "init": "random"}]
 QUICK = ("wkmedoids",)  # exported also by `make test-fast`
-NOT_IN_ONNX = ("importance", "kmeans", "kmeans-random", "wkmedoids")  # others stand for these, to save time
+# Other methods stand for these, to save time: an export takes up to half a minute.
+NOT_IN_ONNX = (
+    "importance",
+    "kmeans",
+    "kmeans-random",
+    "wkmedoids",
+    "atc",
+    "pitome",
+    "tofu",
+    "mpm",
+    "hvt",
+    "dynamicvit",
+)
 BATCH = {"x": {0: torch.export.Dim("batch")}}
 
 
