@@ -48,7 +48,6 @@ FAMILIES = {
 }
 PATCHES = 36
 ALL_FAMILIES = pytest.mark.parametrize("family", FAMILIES)
-ROTARY = [name for name in FAMILIES if name not in ("eva_giant_patch14_224", "eva02_enormous_patch14_clip_224")]
 TABLES = [  # one of each kind of table: cat, dinov3, mixed, mrope
     "eva02_tiny_patch14_224",
     "vit_small_patch16_dinov3",
