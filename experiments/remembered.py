@@ -18,9 +18,9 @@ def fingerprint(model: nn.Module) -> bytes:
     Raises:
         TypeError: if the model belongs to no supported family.
     """
-    settings = [(name, getattr(model, name, None)) for name in hosts.of(model).IDENTITY]
     state = model.state_dict()
-    texts = [repr(model), repr(settings), *(f"{name} {value.dtype} {value.shape}" for name, value in state.items())]
+    shapes = (f"{name} {value.dtype} {value.shape}" for name, value in state.items())
+    texts = [repr(model), *hosts.of(model).identity(), *shapes]
     return _digest(texts, state.values())
 
 

@@ -1,10 +1,9 @@
 """Save and load patched models as safetensors files, with a description of the model as metadata. No pickle."""
 
-import functools
 import json
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     summary = "the model cannot be saved: timm builds a different model for its name and size"
     _check_same_modules(model, rebuilt, summary)
     _check_same_weights(rebuilt, model.state_dict(), summary)
-    differing = [
-        pair
-        for pair in zip_longest(_structure(model, adapter.IDENTITY), _structure(rebuilt, adapter.IDENTITY))
-        if pair[0] != pair[1]
-    ]
+    differing = [pair for pair in zip_longest(_structure(adapter), _structure(hosts.of(rebuilt))) if pair[0] != pair[1]]
     if differing:
         raise ValueError(f"{summary}: {differing[0][1]!r} instead of {differing[0][0]!r}")
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()})
@@ -237,14 +232,10 @@ def _check_description(description: Any) -> None:
         raise ValueError(f"unknown dtype {description['dtype']!r}")
 
 
-def _structure(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _structure(adapter: hosts.Adapter) -> list[str]:
     """Return as text all properties that determine the logits, besides the weights. Dropout is not included."""
-
-    def read(owner: Any, name: str) -> Any:
-        return functools.reduce(lambda inner, part: getattr(inner, part, None), name.split("."), owner)
-
-    attributes = [f"{name} = {read(model, name)}" for name in names]
-    return attributes + [line.strip() for line in str(model).splitlines() if "drop" not in line.split(":")[0]]
+    lines = str(adapter.model).splitlines()
+    return adapter.identity() + [line.strip() for line in lines if "drop" not in line.split(":")[0]]
 
 
 def _setting(adapter: hosts.Adapter) -> dict[str, Any] | None:

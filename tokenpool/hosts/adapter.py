@@ -1,6 +1,7 @@
 """The interface between this library and a family of models."""
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -270,6 +271,14 @@ class Adapter(ABC):
         unpools = dense or self.head_reads_patches
         reads_patches = unpools or not self.prefix
         return Host(self.depth, self.width, self.grid(), reads_patches, self.is_dynamic, unpools, self.has_class_token)
+
+    def identity(self) -> list[str]:
+        """Return the attributes in `IDENTITY` with their values, as text. A name may have dots."""
+
+        def read(name: str) -> Any:
+            return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), self.model)
+
+        return [f"{name} = {read(name)}" for name in self.IDENTITY]
 
     def copy_with_blocks(self, stand_in: nn.Module) -> nn.Module:
         """Return a copy of the model with another module as its stack of blocks. The model's blocks are not copied."""
