@@ -156,7 +156,7 @@ class PooledBlock(nn.Module):
         else:
             given = self.given(tokens, *arguments, **named)
             batch = self._started(tokens, given)
-        if self._has_hooks():
+        if len(batch.streams) > 1 and self._has_hooks():
             batch = batch.joined(torch.inf)
         table = batch.table(given.table)
         batch = batch.map(lambda stream: self._run(stream, table)).joined(micro_batch.BLOCK_FLOATS)

@@ -5,7 +5,6 @@ from math import prod
 from numbers import Integral
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import clustering, schedules
@@ -72,7 +71,7 @@ class DiffRate(Downsampler):
         assignment = torch.full((batch, n), -1, device=tokens.device)
         assignment = assignment.scatter(1, stay, torch.arange(self.keep, device=tokens.device).expand(batch, -1))
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            units = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+            units = clustering.unit_vectors(tokens)
             sources, targets = (units.gather(1, rows[:, :, None].expand(-1, -1, width)) for rows in (go, stay))
             partner = torch.bmm(sources, targets.mT).argmax(dim=2)  # (B, M - K), an index into `stay`
         assignment = assignment.scatter(1, go, partner)

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
-from tokenpool.downsampling.matching import BipartiteMatching
+from tokenpool.downsampling.matching import BipartiteMatching, rounds
 
 
 class MultiCriteriaFusion(Downsampler):
@@ -51,10 +50,9 @@ class MultiCriteriaFusion(Downsampler):
         batch, n, _ = tokens.shape
         assignment = torch.arange(n, device=tokens.device).expand(batch, n)
         scores = scores.clamp(min=torch.finfo(scores.dtype).tiny)  # without attention from any query, all are equal
-        while n > self.keep:
-            pairs = min(n - self.keep, n // 2)
+        for pairs in rounds(n, self.keep):
             step = _matched_both_ways(self._attraction(tokens, scores, sizes), pairs)  # (B, N)
-            n -= pairs
+            n = n - pairs
             tokens = clustering.means(tokens, scores * sizes, step, n)
             scores, sizes = clustering.sums(scores, step, n), clustering.sums(sizes, step, n)
             assignment = step.gather(1, assignment)
@@ -63,7 +61,7 @@ class MultiCriteriaFusion(Downsampler):
     def _attraction(self, tokens: Tensor, scores: Tensor, sizes: Tensor) -> Tensor:
         """Return the log of the attraction (B, A, B) of tokens of even and of odd index."""
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            units = F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
+            units = clustering.unit_vectors(tokens)
             cosine = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, A, B)
             similar = ((cosine + 1) / 2).clamp(min=torch.finfo(cosine.dtype).tiny).log()
             own = -self.information * scores.log() - self.size * sizes.log()  # (B, N)
@@ -71,9 +69,9 @@ class MultiCriteriaFusion(Downsampler):
 
     def macs(self, n: int, width: int, key_width: int) -> int:
         macs = 0
-        while n > self.keep:
+        for pairs in rounds(n, self.keep):
             macs += (n + 1) // 2 * (n // 2) * width  # similarity of each pair, in each round
-            n -= min(n - self.keep, n // 2)
+            n -= pairs
         return macs
 
 

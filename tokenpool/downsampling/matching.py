@@ -35,7 +35,7 @@ class Matching(Downsampler):
     def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:
         batch, n, _ = tokens.shape
         assignment = torch.arange(n, device=tokens.device).expand(batch, n)
-        for pairs in self.rounds(n):
+        for pairs in rounds(n, self.keep):
             step = _merge(*self.match(keys, pairs), n)  # (B, N)
             n = n - pairs
             keys = clustering.means(keys, sizes, step, n)
@@ -57,13 +57,14 @@ class Matching(Downsampler):
         """
         return clustering.means(tokens, sizes, assignment, k)
 
-    def rounds(self, n: int) -> list[int]:
-        """Return the number of merged tokens of each round, for n tokens."""
-        found = []
-        while n > self.keep:
-            found.append(min(n - self.keep, n // 2))
-            n = n - found[-1]  # not in place: in a traced graph, n is a tensor of the caller
-        return found
+
+def rounds(n: int, keep: int) -> list[int]:
+    """Return how many of n tokens each round merges until `keep` remain. A round merges at most half of the tokens."""
+    found = []
+    while n > keep:
+        found.append(min(n - keep, n // 2))
+        n = n - found[-1]  # not in place: in a traced graph, n is a tensor of the caller
+    return found
 
 
 class BipartiteMatching(Matching):
@@ -84,7 +85,7 @@ class BipartiteMatching(Matching):
 
     def macs(self, n: int, width: int, key_width: int) -> int:
         macs = 0
-        for pairs in self.rounds(n):
+        for pairs in rounds(n, self.keep):
             macs += (n + 1) // 2 * (n // 2) * key_width  # similarity of each pair, in each round
             n -= pairs
         return macs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampler, Host
-from tokenpool.downsampling.matching import Matching
+from tokenpool.downsampling.matching import Matching, rounds
 
 
 class PiToMe(Matching):
@@ -77,7 +77,7 @@ class PiToMe(Matching):
 
     def macs(self, n: int, width: int, key_width: int) -> int:
         macs = 0
-        for pairs in self.rounds(n):
+        for pairs in rounds(n, self.keep):
             macs += n * n * key_width  # similarity of all pairs, in each round
             n -= pairs
         return macs
