@@ -52,13 +52,15 @@ class CalibrationImages:
             images = open_images(module.root, "train", transform, **module.allowed)
             return range(len(images)), images
         module.setup("test")
-        self._check_apart(run, module.test_set.indices)
+        self._check_apart(run, module.root, module.test_set.indices)
         return module.test_set.indices, module.test_set.dataset
 
-    def _check_apart(self, run: Run, chosen: Sequence[int]) -> None:
-        if self.data != run.data:
+    def _check_apart(self, run: Run, root: str | Path, chosen: Sequence[int]) -> None:
+        if data_set(run.data).embedded:
             return
         tested = execute.data_module(run)
+        if Path(root).resolve() != Path(tested.root).resolve():  # a source may have several names
+            return
         tested.setup("test")
         if set(chosen) & set(tested.test_set.indices):
             raise ValueError(

@@ -63,6 +63,11 @@ def test_the_images_are_those_of_train_or_of_a_part_of_val(
 def test_images_of_the_test_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--calibrate-part 1/2 has images of the test: .*--part 2/2"):
         CalibrationImages(str(folder), "1/2", 9).load(run_of(folder))
+    other_name = folder.parent / "other-name"
+    other_name.symlink_to(folder)
+    with pytest.raises(ValueError, match="--calibrate-part 1/2 has images of the test"):
+        CalibrationImages(str(other_name), "1/2", 9).load(run_of(folder))
+    assert len(CalibrationImages(str(other_name), "1/2", 9).load(run_of(folder, part="2/2"))) == 5
 
 
 def test_of_digits_the_training_images_are_taken() -> None:
