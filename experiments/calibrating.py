@@ -9,10 +9,10 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-import tokenpool
 from experiments import execute, pool
 from experiments.data_sets import data_set
 from experiments.run import Run
+from experiments.schedule_search import find_schedule, spaced
 from tokenpool.training.images import open_images
 from tokenpool.training.sampling import length
 
@@ -38,8 +38,7 @@ class CalibrationImages:
             ValueError: if the run is tested on some of the images.
         """
         chosen, images = self._chosen(run)
-        spaced = torch.linspace(0, len(chosen) - 1, min(self.count, len(chosen))).long().tolist()
-        return torch.stack([images[chosen[index]][0] for index in spaced])
+        return spaced(images, chosen, self.count)
 
     def _chosen(self, run: Run) -> tuple[Sequence[int], Dataset]:
         """Return the indices of the images to choose from, and the images."""
@@ -85,15 +84,8 @@ def calibrated(run: Run, gmacs: float, chosen: CalibrationImages, folder: Path) 
         images = chosen.load(run)
         plain = replace(run, downsampler="none", keep=None, carry=False, options={})
         print(f"calibrating on {len(images)} images of {chosen.data}", flush=True)
-        keep = tokenpool.calibrate(
-            execute.build_model(plain, folder).to("cuda" if torch.cuda.is_available() else "cpu"),
-            images,
-            run.downsampler,
-            gmacs,
-            carry=run.carry,
-            state=folder / "calibration" / f"{run.label}.json",
-            report=lambda line: print(line, flush=True),
-            **run.options,
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = execute.build_model(plain, folder).to(device)
+        keep = find_schedule(run, model, images, gmacs, folder, report=lambda line: print(line, flush=True))
     print(f"--keep {','.join(map(str, keep))}")
     return replace(run, keep=tuple(keep), schedule=f"calibrated on {len(images)} images")

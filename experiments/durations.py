@@ -10,7 +10,10 @@ import pandas as pd
 from experiments.measure import MEASURES
 from experiments.presets import Preset, Variant
 from experiments.run import Run
+from experiments.schedule_search import STAGE as CALIBRATION
 from tokenpool.analysis import results
+
+_PASSES = {CALIBRATION: 25.0}  # of all images through the model in a run, where there are several
 
 
 class Durations:
@@ -58,7 +61,8 @@ class Durations:
         typical = self._typical.get((run.stage, run.downsampler, run.variant))
         if typical is not None:
             return max(run.recipe.epochs, 1) * typical
-        return self._pace * self._expected(run.variant, run.downsampler, run.recipe.epochs)
+        passes = _PASSES.get(run.stage, 1.0)
+        return self._pace * passes * self._expected(run.variant, run.downsampler, run.recipe.epochs)
 
     def _expected(self, variant: str, downsampler: str, epochs: int) -> float:
         """Seconds that the preset expects of a run."""
@@ -72,7 +76,7 @@ class Durations:
         """Seconds that finished runs took on this machine for each second that the preset expects."""
         taken = self._taken
         taken = taken[taken["variant"].isin([variant.name for variant in self.variants])]
-        taken = taken[~taken["stage"].isin(MEASURES)] if len(taken) else taken
+        taken = taken[~taken["stage"].isin([*MEASURES, *_PASSES])] if len(taken) else taken
         expected = [self._expected(row.variant, row.downsampler, row.epochs) for row in taken.itertuples()]
         return taken["total"].sum() / sum(expected) if sum(expected) else 1.0
 

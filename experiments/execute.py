@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
 import tokenpool
-from experiments import loggers, trainer
+from experiments import loggers, schedule_search, trainer
 from experiments.data_sets import AUGMENTATIONS, data_set
 from experiments.environment import environment
 from experiments.measure import MEASURES
@@ -85,9 +85,11 @@ def execute(
     data.setup("test")
     outputs = outputs_of(data.classes, model.num_classes)
     module = training_module(run, model, outputs)
+    device, is_first = "cuda" if torch.cuda.is_available() else "cpu", True
     if run.stage in MEASURES:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        metrics, is_first = MEASURES[run.stage](model.to(device).eval(), data), True
+        metrics = MEASURES[run.stage](model.to(device).eval(), data)
+    elif run.stage == schedule_search.STAGE:
+        metrics = schedule_search.measure_calibration(model.to(device).eval(), data, run, folder)
     else:
         metrics, is_first = _train_and_test(run, module, data, folder, identity, record, on_epoch, progress)
     outcome = {

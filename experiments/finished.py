@@ -25,6 +25,7 @@ _METRICS = {  # names and types of the metrics of each stage; other stages have 
         for signal in ("values", "filtered", "before", "after")
     },
     "convergence": {"images": Real, "iterations": list, "within": list},
+    "calibration": {"learned_keep": list, "images": Real},
     "clusters": {"assignments": list, "names": list, "tokens": list},
 }
 

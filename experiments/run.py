@@ -38,8 +38,8 @@ class Run:
     """Everything that the result of a run depends on.
 
     Attributes:
-        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning), or one
-            of `measure.MEASURES`.
+        stage: "base", "search", "finetune" (section 5, steps 1 to 4), "train", "evaluate" (without fine-tuning),
+            "calibration", or one of `measure.MEASURES`.
         label: differs between runs of one stage and seed; part of the names of files.
         data: name of a data set, see `experiments.data_sets`; or a folder in ImageNet's layout.
         model: name of the timm model.

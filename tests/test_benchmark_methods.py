@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tokenpool
-from experiments import pool
+from experiments import execute, pool
 from experiments.extras import benchmark_methods as benchmark
 from experiments.run import Run, result_path
 from experiments.show import benchmarked
@@ -138,13 +138,16 @@ def test_a_method_that_the_model_cannot_have_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = ("--method", "tome", "--method", "power_bert")
-    done = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time"))
+    methods = ("--method", "tome")
+    done = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate"))
     assert done.returncode == 0, done.stderr
-    files = sorted(tmp_path.glob("agreement-*.json"))
-    # The half that chooses: two schedules of tome, one of the others. The other half: one each, and the plain model.
-    assert len(files) == 2 * (4 + 3) + 1 and len(list(tmp_path.glob("throughput-*.json"))) == 2 * 3
-    found = {path.stem: results.read(path) for path in files}
+    found = {path.stem: results.read(path) for path in sorted(tmp_path.glob("agreement-*.json"))}
+    calibrated = {name: found.pop(name) for name in list(found) if "calibrated" in name}
+    searches = [results.read(path) for path in tmp_path.glob("calibration-*.json")]
+    # The half that chooses: two schedules of tome, one of key_medoids. The other half: one each, and the plain model.
+    assert len(found) == 2 * (3 + 2) + 1 and len(list(tmp_path.glob("throughput-*.json"))) == 2 * 4
+    assert len(calibrated) == len(searches) == 2 * 2
+    assert_calibrated(calibrated, searches, found, tmp_path, monkeypatch, sources)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
 
     chosen = {}  # by hand from the JSON files
@@ -158,21 +161,22 @@ def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypat
         for one in found.values()
         if one["setting"]["part"] == "2/2" and one["setting"]["budget"]
     }
-    rows = [row for path in sorted(tmp_path.glob("table-*.csv")) for row in csv.DictReader(path.open())]
+    all_rows = [row for path in sorted(tmp_path.glob("table-*.csv")) for row in csv.DictReader(path.open())]
+    rows = [row for row in all_rows if row["family"] != "calibrated"]
+    references = {one["setting"]["budget"]: one for name, one in calibrated.items() if "-key_medoids-" in name}
+    assert len(all_rows) == 2 * len(rows)
     assert {(float(row["budget"]), row["downsampler"]) for row in rows} == chosen.keys() == confirmed.keys()
     for row in rows:
         gmacs, method = float(row["budget"]), row["downsampler"]
         assert row["family"] == min(chosen[gmacs, method], key=chosen[gmacs, method].get)
-        own, other = (confirmed[gmacs, name]["metrics"] for name in (method, "key_medoids"))
+        own, other = (one["metrics"] for one in (confirmed[gmacs, method], references[gmacs]))
         assert confirmed[gmacs, method]["setting"]["family"] == row["family"] and own["images"] == 6
         assert float(row["divergence"]) == own["divergence"] and float(row["speed_up"]) > 0
         assert float(row["error"]) == pytest.approx(sum(own["relative_error"])) and own["relative_error"][3] > 0
-        if method != "key_medoids":
-            difference = np.array(own["divergences"]) - np.array(other["divergences"])
-            assert float(row["divergence_difference"]) == pytest.approx(difference.mean())
-            assert float(row["divergence_difference_error"]) == pytest.approx(difference.std(ddof=1) / 6**0.5)
-            text = f"{difference.mean():+.4f} ± {difference.std(ddof=1) / 6**0.5:.4f}"
-            assert text in done.stdout
+        difference = np.array(own["divergences"]) - np.array(other["divergences"])
+        assert float(row["divergence_difference"]) == pytest.approx(difference.mean())
+        assert float(row["divergence_difference_error"]) == pytest.approx(difference.std(ddof=1) / 6**0.5)
+        assert f"{difference.mean():+.4f} ± {difference.std(ddof=1) / 6**0.5:.4f}" in done.stdout
     assert (tmp_path / "methods.png").stat().st_size > 10_000
     plain = found["agreement-none-half2-seed0"]["metrics"]
     assert plain["divergence"] == pytest.approx(0, abs=1e-6) and plain["relative_error"] == []
@@ -184,10 +188,32 @@ def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypat
         raise AssertionError("a finished run is made again")
 
     monkeypatch.setattr(pool, "Runner", refuse)
-    again = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time"))
+    again = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate"))
     assert again.returncode == 0, again.stderr
     assert again.stdout[again.stdout.index("**") :] == done.stdout[done.stdout.index("**") :]
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+
+
+def assert_calibrated(
+    calibrated: dict[str, dict],
+    searches: list[dict],
+    found: dict[str, dict],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sources: tuple[Path, Path],
+) -> None:
+    """A calibrated schedule is on the half that calibrates no worse than the decaying one, measured on the other."""
+    learned = {(one["setting"]["downsampler"], one["setting"]["budget"]): one["metrics"] for one in searches}
+    for name, one in calibrated.items():
+        setting, metrics = one["setting"], learned[one["setting"]["downsampler"], one["setting"]["budget"]]
+        assert setting["keep"] == metrics["learned_keep"] and setting["part"] == "2/2" and metrics["images"] == 6
+        assert setting["schedule"] == "calibrated on 6 images"
+        decaying = found[name.replace("calibrated", "decay").replace("half2", "half1")]
+        run = dataclasses.replace(Run.from_setting(setting), label="again", part="1/2")
+        monkeypatch.setenv("TOKENPOOL_DATA", str(sources[0]))
+        monkeypatch.setenv("TOKENPOOL_WEIGHTS", str(sources[1]))
+        on_first_half = execute.execute(run, folder / "again")["metrics"]["divergence"]
+        assert on_first_half <= decaying["metrics"]["divergence"] * (1 + 1e-5) + 1e-7
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,10 @@ def benchmark_methods(
         list[str] | None, typer.Option(help="Repeatable; default: all with a schedule that need no training.")
     ] = None,
     baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "key_medoids",
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Calibrate a schedule for each method and budget, too: minutes for each."),
+    ] = False,
     time: Annotated[bool, typer.Option("--time", help="Time the chosen schedules against the plain model.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
     jobs: Jobs = 0,
@@ -42,7 +46,8 @@ def benchmark_methods(
     """Compare all methods that need no training at the same counted cost: on any model, with any labelled images.
 
     Each method has a decaying schedule and the form of schedule of its own paper. Half of the images chooses one of
-    them, the other half confirms. Finished runs are skipped: start the same command again after an interruption.
+    them, and calibrates another one with --calibrate. The other half confirms. Finished runs are skipped: start the
+    same command again after an interruption.
     """
     if not weights and not pretrained:
         raise ValueError("benchmark-methods needs --weights FILE or --pretrained")
@@ -60,6 +65,10 @@ def benchmark_methods(
     with pool.exclusive(output):
         pool.make(study, planned.runs, processes)
         confirming = benchmark.confirmations(planned.runs, study.points(planned.runs))
+        if calibrate:
+            searches = benchmark.calibrations(planned.runs)
+            pool.make(replace(study), searches, processes)
+            confirming += benchmark.calibrated(searches, study.points(searches))
         runs = [benchmark.plain_run(study, limit), *confirming, *(benchmark.timings(confirming) if time else [])]
         pool.make(replace(study), runs, processes)  # a new study estimates times from the runs above
         points = study.points(runs)

@@ -1,8 +1,9 @@
 """All methods that need no training, on any model and any labelled images, at the same counted cost.
 
 Each method has two schedules of each budget: the common family "decay", and the form that its own paper uses. The lower
-divergence on one half of the images chooses between them. The other half, which had no part in the choice, measures the
-chosen one and compares it with a baseline, paired by image.
+divergence on one half of the images chooses between them. A third schedule can be calibrated on the same half, see
+`tokenpool.calibrate`. The other half, which had no part in the choice, measures the chosen and the calibrated schedule
+and compares them with a baseline, paired by image.
 """
 
 import math
@@ -19,6 +20,7 @@ import tokenpool
 from experiments.extras.off_the_shelf import differences
 from experiments.presets import Preset, Variant
 from experiments.run import Run
+from experiments.schedule_search import STAGE
 from experiments.study import Study
 from tokenpool import budget, flops, hosts, schedules
 from tokenpool.downsampling import REGISTRY
@@ -27,6 +29,7 @@ CHOICE, CONFIRMATION = "1/2", "2/2"  # halves of the images
 COMMON = "decay"
 SHARES = (0.5, 0.65, 0.8)  # of the plain model's cost
 PUBLISHED = "published"  # DiffRate's own counts
+CALIBRATED = "calibrated"
 _SECONDS = 40.0  # of a run on 500 images on one core, until finished runs tell better
 
 
@@ -156,6 +159,16 @@ def _schedules(
                 return
 
 
+def calibrations(runs: Iterable[Run]) -> list[Run]:
+    """The searches for a calibrated schedule of each method and budget.
+
+    Args:
+        runs: on the half that chooses.
+    """
+    commons = [run for run in runs if run.family == COMMON]
+    return [replace(run, stage=STAGE, label=f"{run.downsampler}-{run.budget:g}gmacs") for run in commons]
+
+
 def chosen(points: pd.DataFrame) -> pd.DataFrame:
     """For each budget and method the run of lowest divergence on the half that chooses.
 
@@ -179,6 +192,23 @@ def confirmations(runs: Iterable[Run], points: pd.DataFrame) -> list[Run]:
     ]
 
 
+def calibrated(searches: Iterable[Run], points: pd.DataFrame) -> list[Run]:
+    """The runs of the calibrated schedules on the half that confirms.
+
+    Args:
+        searches: from `calibrations`.
+        points: their rows, from `Study.points`.
+    """
+    found = {row.run: (row.learned_keep, row.images) for row in points.itertuples()}
+    runs = []
+    for search in searches:
+        keep, images = found[search.name]
+        label = f"{search.downsampler}-{CALIBRATED}-{search.budget:g}gmacs-half{CONFIRMATION[0]}"
+        source = {"family": CALIBRATED, "schedule": f"calibrated on {images:.0f} images"}
+        runs.append(replace(search, stage="agreement", label=label, part=CONFIRMATION, keep=tuple(keep), **source))
+    return runs
+
+
 def timings(confirmed: Iterable[Run]) -> list[Run]:
     """The runs that time the chosen schedules against the plain model, in turns."""
     return [replace(run, stage="throughput", label=run.label.rpartition("-half")[0], part="") for run in confirmed]
@@ -188,8 +218,9 @@ def compared(points: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """The chosen schedules on the half that confirms, and their differences to the baseline's, paired by image.
 
     Args:
-        points: one row a run, from `Study.points`, with the runs of `confirmations`, and perhaps of `timings`.
-        baseline: name of the method.
+        points: one row a run, from `Study.points`, with the runs of `confirmations`, and perhaps of `calibrated` and
+            `timings`.
+        baseline: name of the method. If it has a calibrated schedule, this is the baseline.
 
     Returns:
         By budget and divergence, the columns: budget, downsampler, family, keep, gmacs (counted), top1, divergence,
@@ -201,16 +232,19 @@ def compared(points: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """
     rows = points[(points["part"] == CONFIRMATION) & (points["downsampler"] != "none")]
     check_costs(rows)
+    baselines = rows[rows["downsampler"] == baseline]
+    is_calibrated = baselines["family"] == CALIBRATED
+    references = baselines[is_calibrated | ~baselines["budget"].isin(baselines["budget"][is_calibrated])]
+    by_budget = {row.budget: row for row in references.itertuples()}
     timed = points[points["stage"] == "throughput"] if "speed_up" in points else points.iloc[:0]
     speed_ups = {(row.downsampler, row.family, row.budget): row.speed_up for row in timed.itertuples()}
     found = []
     for row in rows.itertuples():
-        references = rows[(rows["budget"] == row.budget) & (rows["downsampler"] == baseline)]
-        is_paired = len(references) and row.downsampler != baseline
+        reference = by_budget.get(row.budget)
         found.append(
             {name: getattr(row, name) for name in ("budget", "downsampler", "family", "keep", "gmacs", "top1")}
             | {"divergence": row.divergence}
-            | differences(row, references.iloc[0] if is_paired else None)
+            | differences(row, None if reference is None or reference.run == row.run else reference)
             | {"error": sum(np.nan if share is None else share for share in row.relative_error)}
             | {"speed_up": speed_ups.get((row.downsampler, row.family, row.budget), np.nan)}
         )

@@ -8,9 +8,15 @@ from experiments.extras import benchmark_methods as benchmark
 from experiments.show.tables import Section
 from tokenpool.analysis import plotting
 
-FORMS = {"decay": "decay", "step": "constant step", "stages": "three stages", "published": "published counts"}
+FORMS = {
+    "decay": "decay",
+    "step": "constant step",
+    "stages": "three stages",
+    "published": "published counts",
+    "calibrated": "calibrated",
+}
 _NOTE = (
-    "{images} images, which had no part in the choice of the schedule; the other half chose it, by divergence. Every "
+    "{images} images, which had no part in the choice of the schedule; the other half chose or calibrated it. Every "
     "method costs 0.98 to 1.0 of the budget, clustering included, and sizes are carried. Differences to {baseline} are "
     "paired by image, with their standard errors. Divergence: mean Kullback-Leibler divergence of the predictions from "
     "the plain model's, in nats. Error: reconstruction error (8) over the variance of the tokens, summed over blocks. "
@@ -68,8 +74,11 @@ def figure(points: pd.DataFrame, baseline: str) -> Figure:
     scale, prefix = plotting.unit(plain["gmacs"])
     drawn, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained")
     for ax, quality in zip(axes, ("divergence", "top1"), strict=True):
-        for method, curve in rows.groupby("downsampler", sort=False):
-            ax.plot(scale * curve["gmacs"], curve[quality], **{"linewidth": 1} | plotting.STYLES[method])
+        for (method, is_calibrated), curve in rows.groupby(["downsampler", rows["family"] == "calibrated"], sort=False):
+            style = {"linewidth": 1} | plotting.STYLES[method]
+            if is_calibrated:
+                style |= {"linestyle": ":", "markerfacecolor": "none", "label": f"{style['label']}, calibrated"}
+            ax.plot(scale * curve["gmacs"], curve[quality], **style)
         ax.set(xlim=(0, scale * plain["gmacs"]), xlabel=f"{prefix}MACs an image, clustering included")
     axes[0].set(yscale="log", ylabel="divergence from the plain model (nats)")
     axes[1].axhline(plain["top1"], color="black", linewidth=1, linestyle=":", label="plain model")
