@@ -294,6 +294,7 @@ def everything(study: Study) -> list[Run]:
     if not study.full:
         return needed.protocol_runs(study)
     runs = needed.protocol_runs(study) if study.preset.trains else []
+    runs += study.rivals() if study.preset.trains else []
     runs += [run for artifact in ARTIFACTS.values() for run in artifact.runs(study)]
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in runs}.values()

@@ -9,7 +9,7 @@ from experiments.data_sets import data_set
 from experiments.presets import Preset, Variant
 from experiments.run import Run
 from tokenpool import schedules
-from tokenpool.downsampling import studied
+from tokenpool.downsampling import REGISTRY, studied
 
 
 def dropping() -> tuple[str, ...]:
@@ -103,7 +103,8 @@ class Stages:
     ) -> list[Run]:
         """Stage 3: each method with every schedule. `keep` is None where the search is not finished.
 
-        Models with normalised queries and keys use the main model's schedules.
+        Models with normalised queries and keys use the main model's schedules. Sizes are carried for the methods whose
+        own papers train with carried sizes, see `tokenpool.downsampling.Method`.
         """
         variant = variant or self.preset.main
         chosen = "".join(f"-{value}_{name}" for name, value in options.items())
@@ -113,6 +114,7 @@ class Stages:
                 run_label(variant, f"{method}{chosen}-level{level}"),
                 **self._tuned(seed, variant),
                 downsampler=method,
+                carry=REGISTRY[method].carry,
                 **self._at_level(variant, level),
                 options=options,
             )
@@ -128,12 +130,30 @@ class Stages:
 
     def convolutions(self, seeds: Sequence[int], placements: Sequence[tuple[int, ...]]) -> list[Run]:
         """Stage 3 for convolution: at chosen blocks (appendix D)."""
+        return self._placed("convolution", seeds, placements)
+
+    def rivals(self, methods: Sequence[str] | None = None) -> list[Run]:
+        """Stage 3 for methods of other papers: with every schedule, or at the preset's placements.
+
+        Args:
+            methods: only these of the preset's rivals. None for all.
+        """
+        chosen = [name for name in self.preset.rivals if methods is None or name in methods] if self.full else []
+        seeds = self.preset.rival_seeds
+        runs = self.finetunes([name for name in chosen if REGISTRY[name].has_schedule], seeds)
+        for name in chosen:
+            if not REGISTRY[name].has_schedule:
+                runs += self._placed(name, seeds, self.preset.rival_placements)
+        return runs
+
+    def _placed(self, method: str, seeds: Sequence[int], placements: Sequence[tuple[int, ...]]) -> list[Run]:
+        """Stage 3 for a method without a schedule: at chosen blocks."""
         return [
             Run(
                 "finetune",
-                f"convolution-at{'-'.join(map(str, at))}",
+                f"{method}-at{'-'.join(map(str, at))}",
                 **self._tuned(seed, self.preset.main),
-                downsampler="convolution",
+                downsampler=method,
                 options={"at": list(at)},
             )
             for seed in seeds

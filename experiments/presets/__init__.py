@@ -76,6 +76,10 @@ class Preset:
         budgets: budgets of the study of models that are not fine-tuned, in 10^9 multiply-adds.
         placements: blocks of convolutions in the full study, with the extra seeds. None for all placements of appendix
             D, where single convolutions have all seeds.
+        rivals: methods of other papers that the full study fine-tunes to compare with: with every schedule, and methods
+            without a schedule at `rival_placements`.
+        rival_placements: blocks of each model of a rival without a schedule.
+        rival_seeds: seeds of the full study for rivals and for the methods that stand beside them.
         depth: number of blocks.
         model_options: further arguments of the timm model.
         trainer_options: arguments of Lightning's Trainer, such as the precision.
@@ -113,6 +117,9 @@ class Preset:
     redundancy_images: int = 0
     budgets: tuple[float, ...] = ()
     placements: tuple[tuple[int, ...], ...] | None = None
+    rivals: tuple[str, ...] = ()
+    rival_placements: tuple[tuple[int, ...], ...] = ()
+    rival_seeds: tuple[int, ...] = (0,)
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0

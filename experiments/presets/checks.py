@@ -15,7 +15,7 @@ import torch
 
 from experiments.data_sets import data_set
 from tokenpool import hosts
-from tokenpool.downsampling import with_schedule
+from tokenpool.downsampling import METHODS, studied, with_schedule
 from tokenpool.schedules import LEVELS, MODELS, paper
 from tokenpool.training.recipe import Recipe
 
@@ -71,7 +71,7 @@ def _wrong_lists(preset: Any) -> Iterator[str]:
     for name in ("penalties", "full_penalties"):  # with the digits that file names have
         yield from _repeated(name, [f"{value:g}" for value in getattr(preset, name)])
     yield from _repeated("budgets", [f"{value:g}" for value in preset.budgets])
-    for name in ("seeds", "full_seeds", "extra_seeds"):
+    for name in ("seeds", "full_seeds", "extra_seeds", "rival_seeds"):
         values = getattr(preset, name)
         yield from _repeated(name, values)
         if not values or any(not isinstance(seed, int) or seed < 0 for seed in values):
@@ -80,6 +80,21 @@ def _wrong_lists(preset: Any) -> Iterator[str]:
     for name in preset.methods:
         if name not in with_schedule():
             yield f"methods has {name!r}; methods with a schedule are {', '.join(with_schedule())}"
+    yield from _wrong_rivals(preset)
+
+
+def _wrong_rivals(preset: Any) -> Iterator[str]:
+    yield from _repeated("rivals", preset.rivals)
+    yield from _repeated("rival_placements", preset.rival_placements)
+    for name in preset.rivals:
+        if name not in METHODS or name == "none" or name in studied():
+            yield f"rivals has {name!r}; expected methods that the study does not have already, of {', '.join(METHODS)}"
+    placed = [name for name in preset.rivals if name in METHODS and name not in with_schedule()]
+    if bool(placed) != bool(preset.rival_placements):
+        yield (
+            f"rival_placements = {preset.rival_placements}, but the rivals without a schedule are "
+            f"{', '.join(placed) or 'none'}"
+        )
 
 
 def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:

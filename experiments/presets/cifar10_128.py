@@ -9,8 +9,16 @@ class, 10,000 in total. The test set is all 10,000 test images. All images are d
 in $TOKENPOOL_CACHE (~/.cache/tokenpool).
 
 As in the paper, fine-tuning has as many epochs as the base model. All runs have three seeds, except evaluations without
-fine-tuning, random initial centres and convolutions. The study runs one seed after another and can be stopped at any
-time.
+fine-tuning, random initial centres, convolutions and methods of other papers. The study runs one seed after another and
+can be stopped at any time.
+
+The study fine-tunes methods of other papers, too: EViT, ATC, ToMe, MCTF, DynamicViT and KeyMedoids with the same
+schedules, and HVT at three placements. They have seed 2 only, because only its base model's weights are kept; with the
+weights of seed 0, `rival_seeds=(0, 2)` adds that seed. All have the recipe of the paper's methods. Sizes are carried as
+in their own papers: for ATC, ToMe and MCTF. DynamicViT has its published weights of the ratio loss (2) and of each
+distillation loss (0.5), but other settings than published: a predictor in each block that removes tokens instead of
+three, 2 epochs instead of 30, one learning rate for predictors and backbone, and no epochs with a frozen backbone. HVT
+starts from the base model and keeps its class token; its authors train from the start.
 
 Cost: about nine hours on two cores, and 3 GB of memory for each process. An epoch of the plain model takes 300 s with
 two threads, and its test 95 s. On one H100 (--jobs 14, with NVIDIA's multi-process service and 16 cores), 187 of the
@@ -57,6 +65,10 @@ PRESET = Preset(
     full_seeds=(0, 1, 2),
     # Single convolutions over the whole depth, and a few of the 96 pairs and triples that appendix D allows.
     placements=((1,), (3,), (5,), (7,), (9,), (11,), (1, 5), (3, 7), (5, 9), (1, 4, 7), (3, 6, 9)),
+    rivals=("evit", "atc", "tome", "mctf", "dynamicvit", "key_medoids", "hvt"),
+    # Of HVT. These cost 0.27, 0.17 and 0.09 GMACs, as much as the schedules do.
+    rival_placements=((5,), (2, 5), (0, 2, 4)),
+    rival_seeds=(2,),
     stands_for="deit_tiny",
     main=Variant("", "DeiT-Ti"),
     model_options={"num_classes": 10, "img_size": 128},

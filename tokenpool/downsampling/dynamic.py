@@ -72,7 +72,10 @@ class DynamicSelection(Selection):
         logits = self._log_probabilities(tokens, hints["sizes"])  # sizes: the decisions of earlier blocks
         keeps = F.gumbel_softmax(logits.float(), hard=True)[:, :, 0]  # (B, N), 0 or 1, with the gradient of the softmax
         identity = torch.arange(n, device=tokens.device).expand(batch, n)
-        return Masked(tokens, identity, LEAST_WEIGHT + (1 - LEAST_WEIGHT) * keeps)
+        # A token that several blocks drop has the least weight, not its power: that would be zero after some blocks.
+        kept_before = (hints["sizes"] - LEAST_WEIGHT) / (1 - LEAST_WEIGHT)  # 0 or 1
+        sizes = LEAST_WEIGHT + (1 - LEAST_WEIGHT) * kept_before * keeps
+        return Masked(tokens, identity, sizes / hints["sizes"])
 
     def priority(self, tokens: Tensor, scores: Any) -> Tensor:
         return self._log_probabilities(tokens, torch.ones_like(tokens[:, :, 0]))[:, :, 0]

@@ -42,6 +42,8 @@ class Method:
         studied: whether `reproduce --full`, tables and figures include it with every schedule.
         family: of the schedules that its own paper uses without learning them, see `tokenpool.schedule_for`.
         learned: whether it has weights of its own, which must be trained.
+        carry: whether its own paper trains models with sizes carried (proportional attention). Studies fine-tune it in
+            the same way.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Method:
     studied: bool = False
     family: str = "decay"
     learned: bool = False
+    carry: bool = False
 
     @property
     def has_schedule(self) -> bool:
@@ -260,6 +263,7 @@ for _method in (
         description="bipartite soft matching (ToMe), to compare with (not in the paper)",
         style={"color": "#8C6D1F", "marker": "<", "linestyle": "-."},
         family="step",
+        carry=True,
     ),
     Method(
         "pitome",
@@ -269,6 +273,7 @@ for _method in (
         description="matching of tokens of high energy (PiToMe), to compare with (not in the paper)",
         style={"color": "#AA4499", "marker": ">", "linestyle": "-."},
         family="step",
+        carry=True,
     ),
     Method(
         "evit",
@@ -287,6 +292,7 @@ for _method in (
         description="agglomerative clustering of attention keys (ATC), to compare with (not in the paper)",
         style={"color": "#117733", "marker": "H", "linestyle": "-."},
         family="stages",
+        carry=True,
     ),
     Method(
         "dpc_knn",
@@ -305,6 +311,7 @@ for _method in (
         description="bipartite matching in both directions by similarity, attention and size (MCTF; not in the paper)",
         style={"color": "#AA3377", "marker": "1", "linestyle": "-."},
         family="step",
+        carry=True,
     ),
     Method(
         "tofu",
@@ -330,6 +337,7 @@ for _method in (
         label="DiffRate (extension)",
         description="tokens pruned by class attention, others merged, by separate counts (DiffRate; not in the paper)",
         style={"color": "#228833", "marker": "4", "linestyle": "-."},
+        carry=True,
     ),
     Method(
         "hvt",
