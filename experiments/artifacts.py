@@ -13,7 +13,7 @@ from experiments import needed
 from experiments.data_sets import data_set
 from experiments.extras import off_the_shelf
 from experiments.run import Run
-from experiments.show import claims, curves, illustrations, tables
+from experiments.show import claims, curves, illustrations, rivals, tables
 from experiments.stages import dropping, merging
 from experiments.study import Study
 from tokenpool.downsampling import studied
@@ -104,6 +104,13 @@ _ALL = (
         off_the_shelf.runs,
     ),
     Artifact(
+        "table",
+        "rivals",
+        "Methods of other papers, fine-tuned",
+        tables.each(rivals.sections),
+        needed.trained(needed.rivals),
+    ),
+    Artifact(
         "figure",
         "1b",
         "Token Pooling with the best width at each cost, against DeiT",
@@ -130,7 +137,9 @@ _ALL = (
         "3b",
         "Best trade-offs, against other methods",
         curves.of(curves.own_3b, curves.printed_3b),
-        needed.trained(lambda study: needed.whole_family(study, ("power_bert", "wkmedoids"))),
+        needed.trained(
+            lambda study: needed.best_and_rivals(study, ("power_bert", "wkmedoids"), tuple(curves.OWN_OTHERS))
+        ),
     ),
     Artifact(
         "figure",
@@ -294,7 +303,6 @@ def everything(study: Study) -> list[Run]:
     if not study.full:
         return needed.protocol_runs(study)
     runs = needed.protocol_runs(study) if study.preset.trains else []
-    runs += study.rivals() if study.preset.trains else []
     runs += [run for artifact in ARTIFACTS.values() for run in artifact.runs(study)]
     order = {"base": 0, "finetune": 1}
     unique = {run.name: run for run in runs}.values()

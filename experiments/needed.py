@@ -30,19 +30,37 @@ def beside_others(study: Study, methods: Sequence[str]) -> list[Run]:
     return main(study, methods, study.extra_seeds)
 
 
-def family(study: Study, methods: Sequence[str], names: Sequence[str] | None = None) -> list[Run]:
+def family(
+    study: Study, methods: Sequence[str], names: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[Run]:
     """Methods on the other models of the family that the paper downsamples, all but the smallest."""
     runs = []
+    seeds = study.extra_seeds if seeds is None else seeds
     for name, variant in study.preset.family.items():
         if names is None or name in names:
-            runs += study.plain(study.extra_seeds, variant)
-            runs += study.finetunes(methods, study.extra_seeds, variant) if name != "deit_tiny" else []
+            runs += study.plain(seeds, variant)
+            runs += study.finetunes(methods, seeds, variant) if name != "deit_tiny" else []
     return runs
 
 
 def whole_family(study: Study, methods: Sequence[str]) -> list[Run]:
     """Methods on the main model and on the other models of the family."""
     return [*beside_others(study, methods), *family(study, methods)]
+
+
+def rivals(study: Study) -> list[Run]:
+    """Methods of other papers, and the paper's methods with the same seeds; none where the preset has no rivals."""
+    found = study.rivals()
+    return [*main(study, studied(), study.preset.rival_seeds), *found] if found else []
+
+
+def best_and_rivals(study: Study, methods: Sequence[str], others: Sequence[str]) -> list[Run]:
+    """Methods on all models, and others if they are rivals in the study. All points of a figure have the same seeds."""
+    found = study.rivals(others)
+    if not found:
+        return whole_family(study, methods)
+    seeds = study.preset.rival_seeds
+    return [*main(study, methods, seeds), *family(study, methods, seeds=seeds), *found]
 
 
 def convolutions(study: Study) -> list[Run]:

@@ -200,6 +200,26 @@ def test_every_parameter_learns_and_the_teacher_does_not(small, photos) -> None:
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_many_blocks_drop_a_token_once() -> None:
+    """Its size stays the least weight, and gradients stay finite, where the product of ten masks would be zero."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=24, depth=11, num_heads=2, num_classes=5)
+    model = tokenpool.patch(model, "dynamicvit", [15, 14, 13, 12, 10, 8, 6, 4, 3, 2, 1]).train()
+    images, drawn = torch.randn(8, 3, 64, 64), []
+    draw = torch.nn.functional.gumbel_softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.functional.gumbel_softmax", lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+        with dynamic_selection.recorded(model) as decisions:
+            logits = model(images)
+    assert len(decisions) == len(drawn) == 11
+    expected = torch.ones(8, 16)
+    for (kept, _), choice in zip(decisions, drawn, strict=True):
+        expected = expected * choice[:, :, 0]  # section 3.2: a token once dropped stays dropped
+        torch.testing.assert_close(kept, expected.clamp(min=1e-6), rtol=1e-4, atol=0)
+    (logits.square().mean() + dynamic_selection.ratio_loss(decisions)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_the_ratio_loss_teaches_the_schedule(small, photos) -> None:
     model = tokenpool.patch(small, "dynamicvit", [36, 30, 9, 9]).train()
     parameters = [each for layer in dynamic_selection.layers(model) for each in layer.parameters()]

@@ -19,7 +19,7 @@ from experiments.study import Study
 
 
 def table(
-    name: Annotated[str, typer.Argument(help="claims, 1 to 5, off_the_shelf, or all.")],
+    name: Annotated[str, typer.Argument(help="claims, 1 to 5, off_the_shelf, rivals, or all.")],
     preset: Annotated[
         str | None, typer.Option(help=PRESETS + " Default: digits; for claims all that have results.")
     ] = None,

@@ -34,6 +34,7 @@ _OTHERS = {
     "ToMe": {"color": "#56B4E9", "marker": "X", "markersize": 8},
     "ConViT": {"color": "#666666", "marker": "P", "markersize": 8},
 }
+OWN_OTHERS = {"dynamicvit": "DynamicViT", "hvt": "HVT"}  # the ones of them that Figure 3b has from own runs, too
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,13 @@ def own_3a(study: Study, table: pd.DataFrame) -> list[Panel]:
 
 
 def own_3b(study: Study, table: pd.DataFrame) -> list[Panel]:
-    """The family of plain models, and the best of two methods over it."""
+    """The family of plain models, the best of two methods over it, and other papers' methods if the study has them."""
     fronts = [_family_front(table, method) for method in ("power_bert", "wkmedoids")]
-    return [_panel(study, table, [_family(study, table), *fronts])]
+    others = [
+        Series(table[table["downsampler"] == method], {"label": name} | _OTHERS[name])
+        for method, name in OWN_OTHERS.items()
+    ]
+    return [_panel(study, table, [_family(study, table), *fronts, *others])]
 
 
 def own_4(study: Study, table: pd.DataFrame) -> list[Panel]:
