@@ -16,6 +16,7 @@ from tokenpool.clustering import LINKAGES, agglomerate, agglomeration
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 10_000)
+BY_PAIRS = ("average", "complete", "single")  # linkages that follow from the distances between two clusters' tokens
 
 
 def random_distances(seed: int, batch: int, n: int) -> Tensor:
@@ -61,7 +62,7 @@ def assert_same_clusters(found: Tensor, expected: list[np.ndarray]) -> None:
 
 
 @SOME
-@given(seed=SEEDS, n=st.integers(2, 25), share=st.floats(0, 1), linkage=st.sampled_from(LINKAGES))
+@given(seed=SEEDS, n=st.integers(2, 25), share=st.floats(0, 1), linkage=st.sampled_from(BY_PAIRS))
 def test_clusters_are_scikit_learns(seed: int, n: int, share: float, linkage: str) -> None:
     k = 1 + round(share * (n - 1))
     distance = random_distances(seed, 3, n)
@@ -69,7 +70,36 @@ def test_clusters_are_scikit_learns(seed: int, n: int, share: float, linkage: st
 
 
 @SOME
-@given(seed=SEEDS, n=st.integers(4, 25), linkage=st.sampled_from(LINKAGES))
+@given(seed=SEEDS, n=st.integers(2, 25), share=st.floats(0, 1), linkage=st.sampled_from(("ward", "average")))
+def test_a_token_of_weight_two_is_two_tokens_for_scikit_learn(seed: int, n: int, share: float, linkage: str) -> None:
+    generator, k = torch.Generator().manual_seed(seed), 1 + round(share * (n - 1))
+    points = torch.randn(3, n, 4, generator=generator, dtype=torch.float64)
+    weights = torch.randint(1, 4, (3, n), generator=generator)
+    distance = torch.cdist(points, points) ** 2
+    found = agglomerate(distance, k, linkage, 0.3 * weights)  # only the ratios of weights matter
+    for image in range(3):
+        tokens = np.repeat(np.arange(n), weights[image])
+        given_to = points[image][tokens] if linkage == "ward" else distance[image][tokens][:, tokens]
+        metric = "euclidean" if linkage == "ward" else "precomputed"
+        labels = AgglomerativeClustering(k, metric=metric, linkage=linkage).fit(given_to.numpy()).labels_
+        assert_same_clusters(found[image : image + 1, tokens], [labels])
+    if (weights == weights[:, :1]).all():
+        assert torch.equal(found, agglomerate(distance, k, linkage))
+
+
+def test_weights_without_use_do_not_spoil_the_merges() -> None:
+    """Tokens of weight zero are merged first, and the others as without them."""
+    points = torch.randn(2, 12, 3, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) * (torch.arange(12) % 3 > 0)
+    distance = torch.cdist(points, points) ** 2
+    found = agglomerate(distance, 5, "ward", weights)
+    heavy = torch.arange(12) % 3 > 0
+    alone = agglomerate(distance[:, heavy][:, :, heavy], 5, "ward", weights[:, heavy])
+    assert_same_clusters(found[:, heavy], list(alone.numpy()))
+
+
+@SOME
+@given(seed=SEEDS, n=st.integers(4, 25), linkage=st.sampled_from(BY_PAIRS))
 def test_ties_that_leave_the_clusters_unique(seed: int, n: int, linkage: str) -> None:
     """K is the number of branches of a level of the tree. Equal distances decide only the order of merges."""
     distance = leaves(seed, 1, n)
@@ -125,7 +155,7 @@ def test_the_input_stays_and_clusters_have_the_order_of_their_first_tokens() -> 
 @pytest.mark.parametrize(
     "shape, k, linkage, message",
     [
-        ((1, 4, 4), 2, "ward", "linkage = 'ward' must be one of 'average', 'complete', 'single'"),
+        ((1, 4, 4), 2, "median", "linkage = 'median' must be one of 'average', 'complete', 'single', 'ward'"),
         ((1, 4, 3), 2, "single", r"distance must have shape \(B, N, N\), got \(1, 4, 3\)"),
         ((4, 4), 2, "single", r"distance must have shape \(B, N, N\), got \(4, 4\)"),
         ((1, 4, 4), 0, "single", r"k = 0 must be a whole number in 1\.\.4"),

@@ -1,8 +1,8 @@
 """Downsampling methods, with one interface and one registry.
 
-`contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper,
-and the other files methods to compare with. `registry.py` gives each method its name, label, plot style and role in the
-studies.
+`contract.py` defines the interface. `selection.py`, `pooling.py` and `convolution.py` contain the methods of the paper;
+`ward.py` and `pooling.KeyMedoids` methods for models that are not fine-tuned; the other files methods to compare with.
+`registry.py` gives each method its name, label, plot style and role in the studies.
 """
 
 from tokenpool.downsampling.atc import ATC
@@ -30,6 +30,7 @@ from tokenpool.downsampling.registry import (
     with_schedule,
 )
 from tokenpool.downsampling.selection import Importance, Noise, PowerBert, Random, Selection
+from tokenpool.downsampling.ward import WardPooling
 
 __all__ = [
     "ATC",
@@ -66,6 +67,7 @@ __all__ = [
     "TokenPooling",
     "WKMeans",
     "WKMedoids",
+    "WardPooling",
     "find",
     "register",
     "studied",

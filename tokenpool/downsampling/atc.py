@@ -6,6 +6,8 @@ from torch import Tensor
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler
 
+LINKAGES = ("average", "complete", "single")
+
 
 class ATC(Downsampler):
     """Agglomerative Token Clustering (Haurum et al. 2024): merge the two nearest clusters until K remain.
@@ -37,8 +39,8 @@ class ATC(Downsampler):
 
     def __init__(self, keep: int, linkage: str = "average") -> None:
         super().__init__(keep)
-        if linkage not in clustering.LINKAGES:
-            raise ValueError(f"linkage = {linkage!r} must be one of {', '.join(map(repr, clustering.LINKAGES))}")
+        if linkage not in LINKAGES:
+            raise ValueError(f"linkage = {linkage!r} must be one of {', '.join(map(repr, LINKAGES))}")
         self.linkage = linkage
 
     def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:

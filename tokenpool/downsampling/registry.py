@@ -19,6 +19,7 @@ from tokenpool.downsampling.mutual import MutualPairs
 from tokenpool.downsampling.pitome import PiToMe
 from tokenpool.downsampling.pooling import KeyMedoids, KMeans, KMedoids, WKMeans, WKMedoids
 from tokenpool.downsampling.selection import Importance, PowerBert, Random
+from tokenpool.downsampling.ward import WardPooling
 
 T = TypeVar("T")
 _WITHOUT_SCHEDULE = ("plain", "convolution")
@@ -254,6 +255,14 @@ for _method in (
         label="KeyMedoids (extension)",
         description="WK-Medoids on attention keys, for models that are not fine-tuned (not in the paper)",
         style={"color": "#4B3B8F", "marker": "X"},
+    ),
+    Method(
+        "ward",
+        WardPooling,
+        kind="clustering",
+        label="Ward pooling (extension)",
+        description="agglomerative clustering by objective (13), for models that are not fine-tuned (not in the paper)",
+        style={"color": "#B22222", "marker": "D", "linestyle": "-."},
     ),
     Method(
         "tome",
