@@ -12,7 +12,7 @@ As in the paper, fine-tuning has as many epochs as the base model. All runs have
 fine-tuning, random initial centres, convolutions and methods of other papers. The study runs one seed after another and
 can be stopped at any time.
 
-The study fine-tunes methods of other papers, too: EViT, ATC, ToMe, MCTF, DynamicViT and KeyMedoids with the same
+The study fine-tunes other methods, too: EViT, ATC, ToMe, MCTF, DynamicViT, KeyMedoids and Ward pooling with the same
 schedules, and HVT at three placements. They have seed 2 only, because only its base model's weights are kept; with the
 weights of seed 0, `rival_seeds=(0, 2)` adds that seed. All have the recipe of the paper's methods. Sizes are carried as
 in their own papers: for ATC, ToMe and MCTF. DynamicViT has its published weights of the ratio loss (2) and of each
@@ -65,7 +65,7 @@ PRESET = Preset(
     full_seeds=(0, 1, 2),
     # Single convolutions over the whole depth, and a few of the 96 pairs and triples that appendix D allows.
     placements=((1,), (3,), (5,), (7,), (9,), (11,), (1, 5), (3, 7), (5, 9), (1, 4, 7), (3, 6, 9)),
-    rivals=("evit", "atc", "tome", "mctf", "dynamicvit", "key_medoids", "hvt"),
+    rivals=("evit", "atc", "tome", "mctf", "dynamicvit", "key_medoids", "ward", "hvt"),
     # Of HVT. These cost 0.27, 0.17 and 0.09 GMACs, as much as the schedules do.
     rival_placements=((5,), (2, 5), (0, 2, 4)),
     rival_seeds=(2,),
