@@ -38,7 +38,7 @@ class Record(Checkpoint):
         self.processes = self.restarts = 0
         self._mark, self._validated = time.perf_counter(), False
         if torch.cuda.is_available():
-            torch.cuda.resetpeak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
 
     @property
     def seconds(self) -> float:
