@@ -76,11 +76,7 @@ def by_method(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _compared(found: pd.DataFrame, chosen: Mapping[str, Any], method: str) -> dict[str, float]:
-    return {
-        f"{at}_{end}": value
-        for at in _BOTH
-        for end, value in _difference(found, chosen, method, at).items()
-    }
+    return {f"{at}_{end}": value for at in _BOTH for end, value in _difference(found, chosen, method, at).items()}
 
 
 def _difference(found: pd.DataFrame, chosen: Mapping[str, Any], method: str, at: At) -> dict[str, float]:
