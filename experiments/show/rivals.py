@@ -13,6 +13,7 @@ from tokenpool.analysis import comparison, plotting
 
 REFERENCE = "wkmedoids"
 At = Literal["schedule", "cost"]
+_BOTH: tuple[At, ...] = ("schedule", "cost")
 _ENDS = ("difference", "low", "high", "pairs")
 _NOTE = (
     "Difference: top-1 minus WK-Medoids', in percentage points, paired by image and seed, with its 95 % interval over "
@@ -71,15 +72,11 @@ def by_method(found: pd.DataFrame) -> pd.DataFrame:
     """
     names = [name for name in found["downsampler"].drop_duplicates() if name not in ("none", REFERENCE)]
     rows = [{"downsampler": name} | _compared(found, {"downsampler": name}, name) for name in names]
-    return pd.DataFrame(rows, columns=["downsampler", *(f"{at}_{end}" for at in ("schedule", "cost") for end in _ENDS)])
+    return pd.DataFrame(rows, columns=["downsampler", *(f"{at}_{end}" for at in _BOTH for end in _ENDS)])
 
 
 def _compared(found: pd.DataFrame, chosen: Mapping[str, Any], method: str) -> dict[str, float]:
-    return {
-        f"{at}_{end}": value
-        for at in ("schedule", "cost")
-        for end, value in _difference(found, chosen, method, at).items()  # type: ignore[arg-type]
-    }
+    return {f"{at}_{end}": value for at in _BOTH for end, value in _difference(found, chosen, method, at).items()}
 
 
 def _difference(found: pd.DataFrame, chosen: Mapping[str, Any], method: str, at: At) -> dict[str, float]:
@@ -95,7 +92,7 @@ def _difference(found: pd.DataFrame, chosen: Mapping[str, Any], method: str, at:
 
 def _shown_methods(rows: pd.DataFrame) -> pd.DataFrame:
     text = pd.DataFrame({"method": [_label(name) for name in rows["downsampler"]]})
-    for at in ("schedule", "cost"):
+    for at in _BOTH:
         text[f"difference, same {at}"] = _intervals(rows, at)
         text[f"runs at the same {at}"] = ["-" if pd.isna(n) else str(int(n)) for n in rows[f"{at}_pairs"]]
     return text

@@ -21,8 +21,9 @@ class ATC(Downsampler):
 
     A cluster becomes the mean of its tokens, weighted by size. The sizes do not change the distances: a token of an
     earlier merge counts as one token, as in the published code, which calls scikit-learn. Ties are broken as in
-    `clustering.agglomeration`. Proportional attention (`carry`) is an option of the published code. The loop over
-    merges has N - K steps. A compiled or exported model contains each step, so it is large if many tokens are merged.
+    `clustering.agglomeration`. Proportional attention (`carry`) is an option of the published code, and part of
+    its command for training. The loop over merges has N - K steps. A compiled or exported model contains each step, so
+    it is large if many tokens are merged.
 
     Args:
         keep: maximum number of clusters.
