@@ -14,7 +14,7 @@ from experiments.run import Run
 from tokenpool.training.sampling import length
 
 STAGE = "calibration"
-MOST_IMAGES = 500  # of a calibration
+MOST_IMAGES = 300  # of a calibration
 
 
 def measure_calibration(model: nn.Module, data: LightningDataModule, run: Run, folder: Path) -> dict[str, Any]:

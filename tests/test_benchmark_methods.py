@@ -139,7 +139,7 @@ def test_a_method_that_the_model_cannot_have_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = ("--method", "tome")
-    done = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate"))
+    done = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate", "all"))
     assert done.returncode == 0, done.stderr
     found = {path.stem: results.read(path) for path in sorted(tmp_path.glob("agreement-*.json"))}
     calibrated = {name: found.pop(name) for name in list(found) if "calibrated" in name}
@@ -188,7 +188,7 @@ def test_from_images_to_the_table(in_process, sources, tmp_path: Path, monkeypat
         raise AssertionError("a finished run is made again")
 
     monkeypatch.setattr(pool, "Runner", refuse)
-    again = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate"))
+    again = in_process(*command(sources, tmp_path, *SHARES, *methods, "--time", "--calibrate", "all"))
     assert again.returncode == 0, again.stderr
     assert again.stdout[again.stdout.index("**") :] == done.stdout[done.stdout.index("**") :]
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
@@ -222,6 +222,7 @@ def assert_calibrated(
         (["--method", "dynamicvit"], "method 'dynamicvit' needs training or has no schedule; choose from random, "),
         (["--method", "tomee"], "method 'tomee' is unknown; choose from random"),
         (["--baseline", "none"], "method 'none' needs training or has no schedule"),
+        (["--calibrate", "tomee"], "method 'tomee' is unknown; choose from random"),
         (["--share", "1.2"], "--share 1.2 must be above 0 and below 1"),
         (["--gmacs", "7"], "--gmacs 7 must be above 0 and below the plain model's 0.0"),
         (["--gmacs", "7", "--share", "0.5"], "--share and --gmacs are two ways"),

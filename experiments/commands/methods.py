@@ -32,9 +32,11 @@ def benchmark_methods(
     ] = None,
     baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "key_medoids",
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="Calibrate a schedule for each method and budget, too: minutes for each."),
-    ] = False,
+        list[str] | None,
+        typer.Option(
+            help="Calibrate a schedule of this method for each budget: minutes each. Repeatable, or all."
+        ),
+    ] = None,
     time: Annotated[bool, typer.Option("--time", help="Time the chosen schedules against the plain model.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
     jobs: Jobs = 0,
@@ -54,6 +56,7 @@ def benchmark_methods(
     if share and gmacs:
         raise ValueError("--share and --gmacs are two ways to give budgets: give one of them")
     methods = _methods(method, baseline)
+    searched = methods if calibrate == ["all"] else _known(calibrate or [])
     name_sources(data, weights)
     study = benchmark.study_of(model, named_values(model_option), gmacs or share or benchmark.SHARES, not gmacs, output)
     planned = benchmark.plan(study, methods, limit)
@@ -65,10 +68,9 @@ def benchmark_methods(
     with pool.exclusive(output):
         pool.make(study, planned.runs, processes)
         confirming = benchmark.confirmations(planned.runs, study.points(planned.runs))
-        if calibrate:
-            searches = benchmark.calibrations(planned.runs)
-            pool.make(replace(study), searches, processes)
-            confirming += benchmark.calibrated(searches, study.points(searches))
+        searches = benchmark.calibrations([run for run in planned.runs if run.downsampler in searched])
+        pool.make(replace(study), searches, processes)
+        confirming += benchmark.calibrated(searches, study.points(searches))
         runs = [benchmark.plain_run(study, limit), *confirming, *(benchmark.timings(confirming) if time else [])]
         pool.make(replace(study), runs, processes)  # a new study estimates times from the runs above
         points = study.points(runs)
@@ -81,9 +83,14 @@ def benchmark_methods(
 
 def _methods(given: list[str] | None, baseline: str) -> list[str]:
     """The methods to compare, the baseline among them, in the order of the registry."""
+    wanted = _known([*(given or []), baseline])
+    return [name for name in benchmark.candidates() if not given or name in wanted]
+
+
+def _known(names: list[str]) -> list[str]:
     known = benchmark.candidates()
-    for name in [*(given or []), baseline]:
+    for name in names:
         if name not in known:
             reason = "needs training or has no schedule" if name in METHODS else "is unknown"
             raise ValueError(f"method {name!r} {reason}; choose from {', '.join(known)}")
-    return [name for name in known if not given or name in (*given, baseline)]
+    return names
