@@ -51,7 +51,7 @@ def whole_family(study: Study, methods: Sequence[str]) -> list[Run]:
 def rivals(study: Study) -> list[Run]:
     """Methods of other papers, and the paper's methods with the same seeds; none where the preset has no rivals."""
     found = study.rivals()
-    return [*main(study, studied(), study.preset.rival_seeds), *found] if found else []
+    return [*main(study, studied(), study.added_seeds), *found] if found else []
 
 
 def best_and_rivals(study: Study, methods: Sequence[str], others: Sequence[str]) -> list[Run]:
@@ -59,7 +59,7 @@ def best_and_rivals(study: Study, methods: Sequence[str], others: Sequence[str])
     found = study.rivals(others)
     if not found:
         return whole_family(study, methods)
-    seeds = study.preset.rival_seeds
+    seeds = study.added_seeds
     return [*main(study, methods, seeds), *family(study, methods, seeds=seeds), *found]
 
 

@@ -70,6 +70,11 @@ class Stages:
         return self.preset.extra_seeds if self.full else self.preset.seeds
 
     @property
+    def added_seeds(self) -> tuple[int, ...]:
+        """Seeds of rivals, carried sizes, convergence and time."""
+        return self.preset.added_seeds if self.full else self.preset.seeds
+
+    @property
     def placements(self) -> Sequence[tuple[int, ...]]:
         """Blocks at which convolutions are put, one to three at a time."""
         chosen = self.preset.placements
@@ -139,7 +144,7 @@ class Stages:
             methods: only these of the preset's rivals. None for all.
         """
         chosen = [name for name in self.preset.rivals if methods is None or name in methods] if self.full else []
-        seeds = self.preset.rival_seeds
+        seeds = self.added_seeds
         runs = self.finetunes([name for name in chosen if REGISTRY[name].has_schedule], seeds)
         for name in chosen:
             if not REGISTRY[name].has_schedule:
@@ -190,7 +195,7 @@ class Stages:
 
     def timings(self, methods: Sequence[str]) -> list[Run]:
         """Throughput of each method with every schedule."""
-        main, common = self.preset.main, self.on_base(self.seeds[0])
+        main, common = self.preset.main, self.on_base(self.added_seeds[0])
         runs = []
         for method in methods:
             for level in self.levels if method != "none" else [None]:
@@ -218,7 +223,7 @@ class Stages:
                 downsampler=method,
                 carry=carry,
             )
-            for seed in self.extra_seeds
+            for seed in self.added_seeds
             for method in ("kmedoids", "wkmedoids")
             for level in self.levels
         ]
@@ -234,7 +239,7 @@ class Stages:
                 downsampler="wkmedoids",
                 carry=True,
             )
-            for seed in self.extra_seeds
+            for seed in self.added_seeds
             for level in self.levels
         ]
 

@@ -211,7 +211,7 @@ def test_a_copy_of_every_preset_under_a_name_of_its_own_is_taken(name: str, tmp_
         ({"rivals": ("wkmedoids",)}, "rivals has 'wkmedoids'"),
         ({"rivals": ("hvt",)}, r"rival_placements = \(\), but the rivals without a schedule are hvt"),
         ({"rival_placements": ((1,),)}, "rival_placements = .* but the rivals without a schedule are none"),
-        ({"rival_seeds": ()}, "rival_seeds = .* one or more"),
+        ({"added_seeds": ()}, "added_seeds = .* one or more"),
         ({"depth": 5}, "depth = 5 and grid = 8, but deit_digits_patch2_16 has 6 blocks and 8 tokens along a side"),
         ({"grid": 14}, "depth = 6 and grid = 14, but"),
         ({"model_options": {"depths": 6}}, "timm cannot create deit_digits_patch2_16 with .*depths"),

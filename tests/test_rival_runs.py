@@ -120,7 +120,7 @@ def test_the_table_tells_what_is_missing(study: Study) -> None:
     assert "EViT" not in schedules.notes[2] and "MCTF 5 of 5" in schedules.notes[2]
     assert schedules.shown["schedule"].tolist()[5:] == ["after block 6", "after block 3, 6", "after block 1, 3, 5"]
 
-    both = dataclasses.replace(study.preset, rival_seeds=(0, 2))
+    both = dataclasses.replace(study.preset, added_seeds=(0, 2))
     study = Study(both, study.folder)
     found = finished(of(needed.rivals(study), "evit", "hvt", "wkmedoids"))
     methods, schedules = rivals.sections(study, found)

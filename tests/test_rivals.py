@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tokenpool
 from tokenpool import clustering, flops, hosts
 from tokenpool.downsampling import ATC, DPCKNN, EViT, PiToMe
+from tokenpool.downsampling.atc import LINKAGES
 
 METHODS = {"evit": EViT, "atc": ATC, "dpc_knn": DPCKNN, "pitome": PiToMe}
 KEEP = [30, 17, 5, 2]
@@ -123,7 +124,7 @@ def agglomerated_groups(keep: int, linkage: str, keys: np.ndarray, **unused: Any
 
 
 @SOME
-@given(seed=SEEDS, n=st.integers(2, 12), keep=st.integers(1, 11), linkage=st.sampled_from(clustering.LINKAGES))
+@given(seed=SEEDS, n=st.integers(2, 12), keep=st.integers(1, 11), linkage=st.sampled_from(LINKAGES))
 def test_atc_is_the_loop(seed: int, n: int, keep: int, linkage: str) -> None:
     keep = min(keep, n - 1)
     check(ATC(keep, linkage), inputs(seed, n), lambda **arrays: agglomerated_groups(keep, linkage, **arrays), "sizes")

@@ -69,7 +69,8 @@ def benchmark_methods(
         pool.make(study, planned.runs, processes)
         confirming = benchmark.confirmations(planned.runs, study.points(planned.runs))
         searches = benchmark.calibrations([run for run in planned.runs if run.downsampler in searched])
-        pool.make(replace(study), searches, processes)
+        if searches:
+            pool.make(replace(study), searches, processes)
         confirming += benchmark.calibrated(searches, study.points(searches))
         runs = [benchmark.plain_run(study, limit), *confirming, *(benchmark.timings(confirming) if time else [])]
         pool.make(replace(study), runs, processes)  # a new study estimates times from the runs above

@@ -79,7 +79,8 @@ class Preset:
         rivals: methods of other papers that the full study fine-tunes to compare with: with every schedule, and methods
             without a schedule at `rival_placements`.
         rival_placements: blocks of each model of a rival without a schedule.
-        rival_seeds: seeds of the full study for rivals and for the methods that stand beside them.
+        added_seeds: seeds of the full study for rivals and the methods beside them, for WK-Medoids with carried sizes,
+            and for measurements of convergence and time.
         depth: number of blocks.
         model_options: further arguments of the timm model.
         trainer_options: arguments of Lightning's Trainer, such as the precision.
@@ -119,7 +120,7 @@ class Preset:
     placements: tuple[tuple[int, ...], ...] | None = None
     rivals: tuple[str, ...] = ()
     rival_placements: tuple[tuple[int, ...], ...] = ()
-    rival_seeds: tuple[int, ...] = (0,)
+    added_seeds: tuple[int, ...] = (0,)
     model_options: dict[str, Any] = field(default_factory=dict)
     trainer_options: dict[str, Any] = field(default_factory=dict)
     epoch_seconds: float = 0.0

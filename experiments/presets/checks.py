@@ -71,7 +71,7 @@ def _wrong_lists(preset: Any) -> Iterator[str]:
     for name in ("penalties", "full_penalties"):  # with the digits that file names have
         yield from _repeated(name, [f"{value:g}" for value in getattr(preset, name)])
     yield from _repeated("budgets", [f"{value:g}" for value in preset.budgets])
-    for name in ("seeds", "full_seeds", "extra_seeds", "rival_seeds"):
+    for name in ("seeds", "full_seeds", "extra_seeds", "added_seeds"):
         values = getattr(preset, name)
         yield from _repeated(name, values)
         if not values or any(not isinstance(seed, int) or seed < 0 for seed in values):

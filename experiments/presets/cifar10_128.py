@@ -14,7 +14,7 @@ can be stopped at any time.
 
 The study fine-tunes other methods, too: EViT, ATC, ToMe, MCTF, DynamicViT, KeyMedoids and Ward pooling with the same
 schedules, and HVT at three placements. They have seed 2 only, because only its base model's weights are kept; with the
-weights of seed 0, `rival_seeds=(0, 2)` adds that seed. All have the recipe of the paper's methods. Sizes are carried as
+weights of seed 0, `added_seeds=(0, 2)` adds that seed. All have the recipe of the paper's methods. Sizes are carried as
 in their own papers: for ATC, ToMe and MCTF. DynamicViT has its published weights of the ratio loss (2) and of each
 distillation loss (0.5), but other settings than published: a predictor in each block that removes tokens instead of
 three, 2 epochs instead of 30, one learning rate for predictors and backbone, and no epochs with a frozen backbone. HVT
@@ -68,7 +68,7 @@ PRESET = Preset(
     rivals=("evit", "atc", "tome", "mctf", "dynamicvit", "key_medoids", "ward", "hvt"),
     # Of HVT. These cost 0.27, 0.17 and 0.09 GMACs, as much as the schedules do.
     rival_placements=((5,), (2, 5), (0, 2, 4)),
-    rival_seeds=(2,),
+    added_seeds=(2,),
     stands_for="deit_tiny",
     main=Variant("", "DeiT-Ti"),
     model_options={"num_classes": 10, "img_size": 128},

@@ -122,7 +122,10 @@ def pairs(frame: pd.DataFrame, a: Choice, b: Choice, at: str) -> list[Pair]:
 
 
 def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
-    """Select runs, indexed by seed and level. With `unique`, two runs with the same seed and level are an error."""
+    """Select runs, indexed by seed and level. Two runs with the same seed and level are an error.
+
+    Without `unique`, runs without a level may share a seed: they are points of one curve, such as convolutions.
+    """
     values = {"downsampler": choice, "stage": "finetune"} if isinstance(choice, str) else dict(choice)
     unknown = [name for name in values if name not in frame]
     if unknown:
@@ -134,9 +137,9 @@ def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
         raise ValueError(f"no run has {', '.join(f'{name} {value!r}' for name, value in values.items())}")
     level = chosen["level"].fillna(-1) if "level" in chosen else -1  # the plain model has none
     chosen = chosen.assign(level=level).set_index(["seed", "level"], drop=False)
-    twice = chosen[chosen.index.duplicated(keep=False)]
-    if unique and len(twice):
-        first, second = twice["run"].iloc[:2]
+    twice = chosen[chosen.index.duplicated(keep=False) & (unique | (chosen["level"] >= 0))]
+    if len(twice):
+        first, second = twice["run"][twice.index == twice.index[0]].iloc[:2]
         raise ValueError(f"{choice!r} selects both {first} and {second}: select by more columns")
     return chosen
 
