@@ -205,3 +205,16 @@ def test_the_table_of_photographs_is_the_runs() -> None:
             metrics = results.read(ROOT / f"results/pretrained/evaluate-{label}-level{level}-seed0.json")["metrics"]
             cells.append(f"{metrics['top1']:.1f} ± {metrics['top1_error']:.1f}")
         assert f"\n| {title} | {' | '.join(cells)} |\n" in PAGES["results.md"]
+
+
+def test_the_counted_costs_beside_the_published_ones() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| DeiT-(\w+) \| `(.+?)` \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", PAGES["methods.md"], re.MULTILINE
+    )
+    assert len(rows) == 9
+    for method, size, setting, backbone, total in rows:
+        model = {"S": "deit_small_patch16_224", "Ti": "deit_tiny_patch16_224"}[size]
+        names, _, value = setting.rpartition("=")
+        options = dict.fromkeys(names.split("="), ast.literal_eval(value))
+        count = tokenpool.flops.count(tokenpool.create_model(model, method, **options))
+        assert (f"{count.backbone_gmacs:.3f}", f"{count.gmacs:.3f}") == (backbone, total), setting
