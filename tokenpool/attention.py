@@ -1,5 +1,6 @@
 """Attention that also returns significance scores, weighs keys by size, and can normalise queries and keys."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -144,10 +145,10 @@ class ScoredAttention(nn.Module):
             out = out.transpose(1, 2).flatten(2)
         elif asked.scores and not fits:
             heads, rows = self._micro_batch(x)
-            parts = zip(q.split(heads, 1), k.split(heads, 1), v.split(heads, 1), strict=True)
+            parts = zip(_split(q, heads, 1), _split(k, heads, 1), _split(v, heads, 1), strict=True)
             outs, received = zip(*(self._attend(*part, bias, scale, rows) for part in parts), strict=True)
             out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
-            scores = torch.stack(received).sum(dim=0)
+            scores = torch.stack(received).sum(dim=0) if len(received) > 1 else received[0]
         else:
             scores = gpu.received(q, k, bias, scale) if asked.scores else None
             mask = None if bias is None else bias[:, None, None, :]
@@ -215,12 +216,19 @@ class ScoredAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return output (B, N, h d) and received attention (B, N) of h heads, computed for `rows` queries at a time."""
         outs: list[Tensor] = []
-        received: Any = 0
-        for some in (q * scale).split(rows, dim=2):
+        received: Tensor | None = None
+        for some in _split(q * scale, rows, 2):
             logits = some @ k.mT  # (B, h, rows, N)
             attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
             precise = torch.promote_types(attention.dtype, torch.float32)
-            received = received + attention.detach().sum(dim=(1, 2), dtype=precise)
+            part = attention.detach().sum(dim=(1, 2), dtype=precise)
+            received = part if received is None else received + part
             outs.append(F.dropout(attention, self.dropout, self.training).to(v.dtype) @ v)  # (B, h, rows, d)
         out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+        assert received is not None
         return out.transpose(1, 2).flatten(2), received
+
+
+def _split(values: Tensor, size: int, dim: int) -> Sequence[Tensor]:
+    """Split a tensor into parts of `size`. A graph contains nothing of a single part."""
+    return [values] if size >= values.shape[dim] else values.split(size, dim)

@@ -215,20 +215,22 @@ class PooledBlock(nn.Module):
         def of_patches(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[:, prefix:]
 
-        hints = {"sizes": of_patches(sizes)} if downsampler.uses_sizes else {}
+        before, after = tokens[:, :prefix], tokens[:, prefix:]
+        own_sizes = of_patches(sizes)
+        hints = {"sizes": own_sizes} if downsampler.uses_sizes else {}
         hints |= {"keys": of_patches(attended.keys)} if asked.keys else {}
         hints |= {"class_attention": of_patches(attended.class_attention)} if asked.class_attention else {}
-        found = downsampler(tokens[:, prefix:], of_patches(attended.scores), **hints)
+        found = downsampler(after, of_patches(attended.scores), **hints)
         kept, assignment = found[:2]
-        if sizes is not None:
-            merged = merged_sizes(sizes[:, prefix:], assignment, kept.shape[1])
+        if sizes is not None and own_sizes is not None:
+            merged = merged_sizes(own_sizes, assignment, kept.shape[1])
             merged = merged * found.mask if isinstance(found, Masked) else merged
             sizes = torch.cat([sizes[:, :prefix], merged], dim=1)
         if patches is not None:
             patches = compose(patches, assignment)
         if places is not None:
-            places = places.gather(1, representatives(tokens[:, prefix:], kept, assignment))
-        tokens = torch.cat([tokens[:, :prefix], kept], dim=1)  # (B, P + K, D)
+            places = places.gather(1, representatives(after, kept, assignment))
+        tokens = torch.cat([before, kept], dim=1)  # (B, P + K, D)
         return Stream(tokens, sizes, patches, places, stream.images)
 
     def _downsampler_of(self, stream: Stream) -> Downsampler | None:

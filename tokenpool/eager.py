@@ -1,4 +1,6 @@
-"""Checks whether code may branch on the values of tensors."""
+"""Checks whether code may branch on the values of tensors, and which operators it may use."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -10,6 +12,21 @@ def is_in_graph() -> bool:
     A graph must not branch on the values of tensors or on the batch size.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exporting() -> bool:
+    """Return whether `torch.export` or `torch.onnx.export` captures the running code.
+
+    An exported graph runs in other programs. It contains no scatter with a reduction, which TensorRT computes wrongly,
+    and as few operators as possible, because the time of an export and of a single image depends on their number.
+    """
+    return torch.compiler.is_exporting()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context without autocast. Without autocast outside of it, a graph contains nothing of the context."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 def is_eager_cpu(tensor: Tensor) -> bool:

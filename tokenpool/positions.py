@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool import clustering
-from tokenpool.clustering.reductions import best_members
+from tokenpool.clustering.reductions import best_members, largest
 
 POSITIONS = ("mean", "medoid")
 _STEPS = 1000
@@ -70,6 +70,6 @@ def representatives(tokens: Tensor, kept: Tensor, assignment: Tensor) -> Tensor:
     none = assignment.new_zeros(assignment.shape[0], k + 1)
     # Both members of a pair are equally far from their mean, and rounding must not choose between them. So distances
     # count in steps of the largest distance in the cluster, and the first of equal members wins.
-    farthest = distance.new_zeros(distance.shape[0], k + 1).scatter_reduce(1, assignment + 1, distance, "amax")
+    farthest = largest(distance, assignment + 1, k + 1)
     steps = (_STEPS * distance / farthest.gather(1, assignment + 1).clamp(min=torch.finfo(torch.float32).tiny)).round()
     return best_members(steps, torch.ones_like(steps), assignment + 1, none)[:, 1:]

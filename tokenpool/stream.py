@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from tokenpool.clustering.reductions import is_member
+from tokenpool.eager import is_exporting
+
 NEEDS_PLAIN = (
     "attention masks, features_only, forward_intermediates and slices of the blocks need a plain model: call "
     "tokenpool.unpatch first"
@@ -225,5 +228,7 @@ def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     Returns:
         (B, K), the sizes of the output tokens.
     """
+    if is_exporting():
+        return torch.where(is_member(assignment, k), sizes[:, None, :], 0).sum(dim=2)
     bins = sizes.new_zeros(sizes.shape[0], k + 1)  # the first bin collects dropped tokens, whose assignment is -1
     return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]

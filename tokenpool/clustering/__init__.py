@@ -12,7 +12,7 @@ from tokenpool.clustering.agglomeration import LINKAGES, agglomerate
 from tokenpool.clustering.algorithm import Clusters, kmeans, kmedoids
 from tokenpool.clustering.density_peaks import density_peaks
 from tokenpool.clustering.distances import squared_distances, unit_vectors
-from tokenpool.clustering.reductions import means, stable_topk, sums
+from tokenpool.clustering.reductions import largest, means, stable_topk, sums
 from tokenpool.clustering.ward import ward_init
 from tokenpool.eager import is_in_graph
 
@@ -24,6 +24,7 @@ __all__ = [
     "is_in_graph",
     "kmeans",
     "kmedoids",
+    "largest",
     "means",
     "squared_distances",
     "stable_topk",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenpool import micro_batch
 from tokenpool.clustering.reductions import full_precision
-from tokenpool.eager import is_eager_cpu
+from tokenpool.eager import is_eager_cpu, without_autocast
 
 Linkage = Literal["average", "complete", "single", "ward"]
 LINKAGES: tuple[Linkage, ...] = get_args(Linkage)
@@ -54,7 +54,7 @@ def agglomerate(distance: Tensor, k: int, linkage: Linkage = "average", weights:
         raise ValueError(f"k = {k!r} must be a whole number in 1..{n}, the number of tokens")
     weights = torch.ones_like(distance[:, 0]) if weights is None else weights
     size = micro_batch.max_items(n * n, micro_batch.FEW_DISTANCES.on(distance.device))
-    with torch.autocast(distance.device.type, enabled=False):
+    with without_autocast(distance.device):
         parts = micro_batch.split(size, distance, weights)
         return torch.cat([_agglomerate(some, weight, k, linkage) for some, weight in parts])
 
@@ -93,7 +93,7 @@ def _agglomerate(distance: Tensor, weights: Tensor, k: int, linkage: Linkage) ->
         rows = torch.stack([merged, torch.full_like(merged, far)], dim=1)  # (B, 2, N), no row for the second cluster
         distance.scatter_(1, pair[:, :, None].expand(-1, -1, n), rows)
         distance.scatter_(2, pair[:, None, :].expand(-1, n, -1), rows.mT)
-        weights = weights.scatter_add(1, first, weights.gather(1, second))
+        weights = weights.scatter(1, first, weights.gather(1, pair).sum(dim=1, keepdim=True))
         first_token = torch.where(first_token == second, first, first_token)
         nearest = _nearest(distance, nearest, merged, pair)
     remains = first_token == torch.arange(n, device=distance.device)

@@ -26,8 +26,9 @@ from tokenpool.clustering.distances import (
     scaled,
 )
 from tokenpool.clustering.reductions import best_members, take_rows, weighted_means
+from tokenpool.clustering.swaps import alternate_by_swaps, means_by_swaps, symmetric_distances
 from tokenpool.clustering.ward import ward_init
-from tokenpool.eager import is_eager_cpu
+from tokenpool.eager import is_eager_cpu, without_autocast
 
 
 class Clusters(NamedTuple):
@@ -74,7 +75,7 @@ def kmeans(
         ValueError: if an argument is outside its range or has the wrong shape. The message names the argument.
     """
     weights, init = checked(tokens, k, weights, init, iterations, check_values)
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(tokens.device):
         points, scale = scaled(tokens)
         centers = take_rows(points, init) if init.dim() == 2 else init.to(points) / scale
         for _ in range(iterations):
@@ -128,9 +129,15 @@ def kmedoids(
         by = tokens
     else:
         check_by(by, tokens, check_values)
-    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-        start = None if isinstance(init, str) else first
-        engine = choose_engine(tokens, by, k, start, iterations)
+    start = None if isinstance(init, str) else first
+    engine = choose_engine(tokens, by, k, start, iterations)
+    if engine is Engine.SWAPS:
+        with torch.no_grad(), without_autocast(tokens.device):
+            distance = symmetric_distances(by)
+            medoids = _first_medoids(by, weights, k, start, distance)
+            swapped = alternate_by_swaps(distance, weights, medoids, iterations)
+        return Clusters(means_by_swaps(tokens, weights, swapped), swapped.labels.long())
+    with torch.no_grad(), without_autocast(tokens.device):
         parts = micro_batch.split(images_at_a_time(engine, by, k), by, weights, start)
         found = [_find_medoids(engine, k, iterations, *part) for part in parts]
         assignment, medoids, *members = micro_batch.join(found)

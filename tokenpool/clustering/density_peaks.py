@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokenpool.clustering.distances import squared_distances
 from tokenpool.clustering.reductions import full_precision, stable_topk, take_rows
+from tokenpool.eager import without_autocast
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def density_peaks(tokens: Tensor, k: int, neighbours: int = 5) -> Tensor:
         raise ValueError(f"k = {k!r} must be a whole number in 1..{n}, the number of tokens")
     if neighbours < 1:
         raise ValueError(f"neighbours = {neighbours!r} must be a whole number, at least 1")
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         distance = squared_distances(full_precision(tokens)) / width  # (B, N, N), d_ij^2
         density = _log_density(distance, min(neighbours, n - 1))  # (B, N)
         separation = _separation(distance, density)  # (B, N), delta_i^2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenpool import gpu, micro_batch
 from tokenpool.clustering.reductions import cluster_sums, full_precision, take_columns, take_rows
-from tokenpool.eager import is_eager_cpu
+from tokenpool.eager import is_eager_cpu, is_exporting
 
 
 class Engine(Enum):
@@ -23,6 +23,7 @@ class Engine(Enum):
 
     KERNEL = "one GPU kernel runs all iterations"
     ALL = "the distances between all points, once"
+    SWAPS = "in an exported graph: operators over the points that are not medoids"
     FEW = "the distances from points that are not medoids, in each iteration"
 
 
@@ -40,6 +41,8 @@ def choose_engine(tokens: Tensor, by: Tensor, k: int, init: Tensor | None, itera
     if has_indices and gpu.kmedoids_fits(by) and gpu.means_fits(tokens):
         return Engine.KERNEL
     n = by.shape[1]
+    if is_exporting() and has_indices and k < n:
+        return Engine.SWAPS
     # Medoids rarely move more than three times.
     if is_eager_cpu(by) and min(iterations, 4) * (n - k) <= 2 * n:
         return Engine.FEW

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import gpu
-from tokenpool.eager import is_eager_cpu, is_in_graph
+from tokenpool.eager import is_eager_cpu, is_exporting, is_in_graph, without_autocast
 
 
 def stable_topk(weights: Tensor, k: int) -> Tensor:
@@ -20,7 +20,7 @@ def stable_topk(weights: Tensor, k: int) -> Tensor:
     Returns:
         (B, K) int64.
     """
-    if torch.compiler.is_exporting():  # ONNX has no stable option, but its sort is stable
+    if is_exporting():  # ONNX has no stable option, but its sort is stable
         return weights.sort(dim=-1, descending=True).indices[:, :k]
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
@@ -36,7 +36,7 @@ def sums(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     Returns:
         (B, K).
     """
-    if weights.is_cuda:
+    if weights.is_cuda or is_exporting():
         return _membership_matrix(weights, assignment, k).sum(dim=2)
     return weights.new_zeros(weights.shape[0], k).scatter_add(1, assignment, weights)
 
@@ -76,7 +76,7 @@ def weighted_means(
         (B, K, D).
     """
     k = previous.shape[1]
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device):
         if members:
             total = gpu.means(weights[:, :, None], torch.ones_like(weights), assignment, *members).squeeze(2)
         else:
@@ -108,11 +108,15 @@ def best_members(cost: Tensor, weights: Tensor, assignment: Tensor, previous: Te
     """
     batch, n = assignment.shape
     k = previous.shape[1]
+    weigh = sums(weights, assignment, k) > 0
+    if is_exporting():
+        best = torch.where(is_member(assignment, k), cost.unsqueeze(1), torch.inf).argmin(dim=2)
+        return torch.where(weigh, best, previous)
     lowest = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assignment, cost, "amin")
     candidate = torch.arange(n, device=cost.device).expand(batch, n)
     candidate = candidate.masked_fill(cost > lowest.gather(1, assignment), n)
     best = assignment.new_full((batch, k), n - 1).scatter_reduce(1, assignment, candidate, "amin")
-    return torch.where(sums(weights, assignment, k) > 0, best, previous)
+    return torch.where(weigh, best, previous)
 
 
 def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
@@ -128,7 +132,7 @@ def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) ->
         (B, K, E).
     """
     batch, n, width = values.shape
-    if values.is_cuda:
+    if values.is_cuda or is_exporting():
         return torch.bmm(_membership_matrix(weights, assignment, k).to(values.dtype), values)
     target = _flat(assignment, k)
     if is_eager_cpu(values) and not (values.requires_grad and torch.is_grad_enabled()):
@@ -147,13 +151,48 @@ def _membership_matrix(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
 
     Sums on a GPU are products with this matrix, because index_add and scatter_add on a GPU add in a random order.
     """
+    if is_exporting():
+        return torch.where(is_member(assignment, k), weights.unsqueeze(1), 0)
     zeros = weights.new_zeros(weights.shape[0], k, weights.shape[1])
     return zeros.scatter(1, assignment[:, None, :], weights[:, None, :])
+
+
+def is_member(assignment: Tensor, k: int) -> Tensor:
+    """Return whether each token is in each cluster, (B, K, N) booleans, by the clusters (B, N) of the tokens."""
+    return assignment.unsqueeze(1) == torch.arange(k, device=assignment.device).unsqueeze(1)
+
+
+def largest(values: Tensor, assignment: Tensor, k: int) -> Tensor:
+    """Return the highest value of each cluster, or zero for a cluster without members.
+
+    Args:
+        values: (B, N), not negative.
+        assignment: (B, N) int64, the cluster of each token, in 0..K-1.
+        k: number of clusters.
+
+    Returns:
+        (B, K).
+    """
+    if is_exporting():
+        return torch.where(is_member(assignment, k), values.unsqueeze(1), 0).amax(dim=2)
+    return values.new_zeros(values.shape[0], k).scatter_reduce(1, assignment, values, "amax")
+
+
+def first_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the index (B, 1) of the first row of each image, and the rows (B N, E) of values (B, N, E).
+
+    In an exported graph, `F.embedding(index + first, rows)` is one operator that takes rows `index` (B, K).
+    """
+    batch, n, _ = values.shape
+    return n * torch.arange(batch, device=values.device).unsqueeze(1), values.flatten(0, 1)
 
 
 def take_rows(values: Tensor, index: Tensor) -> Tensor:
     """Take the rows `index` (B, K) of the values (B, N, E) of each image: (B, K, E)."""
     batch, n, width = values.shape
+    if is_exporting():
+        first, rows = first_rows(values)
+        return F.embedding(index + first, rows)
     return values.reshape(batch * n, width).index_select(0, _flat(index, n)).view(batch, index.shape[1], width)
 
 

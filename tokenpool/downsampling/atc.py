@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler
+from tokenpool.eager import without_autocast
 
 LINKAGES = ("average", "complete", "single")
 
@@ -45,7 +46,7 @@ class ATC(Downsampler):
         self.linkage = linkage
 
     def reduce(self, tokens: Tensor, scores: Tensor | None, *, sizes: Tensor, keys: Tensor) -> Downsampled:
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             units = clustering.unit_vectors(keys)
             assignment = clustering.agglomerate(1 - torch.bmm(units, units.mT), self.keep, self.linkage)
         return Downsampled(clustering.means(tokens, sizes, assignment, self.keep), assignment)

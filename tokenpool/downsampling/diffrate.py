@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenpool import clustering, schedules
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
+from tokenpool.eager import without_autocast
 
 
 class DiffRate(Downsampler):
@@ -70,7 +71,7 @@ class DiffRate(Downsampler):
         stay, go = order[:, : self.keep].sort(dim=1).values, order[:, self.keep :]  # (B, K), (B, M - K)
         assignment = torch.full((batch, n), -1, device=tokens.device)
         assignment = assignment.scatter(1, stay, torch.arange(self.keep, device=tokens.device).expand(batch, -1))
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(tokens.device):
             units = clustering.unit_vectors(tokens)
             sources, targets = (units.gather(1, rows[:, :, None].expand(-1, -1, width)) for rows in (go, stay))
             partner = torch.bmm(sources, targets.mT).argmax(dim=2)  # (B, M - K), an index into `stay`

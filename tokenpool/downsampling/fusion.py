@@ -9,6 +9,7 @@ from torch import Tensor
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 from tokenpool.downsampling.matching import BipartiteMatching, rounds
+from tokenpool.eager import without_autocast
 
 
 class MultiCriteriaFusion(Downsampler):
@@ -60,7 +61,7 @@ class MultiCriteriaFusion(Downsampler):
 
     def _attraction(self, tokens: Tensor, scores: Tensor, sizes: Tensor) -> Tensor:
         """Return the log of the attraction (B, A, B) of tokens of even and of odd index."""
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(tokens.device):
             units = clustering.unit_vectors(tokens)
             cosine = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, A, B)
             similar = ((cosine + 1) / 2).clamp(min=torch.finfo(cosine.dtype).tiny).log()
@@ -161,6 +162,6 @@ def _mlerp(tokens: Tensor, sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     mean = clustering.means(tokens, sizes, assignment, k)
     wide = torch.promote_types(tokens.dtype, torch.float32)
     norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)  # (B, N)
-    longest = norms.new_zeros(norms.shape[0], k).scatter_reduce(1, assignment, norms, "amax")  # (B, k)
+    longest = clustering.largest(norms, assignment, k)  # (B, k)
     length = torch.linalg.vector_norm(mean, dim=-1, dtype=wide)
     return mean * (longest / length.clamp(min=torch.finfo(wide).tiny))[:, :, None].to(mean.dtype)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler
+from tokenpool.eager import without_autocast
 
 
 class Matching(Downsampler):
@@ -76,7 +77,7 @@ class BipartiteMatching(Matching):
     """
 
     def match(self, keys: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             units = clustering.unit_vectors(keys)
             similarity = torch.bmm(units[:, ::2], units[:, 1::2].mT)  # (B, N/2, N/2)
             similarity, partner = similarity.max(dim=-1)  # (B, N/2), an index into the odd tokens

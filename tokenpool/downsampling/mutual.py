@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.matching import Matching, rounds
+from tokenpool.eager import without_autocast
 
 
 class MutualPairs(Matching):
@@ -47,7 +48,7 @@ class MutualPairs(Matching):
 
 def _nearest_neighbours(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return the highest cosine similarity (B, N) of each token to another one, and the index (B, N) of that token."""
-    with torch.autocast(keys.device.type, enabled=False):
+    with without_autocast(keys.device):
         units = clustering.unit_vectors(keys)
         similarity = torch.bmm(units, units.mT)  # (B, N, N)
     # With rounding that differs between (i, j) and (j, i), the neighbours of equal tokens could form a circle.

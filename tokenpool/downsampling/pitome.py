@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampler, Host
 from tokenpool.downsampling.matching import Matching, rounds
+from tokenpool.eager import without_autocast
 
 
 class PiToMe(Matching):
@@ -64,7 +65,7 @@ class PiToMe(Matching):
         return layers
 
     def match(self, keys: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             units = clustering.unit_vectors(keys)
             similarity = torch.bmm(units, units.mT)  # (B, N, N)
             far = (similarity - self.margin).exp() - 1

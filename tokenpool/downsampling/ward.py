@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
+from tokenpool.eager import without_autocast
 
 
 class WardPooling(Downsampler):
@@ -65,7 +66,7 @@ class WardPooling(Downsampler):
 
     def reduce(self, tokens: Tensor, scores: Tensor, *, class_attention: Tensor | None = None) -> Downsampled:
         weights = self._weights(scores, class_attention)
-        with torch.autocast(tokens.device.type, enabled=False), torch.no_grad():
+        with without_autocast(tokens.device), torch.no_grad():
             distance = clustering.squared_distances(clustering.unit_vectors(tokens))
             assignment = clustering.agglomerate(distance, self.keep, "ward", weights)
         return Downsampled(_stretched_means(tokens, weights, assignment, self.keep), assignment)
