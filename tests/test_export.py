@@ -24,6 +24,7 @@ NOT_IN_ONNX = (
     "kmeans-random",
     "kmedoids",
     "atc",
+    "ward",  # a graph contains each merge
     "pitome",
     "mpm",
     "hvt",
