@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from tokenpool import clustering
+from tokenpool.clustering.agglomeration import Linkage
 from tokenpool.downsampling.contract import Downsampled, Downsampler
 from tokenpool.eager import without_autocast
 
-LINKAGES = ("average", "complete", "single")
+LINKAGES: tuple[Linkage, ...] = ("average", "complete", "single")  # of the paper
 
 
 class ATC(Downsampler):

@@ -45,8 +45,8 @@ class WardPooling(Downsampler):
         super().__init__(keep)
         if isinstance(class_share, bool) or not isinstance(class_share, Real) or not 0 <= class_share <= 1:
             raise ValueError(f"class_share = {class_share!r} must be a number in 0..1")
-        self.class_share = class_share
-        self.uses_class_attention = class_share > 0
+        self.class_share = float(class_share)
+        self.uses_class_attention = self.class_share > 0
 
     @classmethod
     def for_blocks(  # type: ignore[override]  # `class_share` replaces the base class's **options
