@@ -40,13 +40,14 @@ class WardPooling(Downsampler):
     """
 
     merges = True
+    class_share: float
 
     def __init__(self, keep: int, class_share: float = 0.5) -> None:
         super().__init__(keep)
         if isinstance(class_share, bool) or not isinstance(class_share, Real) or not 0 <= class_share <= 1:
             raise ValueError(f"class_share = {class_share!r} must be a number in 0..1")
-        self.class_share = float(class_share)
-        self.uses_class_attention = self.class_share > 0
+        self.class_share = class_share
+        self.uses_class_attention = class_share > 0
 
     @classmethod
     def for_blocks(  # type: ignore[override]  # `class_share` replaces the base class's **options
