@@ -39,7 +39,7 @@ app = typer.Typer(
 for command in (
     *(making.reproduce, showing.table, showing.figure, showing.report),
     *(making.run, making.submit, making.status),
-    *(single.train, single.evaluate, extras.explain),
+    *(single.train, single.evaluate, extras.explain, extras.export),
     *(benchmark.throughput, benchmark.clustering_speed, methods.benchmark_methods, extras.check_data),
 ):
     app.command(command.__name__.replace("_", "-"))(command)
@@ -68,7 +68,7 @@ def main() -> None:
     except Interrupted as error:
         print(error if error.requeued else f"{error}; the same command goes on", file=sys.stderr)
         sys.exit(0 if error.requeued else 1)
-    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ModuleNotFoundError) as error:
         if os.environ.get("TOKENPOOL_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Commands beyond the paper's protocol: `explain` and `check-data`."""
+"""Commands beyond the paper's protocol: `explain`, `export` and `check-data`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,22 @@ import typer
 from experiments.commands.choice import cores
 from experiments.extras import check_data as checking
 from experiments.extras import explain as explaining
-from experiments.options import FOLDER_OR_HUB, AllowEmpty, AllowTruncated, Ema, Gmacs, Keep, Method, Model
+from experiments.extras import export as exporting
+from experiments.options import (
+    FOLDER_OR_HUB,
+    MODELS,
+    AllowEmpty,
+    AllowTruncated,
+    Ema,
+    Gmacs,
+    Keep,
+    Method,
+    Model,
+    ModelOptions,
+    Options,
+    Pretrained,
+    named_values,
+)
 
 
 def explain(
@@ -34,6 +49,49 @@ def explain(
         {"gmacs": gmacs} if gmacs is not None else {"keep": keep or f"deit_small:{3 if level is None else level:g}"}
     )
     for line in explaining.explain(image, model, method, schedule, carry, weights, output, ema):
+        print(line)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help=MODELS)],
+    to: Annotated[str, typer.Option(help="onnx, pt2 (PyTorch's exported program) or openvino.")] = "onnx",
+    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors, .pth or .ckpt.")] = None,
+    ema: Ema = None,
+    pretrained: Pretrained = False,
+    method: Method = "key_medoids",
+    keep: Keep = None,
+    gmacs: Gmacs = None,
+    carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
+    option: Options = None,
+    model_option: ModelOptions = None,
+    precision: Annotated[str, typer.Option(help="float32 or float16, of weights, images and logits.")] = "float32",
+    opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = exporting.OPSET,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of photographs to compare logits on. Default: random images.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Use so many images of the folder only.")] = 64,
+    output: Annotated[Path, typer.Option(help="Folder for the file and its report.")] = Path("runs/export"),
+) -> None:
+    """Export a model for deployment, for any batch size, and compare the logits of the file with eager mode."""
+    if keep is not None and gmacs is not None:
+        raise ValueError("--keep and --gmacs are two ways to say one thing: give one of them")
+    if not weights and not pretrained:
+        print("neither --weights nor --pretrained is given: the weights are random")
+    chosen = exporting.Export(
+        model=model,
+        to=to,
+        method=method,
+        schedule={name: value for name, value in (("keep", keep), ("gmacs", gmacs)) if value is not None},
+        carry=carry,
+        weights=weights,
+        pretrained=pretrained,
+        ema=ema,
+        precision=precision,
+        opset=opset,
+        options=named_values(option),
+        model_options=named_values(model_option),
+    )
+    for line in exporting.export(chosen, exporting.path_of(chosen, output), images, limit):
         print(line)
 
 
