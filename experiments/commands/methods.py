@@ -33,9 +33,7 @@ def benchmark_methods(
     baseline: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "key_medoids",
     calibrate: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Calibrate a schedule of this method for each budget: minutes each. Repeatable, or all."
-        ),
+        typer.Option(help="Calibrate a schedule of this method for each budget: minutes each. Repeatable, or all."),
     ] = None,
     time: Annotated[bool, typer.Option("--time", help="Time the chosen schedules against the plain model.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Use so many images of the folder only; 0: all.")] = 0,
