@@ -8,9 +8,10 @@ import copy
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tokenpool
+from experiments import backends
 from experiments.environment import environment
 from experiments.timing import device_name, differences, peak_memory, seconds, summary, timed_on
 from tokenpool import clustering, flops
@@ -43,7 +45,7 @@ class Setting:
         batch_size: images a batch.
         image_size: in pixels; None for the model's own.
         precision: one of `PRECISIONS`; below float32 it is autocast.
-        compiled: with `torch.compile`, both models.
+        backend: what runs both models, one of `experiments.backends.BACKENDS`.
         train: forward, backward and the optimiser's step (plain SGD), in place of a forward pass.
         carry: carry token sizes.
         options: of the method.
@@ -55,7 +57,7 @@ class Setting:
     batch_size: int = 32
     image_size: int | None = None
     precision: str = "float32"
-    compiled: bool = False
+    backend: str = "eager"
     train: bool = False
     carry: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,16 +67,31 @@ class Setting:
         """What a file is named after."""
         size = f"at{self.image_size}" if self.image_size else ""
         keep = re.sub("[^0-9A-Za-z.]+", "_", str(self.keep)).strip("_") if self.keep is not None else ""
-        flags = [flag for flag in ("compiled", "train", "carry") if getattr(self, flag)]
-        parts = [self.model, size, self.method, keep, f"batch{self.batch_size}", self.precision, *flags]
+        backend = "" if self.backend == "eager" else self.backend
+        flags = [flag for flag in ("train", "carry") if getattr(self, flag)]
+        parts = [self.model, size, self.method, keep, f"batch{self.batch_size}", self.precision, backend, *flags]
         return "-".join(filter(None, parts))
 
     def run_name(self, device: str) -> str:
         """Name of the result's file, where the setting is timed on that device."""
         return f"{self.name}-{device.replace(':', '')}"
 
+    def check(self, device: str) -> None:
+        """Check that the setting can be timed on that device.
 
-def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: int = 2) -> dict[str, Any]:
+        Raises:
+            ModuleNotFoundError: if the backend lacks its package.
+            ValueError: for an unknown precision or backend, or one that has not this device or precision, or does not
+                train.
+        """
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision = {self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        backends.check(self.backend, device, self.precision, self.train)
+
+
+def compare(
+    setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: int = 2, exports: Path | None = None
+) -> dict[str, Any]:
     """Time, memory and FLOPs of a setting and of timm's plain model, both with random weights and images.
 
     Args:
@@ -82,42 +99,43 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
         device: where.
         repeats: times that are taken of each model, in turns.
         warm_up: passes of each that are not counted.
+        exports: folder of exported files, which settings that differ only in their batch size share; None for one that
+            is deleted at the end.
 
     Returns:
         A result as `tokenpool.results` stores it. Its metrics are what `measure` returns, and: `latency_ms` and
         `plain_latency_ms`, medians; `peak_mib` and `plain_peak_mib`, the most memory that a pass allocates beyond
-        weights and images; `flops_ratio`, plain over pooled, clustering counted in; `realised_fraction` = speed-up /
-        FLOPs ratio; `tokens`, the patches of an image; for forward passes in eager mode `clustering_share` and
-        `scoring_share` of the pass's time, and on a CPU `realised_against_parts`, the realised fraction against
-        `plain_in_parts`.
+        weights and images (absent for exported models: they allocate outside of PyTorch); `flops_ratio`, plain over
+        pooled, clustering counted in; `realised_fraction` = speed-up / FLOPs ratio; `tokens`, the patches of an image;
+        for forward passes in eager mode `clustering_share` and `scoring_share` of the pass's time, and on a CPU
+        `realised_against_parts`, the realised fraction against `plain_in_parts`.
 
     Raises:
-        ValueError: for an unknown model or precision.
+        ModuleNotFoundError: if the backend lacks its package.
+        ValueError: for an unknown model, or a setting that cannot be timed on the device.
     """
-    if setting.precision not in PRECISIONS:
-        raise ValueError(f"precision = {setting.precision!r} must be one of {', '.join(PRECISIONS)}")
+    setting.check(device)
     plain, pooled = _models(setting, device)
     adapter = tokenpool.hosts.of(plain)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(setting.batch_size, *adapter.image_shape, generator=generator).to(device)
     count, plain_count = flops.count(pooled), flops.count(plain)
-    is_eager = not setting.train and not setting.compiled
+    is_eager = not setting.train and setting.backend == "eager"
     parts = {"in_parts": plain_in_parts(plain)} if is_eager and images.device.type == "cpu" else {}
     networks = {"model": pooled, **parts, "plain": plain}  # so the pooled model follows the plain one
-    if setting.compiled:
-        torch.compiler.reset()  # after eight models that share their code PyTorch would no longer compile, but go on
-        networks = {name: torch.compile(network) for name, network in networks.items()}
-    calls = {name: _pass(network, images, setting) for name, network in networks.items()}
-    with nullcontext() if setting.train else torch.inference_mode():
-        times = seconds(calls, images.device, repeats, warm_up)
-        found = summary(times, images)
-        peaks = {name: peak_memory(calls[name], images.device) for name in ("model", "plain")}
+    with tempfile.TemporaryDirectory() as folder:
+        runnable = _runnable(networks, images, setting, exports or Path(folder))
+        calls = {name: _pass(network, runnable[name], images, setting) for name, network in networks.items()}
+        with nullcontext() if setting.train else torch.inference_mode():
+            times = seconds(calls, images.device, repeats, warm_up)
+            found = summary(times, images)
+            if setting.backend not in backends.EXPORTED:
+                found["peak_mib"] = peak_memory(calls["model"], images.device) / 2**20
+                found["plain_peak_mib"] = peak_memory(calls["plain"], images.device) / 2**20
     ratio = plain_count.gmacs / count.gmacs
     found |= {
         "latency_ms": 1000 * len(images) / found["images_per_second"],
         "plain_latency_ms": 1000 * len(images) / found["plain_images_per_second"],
-        "peak_mib": peaks["model"] / 2**20,
-        "plain_peak_mib": peaks["plain"] / 2**20,
         "flops_ratio": ratio,
         "realised_fraction": found["speed_up"] / ratio,
     }
@@ -129,7 +147,7 @@ def compare(setting: Setting, device: str = "cpu", repeats: int = 7, warm_up: in
     keep = tokenpool.hosts.of(pooled).setting.keep
     exact = asdict(setting) | {"schedule": setting.keep, "keep": None if keep is None else list(keep)}
     found |= {"tokens": math.prod(adapter.grid(adapter.image_shape[1:])), "repeats": repeats}
-    return {"setting": exact, "metrics": found, "cost": cost, "environment": environment()}
+    return {"setting": exact, "metrics": found, "cost": cost, "environment": _environment(setting.backend)}
 
 
 def plain_in_parts(plain: nn.Module) -> nn.Module:
@@ -146,26 +164,49 @@ def run(settings: Sequence[Setting], folder: Path, device: str = "cpu", repeats:
     """Compare each of the settings and write one JSON file each; those whose file is there are not timed again.
 
     Raises:
-        ValueError: if a file is broken, or holds another setting, or times of another machine, number of threads,
-            version of PyTorch or number of repeats; the message names it.
+        ModuleNotFoundError: if a backend lacks its package. Nothing is timed then.
+        ValueError: if a setting cannot be timed on the device (nothing is timed then); if a file is broken, or holds
+            another setting, or times of another machine, number of threads, version of PyTorch or of the backend, or
+            number of repeats (the message names the file).
     """
-    here = {"device": device_name(torch.device(device)), "repeats": repeats}
-    now = {"environment": environment(), "metrics": here | {"threads": torch.get_num_threads()}}
     for setting in settings:
-        path = folder / f"{setting.run_name(device)}.json"
-        if not path.exists():
-            results.save(compare(setting, device, repeats), path)
-        outcome = results.read(path)
-        before = outcome["setting"] | {"keep": outcome["setting"].get("schedule")}
-        wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
-        if {name: before.get(name) for name in wanted} != wanted:
-            raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
-        then, today = differences(_times(outcome), _times(now))
-        if then:
-            raise ValueError(
-                f"{path} was timed with {then}, now {today}: choose another folder (--output), or delete the file"
-            )
-        yield _row(path, outcome)
+        setting.check(device)
+    with tempfile.TemporaryDirectory() as exports:
+        for setting in settings:
+            path = folder / f"{setting.run_name(device)}.json"
+            if not path.exists():
+                results.save(compare(setting, device, repeats, exports=Path(exports)), path)
+            outcome = _read(path)
+            _check_stored(outcome, path, setting, device, repeats)
+            yield _row(path, outcome)
+
+
+def _check_stored(outcome: dict[str, Any], path: Path, setting: Setting, device: str, repeats: int) -> None:
+    """Refuse a stored result of another setting, or one whose times cannot be compared with times of today."""
+    before = outcome["setting"] | {"keep": outcome["setting"].get("schedule")}
+    wanted = json.loads(json.dumps(asdict(setting)))  # tuples as lists, as the file has them
+    if {name: before.get(name) for name in wanted} != wanted:
+        raise ValueError(f"{path} holds another setting: choose another folder, or delete the file")
+    here = {"device": device_name(torch.device(device)), "repeats": repeats, "threads": torch.get_num_threads()}
+    now = {"environment": _environment(setting.backend), "metrics": here}
+    then, today = differences(_times(outcome), _times(now))
+    if then:
+        raise ValueError(
+            f"{path} was timed with {then}, now {today}: choose another folder (--output), or delete the file"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A stored result. Old ones do not name the backend, but say whether the models were compiled."""
+    outcome = results.read(path)
+    old = {"backend": "compiled" if outcome["setting"].get("compiled") else "eager"}
+    return outcome | {"setting": old | outcome["setting"]}
+
+
+def _environment(backend: str) -> dict[str, Any]:
+    """`environment`, with the version of the backend."""
+    found = environment()
+    return found | {"versions": found["versions"] | backends.versions(backend)}
 
 
 def _times(outcome: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +273,7 @@ def stored(folder: Path) -> tuple[list[Setting], list[dict[str, Any]]]:
     """
     settings, rows = [], []
     for path in sorted(folder.glob("*.json")):
-        outcome = results.read(path)
+        outcome = _read(path)
         known = {name: outcome["setting"].get(name) for name in Setting.__dataclass_fields__}
         numbers = ("threads", "speed_up", "flops_ratio", "realised_fraction")
         lacking = [name for name in numbers if not isinstance(outcome["metrics"].get(name), Real)]
@@ -304,18 +345,33 @@ def _models(setting: Setting, device: str) -> tuple[nn.Module, nn.Module]:
     return plain, pooled
 
 
-def _pass(network: nn.Module, images: Tensor, setting: Setting) -> Callable[[], Any]:
-    """One forward pass, or one step of training."""
+def _runnable(
+    networks: dict[str, nn.Module], images: Tensor, setting: Setting, exports: Path
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The networks as the setting's backend runs them."""
+    if setting.backend == "compiled":
+        torch.compiler.reset()  # after eight models that share their code PyTorch would no longer compile, but go on
+        return {name: torch.compile(network) for name, network in networks.items()}
+    if setting.backend not in backends.EXPORTED:
+        return dict(networks)
+    shared = replace(setting, batch_size=0)
+    stems = {"model": f"{shared.name}-{shared.options}", "plain": f"{setting.model}-{setting.image_size}"}
+    paths = {name: exports / re.sub("[^0-9A-Za-z.]+", "_", stem) for name, stem in stems.items()}
+    return {name: backends.exported(setting.backend, networks[name], images, paths[name]) for name in networks}
+
+
+def _pass(network: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, setting: Setting) -> Callable[[], Any]:
+    """One forward pass, or one step of training, of a network that `run` runs."""
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-9) if setting.train else None
 
     def forward() -> None:
         with _autocast(images.device, setting.precision):
-            network(images)
+            run(images)
 
     def step() -> None:
         with _autocast(images.device, setting.precision):
-            loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(run(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -30,12 +30,14 @@ def timed_on(outcome: dict[str, Any]) -> dict[str, Any]:
         outcome: a result with "environment" (see `experiments.environment.environment`), and `device` in "metrics".
 
     Returns:
-        `device`, `threads`, `torch`, `system`, `processor`, `cpu` and `cores`; None where the result lacks it.
+        `device`, `threads`, `torch`, `onnxruntime`, `openvino`, `system`, `processor`, `cpu` and `cores`; None where
+        the result lacks it.
     """
     environment = outcome.get("environment", {})
     parts = [environment, environment.get("versions"), environment.get("machine"), outcome["metrics"]]
     told = {name: value for part in parts if isinstance(part, dict) for name, value in part.items()}
-    return {name: told.get(name) for name in ("device", "threads", "torch", "system", "processor", "cpu", "cores")}
+    names = ("device", "threads", "torch", "onnxruntime", "openvino", "system", "processor", "cpu", "cores")
+    return {name: told.get(name) for name in names}
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> tuple[str, str]:

@@ -111,7 +111,9 @@ def test_training_steps_and_low_precision(tmp_path: Path) -> None:
 def test_any_number_of_settings_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where many models share their code, PyTorch would at some point go on without compiling, and time that."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
-    settings = [Setting(**TINY | {"method": name}, compiled=True) for name in ("wkmedoids", "kmeans", "power_bert")]
+    settings = [
+        Setting(**TINY | {"method": name}, backend="compiled") for name in ("wkmedoids", "kmeans", "power_bert")
+    ]
     with torch._dynamo.config.patch(recompile_limit=2):
         found = list(benchmark.run(settings, tmp_path, repeats=1))
     assert all(one["speed_up"] > 0 and "clustering_share" not in one for one in found)

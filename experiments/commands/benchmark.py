@@ -27,7 +27,10 @@ def throughput(
         list[int] | None, typer.Option(min=16, help="In pixels. Repeatable; default: the model's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile both models.")] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="Of both models: eager (default), compiled, onnxruntime or openvino.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="The same as --backend compiled.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Time steps of training.")] = False,
     carry: Carry = False,
     option: Options = None,
@@ -47,6 +50,9 @@ def throughput(
     """
     if "none" in (method or []):
         raise ValueError("--method none is the plain model, which every method is compared with")
+    if compiled and backend not in (None, "compiled"):
+        raise ValueError(f"--compile is --backend compiled, not --backend {backend}: give one of both")
+    chosen_backend = "compiled" if compiled else backend or "eager"
     schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
     choices = itertools.product(
         model or ["deit_small_patch16_224"],
@@ -59,7 +65,7 @@ def throughput(
     settings = [
         benchmark.Setting(
             *(name, chosen, None if chosen == "convolution" else schedule, batch, size),
-            *(precision, compiled, train, carry, options),
+            *(precision, chosen_backend, train, carry, options),
         )
         for name, chosen, schedule, batch, size in choices
     ]

@@ -76,7 +76,7 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
         ValueError: for an unusable setting, or if the folder has no image.
     """
     form = FORMATS[chosen.to]
-    form.check(chosen.to)
+    form.check(f"export --to {chosen.to}")
     model = _built(chosen)
     config = resolve_model_data_config(model)
     paths = None if images is None else _photographs(images, limit)  # mistakes before the export, which takes long

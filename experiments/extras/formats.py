@@ -35,13 +35,13 @@ class Format(ABC):
     packages: tuple[str, ...] = ()
     extra = "onnx"
 
-    def check(self, name: str) -> None:
+    def check(self, user: str) -> None:
         """Check that the packages are installed.
 
         Raises:
-            ModuleNotFoundError: if not. The message names the extra.
+            ModuleNotFoundError: if not. The message names the user, such as a command, and the extra.
         """
-        require(f"export --to {name}", self.extra, *self.packages)
+        require(user, self.extra, *self.packages)
 
     @abstractmethod
     def write(self, model: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any], opset: int) -> None:
@@ -56,8 +56,16 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def read(self, path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
-        """Read a file. Returns the function from images to logits, the description, and the number of each operator."""
+    def read(self, path: Path, threads: int = 0) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
+        """Read a file.
+
+        Args:
+            path: the file.
+            threads: of the CPU; 0: as the runtime chooses. A .pt2 file has always PyTorch's number.
+
+        Returns:
+            The function from images to logits, the description, and the number of each operator.
+        """
 
     def parts(self, path: Path) -> list[Path]:
         """Return all files of an exported model."""
@@ -87,13 +95,17 @@ class Onnx(Format):
         program.model.metadata_props[KEY] = json.dumps(about)
         program.save(path)
 
-    def read(self, path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
+    def read(self, path: Path, threads: int = 0) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
         import onnx
         import onnxruntime
 
         stored = onnx.load(path)
         about = {entry.key: entry.value for entry in stored.metadata_props}[KEY]
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Between two calls, threads would wait actively and take cores from other sessions.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -111,7 +123,7 @@ class Program(Format):
             program = torch.export.export(model, (images,), dynamic_shapes=_BATCH)
         torch.export.save(program, path, extra_files={_STORED: json.dumps(about)})
 
-    def read(self, path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
+    def read(self, path: Path, threads: int = 0) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
         stored: dict[str, Any] = {_STORED: ""}
         program = torch.export.load(path, extra_files=stored)
         names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -135,13 +147,14 @@ class OpenVino(Format):
         converted.set_rt_info(json.dumps(about), [KEY])
         openvino.save_model(converted, path, compress_to_fp16=False)
 
-    def read(self, path: Path) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
+    def read(self, path: Path, threads: int = 0) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], dict[str, int]]:
         import openvino
 
         stored = openvino.Core().read_model(path)
         about = stored.get_rt_info([KEY]).astype(str)
-        # Without the hint, some CPUs would compute in bfloat16.
-        compiled = openvino.compile_model(stored, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        # Without the hint of the precision, some CPUs would compute in bfloat16.
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        compiled = openvino.compile_model(stored, "CPU", hints)
 
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(compiled(images.numpy())[0])

@@ -19,7 +19,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             "GMACs": f"{one['gmacs']:.2f} of {one['plain_gmacs']:.2f}",
             "images/s": f"{one['images_per_second']:.1f} / {one['plain_images_per_second']:.1f}",
             "latency (ms)": f"{one['latency_ms']:.1f} / {one['plain_latency_ms']:.1f}",
-            "peak (MiB)": f"{one['peak_mib']:.0f} / {one['plain_peak_mib']:.0f}",
+            "peak (MiB)": f"{one['peak_mib']:.0f} / {one['plain_peak_mib']:.0f}" if "peak_mib" in one else "",
             "FLOPs ratio": f"{one['flops_ratio']:.2f}",
             "speed-up": f"{one['speed_up']:.2f} ± {one['speed_up'] * one['spread'] / 2:.2f}",
             "realised": f"{one['realised_fraction']:.2f}",
@@ -35,10 +35,11 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 def _in_words(row: dict[str, Any]) -> str:
     """Schedule and mode of a row; float32, eager forward passes go without saying."""
     precision = "" if row["precision"] == "float32" else row["precision"]
-    flags = [word for flag, word in (("compiled", "compiled"), ("train", "training"), ("carry", "carry")) if row[flag]]
+    backend = "" if row["backend"] == "eager" else row["backend"]
+    flags = [word for flag, word in (("train", "training"), ("carry", "carry")) if row[flag]]
     options = [f"{name} = {value}" for name, value in row["options"].items()]
     schedule = "" if row["schedule"] is None else str(row["schedule"])
-    return ", ".join(filter(None, [schedule, precision, *flags, *options]))
+    return ", ".join(filter(None, [schedule, precision, backend, *flags, *options]))
 
 
 def picture(found: Sequence[dict[str, Any]]) -> Figure:
@@ -58,8 +59,15 @@ def picture(found: Sequence[dict[str, Any]]) -> Figure:
 
 
 def growth(found: Sequence[dict[str, Any]]) -> Figure:
-    """Time and memory of an image over the number of its tokens, pooled and plain, both axes logarithmic."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    """Time and memory of an image over the number of its tokens, pooled and plain, both axes logarithmic.
+
+    There is no panel of the memory if it was not measured for all models.
+    """
+    panels = {"latency_ms": "milliseconds an image", "peak_mib": "peak MiB an image"}
+    if not all("peak_mib" in one for one in found):
+        del panels["peak_mib"]
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    axes = grid[0]
     names = sorted({(one["model"], one["method"], one["batch_size"]) for one in found})
     for model, method, batch in names:
         chosen = [one for one in found if (one["model"], one["method"], one["batch_size"]) == (model, method, batch)]
@@ -67,16 +75,16 @@ def growth(found: Sequence[dict[str, Any]]) -> Figure:
         tokens = [one["tokens"] for one in chosen]
         for prefix, label, style in (("", method, "o-"), ("plain_", "plain", "s--")):
             label = f"{model}, {label}, batch {batch}"
-            axes[0].plot(tokens, [one[f"{prefix}latency_ms"] / batch for one in chosen], style, label=label)
-            axes[1].plot(tokens, [one[f"{prefix}peak_mib"] / batch for one in chosen], style, label=label)
+            for ax, key in zip(axes, panels, strict=True):
+                ax.plot(tokens, [one[prefix + key] / batch for one in chosen], style, label=label)
         ends = tokens[0], tokens[-1]
-        for ax, key in zip(axes, ("latency_ms", "peak_mib"), strict=True):
+        for ax, key in zip(axes, panels, strict=True):
             first = chosen[0][key] / batch
             for power, style in ((1, ":"), (2, "-.")):
                 guide = [first, first * (ends[1] / ends[0]) ** power]
                 label = {1: "as N", 2: "as N²"}[power] if (model, method, batch) == names[0] else None
                 ax.plot(ends, guide, style, color="grey", linewidth=1, label=label)
-    for ax, label in zip(axes, ("milliseconds an image", "peak MiB an image"), strict=True):
+    for ax, label in zip(axes, panels.values(), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label)
         ax.set_xticks(sorted({one["tokens"] for one in found}), minor=False)
         ax.get_xaxis().set_major_formatter("{x:.0f}")
