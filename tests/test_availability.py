@@ -5,13 +5,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tokenpool import clustering, gpu
-from tokenpool.gpu import launch
+from tokenpool.gpu import availability, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.usefixtures("triton_runs")
@@ -77,6 +78,45 @@ def test_not_in_an_exported_model(chosen: None) -> None:
     assert (Pool()(tokens) == 1).all()
     assert (torch.export.export(Pool(), (tokens,)).module()(tokens) == -1).all()
     assert (torch.jit.trace(Pool(), tokens, check_trace=False)(tokens) == -1).all()
+
+
+@runs
+def test_compiled_code_is_not_taken_for_exported_code(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` of PyTorch 2.7 to 2.13 replaces `is_exporting` by True, as it does `is_dynamo_compiling`."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())
+
+    def pool(tokens: Tensor, heads: Tensor) -> Tensor:
+        fit = gpu.kmedoids_fits(tokens) and gpu.means_fits(tokens) and gpu.attention_fits(heads, heads, heads)
+        return tokens + 1 if fit else tokens - 1
+
+    tokens, heads = torch.zeros(1, 4, 3, device=DEVICE), torch.zeros(1, 2, 4, 16, device=DEVICE)
+    compiled = torch.compile(pool, backend="eager", fullgraph=True, dynamic=True)
+    assert (compiled(tokens, heads) == 1).all()
+    assert (compiled(tokens, torch.zeros(1, 2, 513, 16, device=DEVICE)) == -1).all()
+
+
+@runs
+def test_sizes_of_attention_that_do_not_work_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a size whose kernel raises an error, for example because shared memory runs out, is not used."""
+    kernel = launch.attention
+
+    def limited(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        if q.shape[2] > 16:
+            raise RuntimeError("out of resource: shared memory")
+        return kernel(q, *others)
+
+    monkeypatch.setattr(launch, "attention", limited)
+    monkeypatch.setattr(availability, "_runs_on", lambda *device: True)
+    gpu.passes_attention_test.cache_clear()
+    small, large = (torch.zeros(1, 2, n, 16, device=DEVICE, dtype=torch.float16) for n in (9, 17))
+    with gpu.using("auto"):
+        assert gpu.attention_fits(small, small, small)
+        with pytest.warns(UserWarning, match="attention kernel for 32 keys of width 16 in torch.float16 cannot be used"):
+            assert not gpu.attention_fits(large, large, large)
+        with warnings.catch_warnings():  # only once
+            warnings.simplefilter("error")
+            assert not gpu.attention_fits(large, large, large)
+    gpu.passes_attention_test.cache_clear()
 
 
 @runs

@@ -12,6 +12,16 @@ def is_in_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Return whether the running code is exported by `torch.export`, which includes ONNX, but not by `torch.compile`.
+
+    `torch.compile` of PyTorch 2.7 to 2.13 replaces `torch.compiler.is_exporting()` by True (issue 176347 of PyTorch).
+    The decorator makes it call the function instead.
+    """
+    return torch.compiler.is_exporting()
+
+
 def is_eager_cpu(tensor: Tensor) -> bool:
     """Return whether code can branch on the values of this tensor without a cost.
 

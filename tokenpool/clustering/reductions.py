@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import gpu
-from tokenpool.eager import is_eager_cpu, is_in_graph
+from tokenpool.eager import is_eager_cpu, is_exporting, is_in_graph
 
 
 def stable_topk(weights: Tensor, k: int) -> Tensor:
@@ -20,7 +20,7 @@ def stable_topk(weights: Tensor, k: int) -> Tensor:
     Returns:
         (B, K) int64.
     """
-    if torch.compiler.is_exporting():  # ONNX has no stable option, but its sort is stable
+    if is_exporting():  # ONNX has no stable option, but its sort is stable
         return weights.sort(dim=-1, descending=True).indices[:, :k]
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 

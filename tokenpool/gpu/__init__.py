@@ -21,6 +21,7 @@ from tokenpool.gpu.availability import (
     attention_fits,
     kmedoids_fits,
     means_fits,
+    passes_attention_test,
     passes_self_test,
     using,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "kmedoids_fits",
     "means",
     "means_fits",
+    "passes_attention_test",
     "passes_self_test",
     "received",
     "using",
