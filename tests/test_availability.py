@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenpool import clustering, gpu
-from tokenpool.gpu import availability, launch
+from tokenpool.gpu import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.usefixtures("triton_runs")
@@ -96,8 +96,7 @@ def test_compiled_code_is_not_taken_for_exported_code(chosen: None, monkeypatch:
 
 
 @runs
-def test_sizes_of_attention_that_do_not_work_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: a size whose kernel raises an error, for example because shared memory runs out, is not used."""
+def test_sizes_of_attention_that_do_not_work_are_not_used(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = launch.attention
 
     def limited(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -106,16 +105,14 @@ def test_sizes_of_attention_that_do_not_work_are_not_used(monkeypatch: pytest.Mo
         return kernel(q, *others)
 
     monkeypatch.setattr(launch, "attention", limited)
-    monkeypatch.setattr(availability, "_runs_on", lambda *device: True)
     gpu.passes_attention_test.cache_clear()
     small, large = (torch.zeros(1, 2, n, 16, device=DEVICE, dtype=torch.float16) for n in (9, 17))
-    with gpu.using("auto"):
-        assert gpu.attention_fits(small, small, small)
-        with pytest.warns(UserWarning, match="attention kernel for 32 keys of width 16 in torch.float16 cannot be used"):
-            assert not gpu.attention_fits(large, large, large)
-        with warnings.catch_warnings():  # only once
-            warnings.simplefilter("error")
-            assert not gpu.attention_fits(large, large, large)
+    assert gpu.attention_fits(small, small, small)
+    with pytest.warns(UserWarning, match="attention kernel for 32 keys of width 16 in torch.float16 cannot be used"):
+        assert not gpu.attention_fits(large, large, large)
+    with warnings.catch_warnings():  # only once
+        warnings.simplefilter("error")
+        assert not gpu.attention_fits(large, large, large)
     gpu.passes_attention_test.cache_clear()
 
 

@@ -26,7 +26,7 @@ from tokenpool.gpu.availability import (
     using,
 )
 from tokenpool.gpu.kernels import INTERPRETED, available
-from tokenpool.gpu.launch import Medoids, attention, kmedoids, means, received
+from tokenpool.gpu.launch import Medoids, attention, kmedoids, means, received, weighted_means
 
 __all__ = [
     "CHOICES",
@@ -47,4 +47,5 @@ __all__ = [
     "passes_self_test",
     "received",
     "using",
+    "weighted_means",
 ]

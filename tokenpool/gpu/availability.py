@@ -69,9 +69,9 @@ def attention_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     kind, index = q.device.type, q.device.index
     if launch.attention_memory(n, width, q.element_size()) > _shared_memory(kind, index):
         return False
-    # The sizes are numbers, and not those of a tensor, because a compiled graph may have symbols for the latter.
+    # Numbers, because in a compiled graph n may be a symbol.
     keys, columns = (next(size for size in SIZES if most <= size) for most in (n, width))
-    return _attention_runs(kind, index, _choice, q.dtype, keys, columns)
+    return _attention_runs(kind, index, q.dtype, keys, columns)
 
 
 def _fits(values: Tensor) -> bool:
@@ -101,9 +101,8 @@ def _shared_memory(kind: str, index: int | None) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _attention_runs(kind: str, index: int | None, choice: str, dtype: torch.dtype, keys: int, width: int) -> bool:
-    """Return whether to use the attention kernel for these sizes, where "auto" asks for a test."""
-    return choice == "triton" or passes_attention_test(kind, index, dtype, keys, width)
+def _attention_runs(kind: str, index: int | None, dtype: torch.dtype, keys: int, width: int) -> bool:
+    return passes_attention_test(kind, index, dtype, keys, width)  # a cached function cannot be decorated
 
 
 @functools.cache
@@ -178,9 +177,12 @@ def _agrees(device: torch.device, dtype: torch.dtype, images: int) -> bool:
         points.float() * weights[:, :, None],
         accumulate=True,
     )
+    total = weights.new_zeros(batch, k).scatter_add(1, found.assignment, weights)
+    centers = launch.weighted_means(points, weights, found).float()
     return (
         torch.equal(rows.min(dim=1).indices, found.assignment)
         and torch.allclose(shared, sums, rtol=0.01, atol=0.01)
+        and torch.allclose(centers, sums / total[:, :, None], rtol=0.01, atol=0.01)
         and _attention_agrees(points[:, None] / 4, points[:, None].flip(2) / 4, points[:, None], weights)
     )
 
