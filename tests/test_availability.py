@@ -1,5 +1,6 @@
 """When the Triton kernels are used, and when the plain functions are."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from torch import Tensor
 from tokenpool import clustering, gpu
 from tokenpool.gpu import launch
 
+CHOOSING = ("TRITON_INTERPRET", "TOKENPOOL_KERNELS")  # environment variables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.usefixtures("triton_runs")
 
@@ -154,6 +156,33 @@ import torch
 from tokenpool import gpu
 print(gpu.available, gpu.means_fits(torch.zeros(1, 2, 3)))
 """
+
+
+ON_A_GPU = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tokenpool import gpu
+from tokenpool.gpu import availability
+torch.cuda.get_device_capability = lambda device: (9, 0)
+with FakeTensorMode():
+    tokens = torch.empty(1, 2, 3, device="cuda")
+for passes in (True, False):
+    availability.passes_self_test = lambda *device: passes
+    used = [gpu.means_fits(tokens)]
+    for choice in gpu.CHOICES:
+        with gpu.using(choice):
+            used.append(gpu.means_fits(tokens))
+    print(used)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu.available, reason="Triton is not installed")
+def test_on_a_gpu_they_are_used_only_if_chosen_and_if_the_test_passes() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in CHOOSING}
+    command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[False, True, True, False]", "[False, False, False, False]"], done.stderr
 
 
 @pytest.mark.slow

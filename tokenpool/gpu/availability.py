@@ -28,7 +28,7 @@ def _checked(choice: str, name: str) -> str:
 
 
 # A global and not a context variable, because torch.compile notices changes of globals and compiles again.
-_choice = _checked(os.environ.get("TOKENPOOL_KERNELS", "auto"), "TOKENPOOL_KERNELS")
+_choice = _checked(os.environ.get("TOKENPOOL_KERNELS", "plain"), "TOKENPOOL_KERNELS")
 
 
 @contextmanager
@@ -36,7 +36,8 @@ def using(choice: str) -> Iterator[None]:
     """Choose between kernels and plain functions during the block, for all threads.
 
     Args:
-        choice: "auto" uses the kernels on suitable GPUs, "triton" on all devices that can run them, "plain" never.
+        choice: "plain", the default, never uses the kernels. "auto" uses them on suitable GPUs, "triton" also in
+            Triton's interpreter.
 
     Raises:
         ValueError: for another choice.
@@ -82,14 +83,14 @@ def _fits(values: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs_on(kind: str, index: int | None, choice: str) -> bool:
-    """Return whether to use the kernels on a device: a suitable GPU, or Triton's interpreter for choice "triton"."""
+    """Return whether the kernels run on a device: a suitable GPU, or Triton's interpreter for choice "triton"."""
     if not available:
         return False
     if INTERPRETED.value:
         return choice == "triton" and kind in ("cpu", "cuda")
     if kind != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
-    return choice == "triton" or passes_self_test(kind, index)
+    return passes_self_test(kind, index)
 
 
 @torch.compiler.assume_constant_result
