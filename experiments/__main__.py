@@ -51,9 +51,7 @@ def load(name: str) -> TyperCommand:
     describe_methods()
     single = typer.Typer(add_completion=False)
     single.command(name)(body)
-    command = typer.main.get_command(single)
-    assert isinstance(command, TyperCommand)
-    return command
+    return typer.main.get_command(single)
 
 
 def _not_loaded() -> None:

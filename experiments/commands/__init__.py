@@ -24,19 +24,19 @@ class Command(NamedTuple):
 COMMANDS = {
     "reproduce": Command(
         "making",
-        "Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a picture.",
+        "Run the protocol of section 5: base model, search for schedules, fine-tuning. Ends with a table and a "
+        "picture.",
     ),
     "table": Command(
         "showing",
-        "Print a table of the paper and write it as Markdown, LaTeX and CSV: as printed, and from the runs of a preset.",
+        "Print a table of the paper and write it as Markdown, LaTeX and CSV: as printed, and from the runs of a "
+        "preset.",
     ),
     "figure": Command(
         "showing",
         "Draw a figure of the paper as PNG and PDF: from its printed numbers, and from the runs of a preset.",
     ),
-    "report": Command(
-        "showing", "Write all tables and figures, and what each was made from, on one page of HTML."
-    ),
+    "report": Command("showing", "Write all tables and figures, and what each was made from, on one page of HTML."),
     "run": Command(
         "making",
         "Make one run of a preset, as each task of a job array does. Goes on where an interrupted run stopped.",
