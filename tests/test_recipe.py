@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from experiments import data_sets, presets
-from experiments.__main__ import app
+from experiments.__main__ import load
 from experiments.artifacts import everything
 from experiments.run import DEFAULTS, Run, check_same, plain
 from experiments.study import Study
@@ -28,7 +28,7 @@ FIELDS = {each.name: each for each in fields(Recipe)}
 
 def options() -> dict[str, typer.core.TyperOption]:
     """The options of `train`, by their name in Python."""
-    return {option.name: option for option in typer.main.get_command(app).commands["train"].params}
+    return {option.name: option for option in load("train").params}
 
 
 @pytest.mark.parametrize("name", FIELDS)
