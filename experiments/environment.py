@@ -41,9 +41,17 @@ def _cpu() -> str | None:
 
 @cache  # the commit of the code that is running, even if a newer one is committed meanwhile
 def commit() -> str | None:
-    """The commit of this code, "-dirty" if it has changed since; outside of a repository $TOKENPOOL_COMMIT, or None."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of this code, "-dirty" if it has changed since; outside of a repository $TOKENPOOL_COMMIT, or None.
+
+    New results and figures in `results` do not count as changes.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)results")
+        return _git("describe", "--always", "--abbrev=12") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get(COMMIT)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

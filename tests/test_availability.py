@@ -1,10 +1,12 @@
 """When the Triton kernels are used, and when the plain functions are."""
 
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from tokenpool import clustering, gpu
 from tokenpool.gpu import launch
 
+CHOOSING = ("TRITON_INTERPRET", "TOKENPOOL_KERNELS")  # environment variables
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = pytest.mark.usefixtures("triton_runs")
 
@@ -80,6 +83,42 @@ def test_not_in_an_exported_model(chosen: None) -> None:
 
 
 @runs
+def test_compiled_code_is_not_taken_for_exported_code(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` of PyTorch 2.7 to 2.13 replaces `is_exporting` by True, as it does `is_dynamo_compiling`."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())
+
+    def pool(tokens: Tensor, heads: Tensor) -> Tensor:
+        fit = gpu.kmedoids_fits(tokens) and gpu.means_fits(tokens) and gpu.attention_fits(heads, heads, heads)
+        return tokens + 1 if fit else tokens - 1
+
+    tokens, heads = torch.zeros(1, 4, 3, device=DEVICE), torch.zeros(1, 2, 4, 16, device=DEVICE)
+    compiled = torch.compile(pool, backend="eager", fullgraph=True, dynamic=True)
+    assert (compiled(tokens, heads) == 1).all()
+    assert (compiled(tokens, torch.zeros(1, 2, 513, 16, device=DEVICE)) == -1).all()
+
+
+@runs
+def test_sizes_of_attention_that_do_not_work_are_not_used(chosen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = launch.attention
+
+    def limited(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        if q.shape[2] > 16:
+            raise RuntimeError("out of resource: shared memory")
+        return kernel(q, *others)
+
+    monkeypatch.setattr(launch, "attention", limited)
+    gpu.passes_attention_test.cache_clear()
+    small, large = (torch.zeros(1, 2, n, 16, device=DEVICE, dtype=torch.float16) for n in (9, 17))
+    assert gpu.attention_fits(small, small, small)
+    with pytest.warns(UserWarning, match="attention kernel for 32 keys of width 16 in torch.float16 cannot be used"):
+        assert not gpu.attention_fits(large, large, large)
+    with warnings.catch_warnings():  # only once
+        warnings.simplefilter("error")
+        assert not gpu.attention_fits(large, large, large)
+    gpu.passes_attention_test.cache_clear()
+
+
+@runs
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [None, "wrong", "error"])
 def test_kernels_that_do_not_work_on_a_device_are_not_used(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +156,33 @@ import torch
 from tokenpool import gpu
 print(gpu.available, gpu.means_fits(torch.zeros(1, 2, 3)))
 """
+
+
+ON_A_GPU = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tokenpool import gpu
+from tokenpool.gpu import availability
+torch.cuda.get_device_capability = lambda device: (9, 0)
+with FakeTensorMode():
+    tokens = torch.empty(1, 2, 3, device="cuda")
+for passes in (True, False):
+    availability.passes_self_test = lambda *device: passes
+    used = [gpu.means_fits(tokens)]
+    for choice in gpu.CHOICES:
+        with gpu.using(choice):
+            used.append(gpu.means_fits(tokens))
+    print(used)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu.available, reason="Triton is not installed")
+def test_on_a_gpu_they_are_used_only_if_chosen_and_if_the_test_passes() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in CHOOSING}
+    command = [sys.executable, "-W", "ignore", "-c", ON_A_GPU]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[False, True, True, False]", "[False, False, False, False]"], done.stderr
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """`python -m experiments`: what it inherits, prints and refuses."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import presets
+from experiments import commands, presets
 from tokenpool.analysis import results
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,36 @@ def test_a_notebook_keeps_its_backend() -> None:
     environment = os.environ | {"MPLBACKEND": "svg"}
     said = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert said.stdout.split() == ["svg", "svg"], said.stderr
+
+
+def test_the_help_of_all_commands_is_fast() -> None:
+    """It imports nothing that takes seconds, and its text is the first paragraph of each command's docstring."""
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['experiments', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('experiments', run_name='__main__')\n"
+        "finally:\n"
+        "    print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"COLUMNS": "300"}, cwd=ROOT, capture_output=True, text=True
+    )
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "typer" in imported
+    assert not imported & {"tokenpool", "torch", "numpy", "timm", "lightning", "pandas", "matplotlib", "yaml"}
+    for name, command in commands.COMMANDS.items():
+        paragraph = inspect.getdoc(commands.function(name)).partition("\n\n")[0].replace("\n", " ")
+        assert command.summary == paragraph, name
+        assert re.search(f"{name} +{re.escape(paragraph)}", done.stdout), name
+
+
+def test_the_help_of_a_command_is_its_own(in_process) -> None:
+    done = in_process("train", "-h")
+    assert done.returncode == 0 and " train [OPTIONS]" in done.stdout
+    assert "--retention-penalty" in done.stdout and "wkmedoids - " in done.stdout
+    unknown = in_process("tran", "-h")
+    assert unknown.returncode == 2 and "No such command 'tran'. Did you mean 'train'?" in unknown.stderr
 
 
 def test_a_table_is_printed_as_it_is_written(in_process, tmp_path: Path) -> None:

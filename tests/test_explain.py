@@ -57,6 +57,7 @@ def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: 
 def test_a_budget_and_what_it_really_costs(weights: Path, tmp_path: Path) -> None:
     picture("RGB", (160, 160)).save(tmp_path / "photo.png")
     plain, pooled, *_ = run(tmp_path / "photo.png", weights, tmp_path / "out", "kmedoids", gmacs=0.02)
+    assert plain.startswith(f"plain: {tokenpool.flops.count(timm.create_model(MODEL)).gmacs:.4g} GMACs; ")
     model = tokenpool.create_model(MODEL, "kmedoids", gmacs=0.02)
     counted = tokenpool.flops.count(model)
     assert pooled.startswith(f"kmedoids: {counted.gmacs:.4g} GMACs, of which clustering {counted.clustering_gmacs:.3g}")

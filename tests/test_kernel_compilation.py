@@ -39,9 +39,11 @@ WORK = (
     (HOPPER, "kmedoids", torch.bfloat16, 196, 384),
     (HOPPER, "kmedoids", torch.float32, 196, 384),
     (HOPPER, "means", torch.bfloat16, 196, 384),
+    (HOPPER, "weighted_means", torch.bfloat16, 196, 384),
     (HOPPER, "attention", torch.bfloat16, 197, 64),
     (HOPPER, "attention", torch.float16, 100, 32),
     (HOPPER, "received", torch.float32, 197, 64),
+    (HOPPER, "received", torch.float32, 257, 32),
     (AMPERE, "kmedoids", torch.float16, 100, 384),
     (AMPERE, "attention", torch.bfloat16, 197, 64),
 )
@@ -56,12 +58,21 @@ def compile_for(capability: int, name: str, dtype: torch.dtype, n: int, width: i
     item, expected = dtype.itemsize, 227 * 1024
     number = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     pointers = {"weights": "*fp32", "scratch": "*fp32", "offset": "*fp32", "share": "*fp32", "bias": "*fp32"}
-    pointers |= {"assignment": "*i64", "medoids": "*i64", "order": "*i32", "start": "*i32", "received": "*fp32"}
+    pointers |= {
+        "assignment": "*i64",
+        "medoids": "*i64",
+        "order": "*i32",
+        "previous": "*i64",
+        "start": "*i32",
+        "received": "*fp32",
+    }
     pointers |= dict.fromkeys(("points", "tokens", "q", "k", "v", "out"), number)
     if name == "kmedoids":
         kernel, shape = kernels.kmedoids_kernel, launch.medoid_shape(n, item)
     elif name == "means":
         kernel, shape = kernels.means_kernel, launch.mean_shape(width)
+    elif name == "weighted_means":
+        kernel, shape = kernels.weighted_means_kernel, launch.mean_shape(width)
     else:
         kernel, shape = kernels.attention_kernel, launch.attention_shape(n, width, item)
         shape |= {"WITH_BIAS": True, "WITH_OUTPUT": name == "attention"}

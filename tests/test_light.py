@@ -75,9 +75,10 @@ for name in ("results", "plotting", "compare", "module", "soft_selection"):
 
 
 @pytest.mark.slow
-def test_the_command_line_names_the_extra_in_one_line(tmp_path: Path) -> None:
-    start = "import runpy; runpy.run_module('experiments', run_name='__main__')"
-    done = python(f"NAMES = {(*HEAVY, 'typer')}{MISSING}{start}", tmp_path)
+@pytest.mark.parametrize("names", [(*HEAVY, "typer"), ("pandas", "lightning")])
+def test_the_command_line_names_the_extra_in_one_line(tmp_path: Path, names: tuple[str, ...]) -> None:
+    start = "import runpy, sys; sys.argv[1:] = ['table', '2']; runpy.run_module('experiments', run_name='__main__')"
+    done = python(f"NAMES = {names}{MISSING}{start}", tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: experiments needs ") and 'pip install "tokenpool[experiments]"' in done.stderr
 

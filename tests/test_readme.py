@@ -12,8 +12,8 @@ import pytest
 import typer
 
 import tokenpool
-from experiments import artifacts, presets
-from experiments.__main__ import app
+from experiments import artifacts, commands, presets
+from experiments.__main__ import load
 from experiments.study import Study
 from tokenpool import hosts
 from tokenpool.downsampling import METHODS, REGISTRY
@@ -28,7 +28,7 @@ SNIPPETS = [
     if name != RUNS_ELSEWHERE
     for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 ]
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {name: load(name) for name in commands.COMMANDS}
 
 
 def test_there_are_snippets() -> None:

@@ -217,7 +217,10 @@ def test_the_loop_that_it_is_compared_with_does_the_same() -> None:
     assert result.exit_code == 0 and "ending early" in result.stdout
 
 
-@pytest.mark.parametrize("folder", ["", "others", "growth", "onnxruntime"])
+H200 = [f"h200/{part}" for part in ("eager", "plain", "compiled", "growth")]
+
+
+@pytest.mark.parametrize("folder", [".", "others", "growth", "onnxruntime", *H200])
 def test_the_documented_tables_are_the_stored_results(folder: str) -> None:
     text = (ROOT / "docs" / "performance.md").read_text()
     _, rows = benchmark.stored(ROOT / "results" / "throughput" / folder)

@@ -76,7 +76,7 @@ def test_committed_results_of_cifar10_are_of_one_study() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = study.points(study.with_awaited(everything(study)))
-    assert set(found["run"]) == {path.stem for path in study.folder.glob("*.json")} and len(found) == 187
+    assert set(found["run"]) == {path.stem for path in study.folder.glob("*.json")} and len(found) == 260
     assert found["test_images"].nunique() == 1 and found["pretrained_weights"].nunique() == 1
     for path in study.folder.glob("*.json"):
         outcome = results.read(path)

@@ -131,7 +131,7 @@ class ScheduleCost:
         first = _FirstTokens(0)
         rest = adapter.copy_with_blocks(nn.Sequential(first)).cpu().float().eval()
         self._outside = []
-        for n in [self.tokens] if self._head_reads else [1, 2, 3]:
+        for n in [self.tokens] if self._head_reads else [1, 2, 3] if self.host.reads_patches else [1]:
             first.limit = self.prefix + n
             self._outside.append(_macs(OnImages(rest, adapter), adapter.blank_image()))
 
@@ -159,7 +159,7 @@ class ScheduleCost:
 
     def _embedding_and_head(self, n: int) -> int:
         """Return the cost of embedding and head. It is at most quadratic in n, so three counts determine it."""
-        if self._head_reads:
+        if len(self._outside) == 1:  # it does not depend on n
             return self._outside[0]
         one, two, three = self._outside
         return one + (n - 1) * (two - one) + (n - 1) * (n - 2) // 2 * (three - 2 * two + one)

@@ -14,11 +14,15 @@ def is_in_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
-    """Return whether `torch.export` or `torch.onnx.export` captures the running code.
+    """Return whether `torch.export` or `torch.onnx.export` captures the running code, but not `torch.compile`.
 
     An exported graph runs in other programs. It contains no scatter with a reduction, which TensorRT computes wrongly,
     and as few operators as possible, because the time of an export and of a single image depends on their number.
+
+    `torch.compile` of PyTorch 2.7 to 2.13 replaces `torch.compiler.is_exporting()` by True (issue 176347 of PyTorch).
+    The decorator makes it call the function instead.
     """
     return torch.compiler.is_exporting()
 

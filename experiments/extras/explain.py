@@ -1,6 +1,6 @@
 """What pooling does to one image: predictions, cost, and a picture of which patches become one token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tokenpool
-from tokenpool import files
+from tokenpool import files, hosts
 from tokenpool.analysis import plotting
-from tokenpool.downsampling import REGISTRY, with_schedule
+from tokenpool.budget import ScheduleCost
+from tokenpool.downsampling import METHODS, REGISTRY, with_schedule
 from tokenpool.training.images import load_image
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
@@ -58,12 +59,13 @@ def explain(
         tokenpool.load_weights(model, weights, ema=ema)
     config = resolve_model_data_config(model)
     pixels = create_transform(**config)(photograph)[None]  # (1, 3, H, W)
+    cost = ScheduleCost(model, METHODS[method])  # equals flops.count, which takes seconds for a clustering
     with torch.inference_mode():
         before = model(pixels)
-        yield f"plain: {_costs(model)}{_likely(before, model)}"
+        yield f"plain: {_costs(cost, [cost.tokens] * len(cost.blocks))}{_likely(before, model)}"
         tokenpool.patch(model, method, carry=carry, **schedule)
         trace = tokenpool.trace(model, pixels)
-    yield f"{method}: {_costs(model)}{_likely(trace.logits, model)}"
+    yield f"{method}: {_costs(cost, hosts.of(model).setting.keep)}{_likely(trace.logits, model)}"
     yield f"cosine of the two outputs: {F.cosine_similarity(before, trace.logits).item():.3f}"
     yield f"tokens after each block: {', '.join(str(block.tokens) for block in trace.blocks)}"
 
@@ -84,10 +86,9 @@ def _not_too_long(photograph: Image.Image) -> Image.Image:
     return photograph.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
-def _costs(model: VisionTransformer) -> str:
-    count = tokenpool.flops.count(model)
-    clustering = f", of which clustering {count.clustering_gmacs:.3g}" if count.clustering_gmacs else ""
-    return f"{count.gmacs:.4g} GMACs{clustering}"
+def _costs(cost: ScheduleCost, keep: Sequence[int]) -> str:
+    macs, clustering = cost(keep), cost(keep) - cost.backbone(keep)
+    return f"{macs / 1e9:.4g} GMACs" + (f", of which clustering {clustering / 1e9:.3g}" if clustering else "")
 
 
 def _likely(logits: Tensor, model: VisionTransformer, count: int = 5) -> str:

@@ -18,6 +18,7 @@ import tokenpool
 from experiments.environment import environment
 from experiments.extras.formats import FORMATS, OPSET
 from tokenpool import files
+from tokenpool.training import fingerprint
 from tokenpool.training.images import load_image
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
@@ -139,7 +140,7 @@ def _description(chosen: Export, model: nn.Module, config: dict[str, Any]) -> di
         "model": chosen.model,
         "model_options": chosen.model_options,
         "method": chosen.method,
-        "weights": str(chosen.weights or ("timm" if chosen.pretrained else "random")),
+        "weights": _weights_of(chosen),
         "precision": chosen.precision,
         "gmacs": tokenpool.flops.count(model).gmacs,
         "preprocessing": config,
@@ -152,6 +153,13 @@ def _description(chosen: Export, model: nn.Module, config: dict[str, Any]) -> di
         setting = tokenpool.hosts.of(model).setting
         about |= {"setting": setting.arguments(), "keep": setting.keep}
     return json.loads(json.dumps(about, default=str))
+
+
+def _weights_of(chosen: Export) -> str:
+    """Where the weights come from: a file is named with its fingerprint, and without its folder."""
+    if chosen.weights is None:
+        return "timm" if chosen.pretrained else "random"
+    return f"{chosen.weights.name}, {fingerprint.of_weights(chosen.weights)}"
 
 
 def _photographs(folder: Path, limit: int) -> list[Path]:

@@ -21,11 +21,11 @@ three, 2 epochs instead of 30, one learning rate for predictors and backbone, an
 starts from the base model and keeps its class token; its authors train from the start.
 
 Cost: about eleven hours on two cores, and 3 GB of memory for each process. An epoch of the plain model takes 300 s with
-two threads, and its test 95 s. On one H100 (--jobs 14, with NVIDIA's multi-process service and 16 cores), 187 of the
-271 runs took 12 minutes. These runs are in results/cifar10_128. The other runs do not exist yet.
+two threads, and its test 95 s. On one H100 (--jobs 14, with NVIDIA's multi-process service and 16 cores), 187 runs took
+12 minutes. results/cifar10_128 has 260 of the 276 runs. The other 16 runs measure time and do not exist yet.
 
 Expected: 87.6 % for the plain model after fine-tuning. At 0.135 of 0.374 GMACs, PoWER-BERT has 71.2 %, K-Medoids
-77.7 %, WK-Medoids 75.7 %.
+77.6 %, WK-Medoids 75.6 %.
 """
 
 from experiments.presets import Preset, Variant

@@ -70,13 +70,16 @@ def weighted_means(
         weights: (B, N), at least in float32.
         assignment: (B, N), the cluster of each token.
         previous: the result for a cluster of weight zero, as a point (B, K, D) or as the index (B, K) of a token.
-        members: `order` and `start` of `gpu.Medoids`. If given, the GPU kernel computes the sums.
+        members: `order` and `start` of `gpu.Medoids`. If given, GPU kernels compute the sums, or without gradient the
+            means in one launch.
 
     Returns:
         (B, K, D).
     """
     k = previous.shape[1]
     with without_autocast(tokens.device):
+        if members and not (tokens.requires_grad and torch.is_grad_enabled()):
+            return gpu.weighted_means(tokens, weights, gpu.Medoids(assignment, previous, *members))
         if members:
             total = gpu.means(weights[:, :, None], torch.ones_like(weights), assignment, *members).squeeze(2)
         else:

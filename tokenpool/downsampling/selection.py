@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler
+from tokenpool.eager import is_in_graph
 
 
 class Noise:
@@ -52,7 +53,11 @@ class Noise:
             return torch.rand(batch, n, generator=self.generator, device=self.generator.device).to(tokens.device)
         if training:
             return torch.rand(batch, n, device=tokens.device)
-        return torch.tensor(_fixed_draw(int(n), self.seed), dtype=torch.float32, device=tokens.device).expand(batch, n)
+        numbers = _fixed_draw(int(n), self.seed)
+        if tokens.is_cuda and not is_in_graph():  # a copy from pinned memory does not wait for the GPU
+            pinned = torch.tensor(numbers, dtype=torch.float32, pin_memory=True)
+            return pinned.to(tokens.device, non_blocking=True).expand(batch, n)
+        return torch.tensor(numbers, dtype=torch.float32, device=tokens.device).expand(batch, n)
 
 
 class Selection(Downsampler):

@@ -4,10 +4,10 @@ A kernel computes in one launch the same as `clustering` or `attention` in many 
 results are the same up to rounding. `kmedoids_fits`, `means_fits` and `attention_fits` return whether a kernel replaces
 the plain function.
 
-The kernels are used on NVIDIA GPUs of compute capability 8.0 and later if Triton is installed and a self-test at the
-first use passes. The environment variable TOKENPOOL_KERNELS, or `using`, overrides this decision. "plain" never uses
-the kernels. "triton" uses them also for tensors on the CPU, in Triton's slow interpreter, if TRITON_INTERPRET=1 is set
-before `tokenpool` is imported.
+The kernels are not used by default, see docs/performance.md for the reason. The environment variable
+TOKENPOOL_KERNELS, or `using`, chooses. "triton" and "auto" use the kernels on NVIDIA GPUs of compute capability 8.0 and
+later if Triton is installed and a self-test at the first use passes. "triton" uses them also for tensors on the CPU, in
+Triton's slow interpreter, if TRITON_INTERPRET=1 is set before `tokenpool` is imported. "plain" is the default.
 
 `kernels` contains the Triton code, `launch` the functions that call it, and `availability` the decision.
 """
@@ -21,11 +21,12 @@ from tokenpool.gpu.availability import (
     attention_fits,
     kmedoids_fits,
     means_fits,
+    passes_attention_test,
     passes_self_test,
     using,
 )
 from tokenpool.gpu.kernels import INTERPRETED, available
-from tokenpool.gpu.launch import Medoids, attention, kmedoids, means, received
+from tokenpool.gpu.launch import Medoids, attention, kmedoids, means, received, weighted_means
 
 __all__ = [
     "CHOICES",
@@ -42,7 +43,9 @@ __all__ = [
     "kmedoids_fits",
     "means",
     "means_fits",
+    "passes_attention_test",
     "passes_self_test",
     "received",
     "using",
+    "weighted_means",
 ]

@@ -271,6 +271,40 @@ def means_kernel(
     tl.store(out + program * width + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
 
 
+@_jit("n", "k")
+def weighted_means_kernel(
+    tokens, weights, order, start, previous, out, n, k, width, image_stride, row_stride,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Like `means_kernel`, but it computes the shares from weights. A cluster of weight zero gets token `previous`."""
+    program = tl.program_id(0).to(tl.int64)
+    image, cluster = program // k, program % k
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    first = tl.load(start + image * (k + 1) + cluster)
+    end = tl.load(start + image * (k + 1) + cluster + 1)
+    parts = tl.zeros((ROWS,), tl.float32)
+    for place in range(first, end, ROWS):
+        member = place + tl.arange(0, ROWS)
+        token = tl.load(order + image * n + member, mask=member < end, other=0)
+        parts += tl.load(weights + image * n + token, mask=member < end, other=0.0)
+    weight = tl.sum(parts, 0)
+    divisor = tl.where(weight > 0, weight, 1.0)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for place in range(first, end, ROWS):
+        member = place + tl.arange(0, ROWS)
+        token = tl.load(order + image * n + member, mask=member < end, other=0)
+        part = tl.load(weights + image * n + token, mask=member < end, other=0.0)
+        inside = (member[:, None] < end) & (column[None, :] < width)
+        address = tokens + image * image_stride + token[:, None] * row_stride + column[None, :]
+        value = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+        total += tl.div_rn(part, tl.zeros_like(part) + divisor)[:, None] * value
+    kept = tl.load(previous + program).to(tl.int32)
+    address = tokens + image * image_stride + kept * row_stride + column
+    old = tl.load(address, mask=column < tl.where(weight > 0, 0, width), other=0.0)  # not read without need
+    mean = tl.sum(total, 0).to(out.dtype.element_ty)
+    tl.store(out + program * width + column, tl.where(weight > 0, mean, old), mask=column < width)
+
+
 @_jit("n", "heads")
 def attention_kernel(
     q, k, v, bias, out, received, scale, heads, n, width,

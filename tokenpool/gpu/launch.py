@@ -154,6 +154,44 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _means.register_autograd(_gradient, setup_context=_save_for_gradient)
 
 
+def weighted_means(tokens: Tensor, weights: Tensor, found: Medoids) -> Tensor:
+    """Compute the weighted mean of the tokens of each cluster in one launch. Without gradient.
+
+    It replaces two calls of `means`, for the weights and for the tokens, and the operations between them.
+
+    Args:
+        tokens: (B, N, D).
+        weights: (B, N) float32, not negative.
+        found: the clusters. A cluster of weight zero gets its token `previous`.
+
+    Returns:
+        (B, K, D), computed in float32 and returned in the dtype of the tokens.
+    """
+    return _weighted_means(tokens.detach(), weights.detach(), found.order, found.start, found.previous)
+
+
+@torch.library.custom_op("tokenpool::weighted_means", mutates_args=())
+def _weighted_means(tokens: Tensor, weights: Tensor, order: Tensor, start: Tensor, previous: Tensor) -> Tensor:
+    batch, n, width = tokens.shape
+    k = previous.shape[1]
+    tokens = _readable(tokens)
+    out = tokens.new_empty(batch, k, width)
+    if out.numel():
+        shape = mean_shape(width)
+        with _device(tokens):
+            kernels.weighted_means_kernel[(batch * k, -(-width // shape["WIDTH"]))](
+                *(tokens, weights.float().contiguous(), order.contiguous(), start.contiguous()),
+                *(previous.contiguous(), out, n, k, width, tokens.stride(0), tokens.stride(1)),
+                **shape,
+            )
+    return out
+
+
+@_weighted_means.register_fake
+def _empty_weighted_means(tokens: Tensor, weights: Tensor, order: Tensor, start: Tensor, previous: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], previous.shape[1], tokens.shape[2])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 # ---------------------------------------------------------------------------------------------------------------------
