@@ -417,17 +417,6 @@ def test_settings_that_a_configuration_cannot_hold_are_not_stored(patch: Callabl
         tokenpool.patch_from_config(type(model).from_pretrained(tmp_path))
 
 
-def test_models_with_one_configuration_have_settings_of_their_own() -> None:
-    first = create("vit")
-    second = type(first)(first.config)
-    tokenpool.patch(first, "kmedoids", 0.9)
-    assert first.config.tokenpool["downsampler"] == "kmedoids" and not hasattr(second.config, "tokenpool")
-    tokenpool.patch(second, "wkmedoids", 0.8)
-    assert first.config.tokenpool["downsampler"] == "kmedoids"
-    tokenpool.unpatch(second)
-    assert hasattr(first.config, "tokenpool") and not hasattr(second.config, "tokenpool")
-
-
 def test_a_damaged_setting_is_refused() -> None:
     model = create("vit")
     for setting in ("kmedoids", {"keep": [1]}, {"downsampler": "kmedoids", "other": 1}):

@@ -21,7 +21,9 @@ from tokenpool.analysis import bits
 
 RESULTS = Path(__file__).parents[1] / "results"
 IMAGES = 400
-CARRY = {"evit": False, "atc": True, "tome": True, "mctf": True, "dynamicvit": False, "key_medoids": False}
+CARRY = dict.fromkeys(("atc", "tome", "mctf"), True) | dict.fromkeys(
+    ("evit", "dynamicvit", "key_medoids", "ward"), False
+)
 COSTS = {"wkmedoids": (0.27, 0.23, 0.19, 0.13, 0.07), "evit": (0.26, 0.22, 0.18, 0.12, 0.06)}
 HVT = {"hvt-at5": 0.25, "hvt-at2-5": 0.17, "hvt-at0-2-4": 0.05}
 
@@ -57,7 +59,7 @@ def test_rivals_differ_from_the_papers_methods_in_nothing_but_the_method_and_its
     study = Study(presets.get("cifar10_128"), RESULTS / "cifar10_128", named=False)
     reference = {run.level: run.setting for run in study.finetunes(["wkmedoids"], [2])}
     found = study.rivals()
-    assert len(found) == 6 * 5 + 3 and {run.name for run in found} <= {run.name for run in artifacts.everything(study)}
+    assert len(found) == 7 * 5 + 3 and {run.name for run in found} <= {run.name for run in artifacts.everything(study)}
     for run in found:
         common = {name: value for name, value in run.setting.items() if name not in ("label", "downsampler")}
         if run.downsampler == "hvt":

@@ -3,7 +3,6 @@
 transformers is an optional package, which this module does not import. Models are known by the names of their classes.
 """
 
-import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -220,8 +219,7 @@ class HuggingFaceViT(Adapter):
         A setting that `tokenpool.patch_from_config` could not restore is not written: with a method that is not
         registered, an option that is no JSON value, or a patch with parameters of its own.
         """
-        # A copy, because several models may share one configuration, and each has its own setting.
-        config = self.model.config = copy.copy(self.model.config)
+        config = self.model.config
         if hasattr(config, "tokenpool"):
             del config.tokenpool
         if setting is None or setting.downsampler not in METHODS or self._has_own_parameters(setting):
