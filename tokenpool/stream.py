@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from tokenpool.clustering.reductions import is_member
+from tokenpool.clustering.reductions import sums
 from tokenpool.eager import is_exporting
 
 NEEDS_PLAIN = (
@@ -229,6 +229,6 @@ def merged_sizes(sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
         (B, K), the sizes of the output tokens.
     """
     if is_exporting():
-        return torch.where(is_member(assignment, k), sizes[:, None, :], 0).sum(dim=2)
+        return sums(sizes, assignment, k)  # a dropped token is in no cluster
     bins = sizes.new_zeros(sizes.shape[0], k + 1)  # the first bin collects dropped tokens, whose assignment is -1
     return bins.scatter_add(1, assignment + 1, sizes)[:, 1:]

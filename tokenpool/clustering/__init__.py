@@ -11,8 +11,8 @@ from typing import Any
 from tokenpool.clustering.agglomeration import LINKAGES, agglomerate
 from tokenpool.clustering.algorithm import Clusters, kmeans, kmedoids
 from tokenpool.clustering.density_peaks import density_peaks
-from tokenpool.clustering.distances import squared_distances, unit_vectors
-from tokenpool.clustering.reductions import largest, means, stable_topk, sums
+from tokenpool.clustering.distances import squared_distances, stretched, unit_vectors
+from tokenpool.clustering.reductions import largest, means, positive, stable_topk, sums
 from tokenpool.clustering.ward import ward_init
 from tokenpool.eager import is_in_graph
 
@@ -26,8 +26,10 @@ __all__ = [
     "kmedoids",
     "largest",
     "means",
+    "positive",
     "squared_distances",
     "stable_topk",
+    "stretched",
     "sums",
     "unit_vectors",
     "ward_init",

@@ -281,6 +281,13 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
+def stretched(vectors: Tensor, lengths: Tensor) -> Tensor:
+    """Scale vectors (B, N, E) to the lengths (B, N). A zero vector stays zero."""
+    wide = torch.promote_types(vectors.dtype, torch.float32)
+    length = torch.linalg.vector_norm(vectors, dim=-1, dtype=wide)
+    return vectors * (lengths / length.clamp(min=torch.finfo(wide).tiny))[:, :, None].to(vectors.dtype)
+
+
 def _is_in_range(largest: Tensor) -> Tensor:
     """Return for each image whether its largest squared distance (B,) is far from overflow and underflow."""
     return (largest > 1e-20) & (largest < 1e30)  # False for NaN

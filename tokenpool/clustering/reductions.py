@@ -25,6 +25,11 @@ def stable_topk(weights: Tensor, k: int) -> Tensor:
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
+def positive(weights: Tensor) -> Tensor:
+    """Make zero weights positive. If all weights of an image are zero, they become equal."""
+    return weights.clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 def sums(weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Sum the weights of each cluster.
 

@@ -33,7 +33,7 @@ class EViT(Downsampler):
         kept = clustering.stable_topk(class_attention, self.keep - 1).sort(dim=1).values  # (B, K - 1)
         places = torch.arange(self.keep - 1, device=tokens.device).expand(batch, -1)
         assignment = torch.full((batch, n), self.keep - 1, device=tokens.device).scatter(1, kept, places)
-        weights = class_attention.clamp(min=torch.finfo(class_attention.dtype).tiny)  # without attention: equal weights
+        weights = clustering.positive(class_attention)  # without attention: equal weights
         return Downsampled(clustering.means(tokens, weights, assignment, self.keep), assignment)
 
     def macs(self, n: int, width: int, key_width: int) -> int:

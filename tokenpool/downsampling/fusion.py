@@ -50,7 +50,7 @@ class MultiCriteriaFusion(Downsampler):
     def reduce(self, tokens: Tensor, scores: Tensor, *, sizes: Tensor) -> Downsampled:
         batch, n, _ = tokens.shape
         assignment = torch.arange(n, device=tokens.device).expand(batch, n)
-        scores = scores.clamp(min=torch.finfo(scores.dtype).tiny)  # without attention from any query, all are equal
+        scores = clustering.positive(scores)  # without attention from any query, all are equal
         for pairs in rounds(n, self.keep):
             step = _matched_both_ways(self._attraction(tokens, scores, sizes), pairs)  # (B, N)
             n = n - pairs
@@ -163,5 +163,4 @@ def _mlerp(tokens: Tensor, sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     wide = torch.promote_types(tokens.dtype, torch.float32)
     norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)  # (B, N)
     longest = clustering.largest(norms, assignment, k)  # (B, k)
-    length = torch.linalg.vector_norm(mean, dim=-1, dtype=wide)
-    return mean * (longest / length.clamp(min=torch.finfo(wide).tiny))[:, :, None].to(mean.dtype)
+    return clustering.stretched(mean, longest)

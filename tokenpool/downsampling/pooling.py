@@ -49,7 +49,7 @@ class TokenPooling(Downsampler):
         clusters = self.algorithm(
             tokens,
             self.keep,
-            weights=_positive(scores) if self.weighted else None,
+            weights=clustering.positive(scores) if self.weighted else None,
             init=clustering.stable_topk(priority, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # avoids a synchronisation in each block
@@ -132,7 +132,7 @@ class KeyMedoids(Downsampler):
         clusters = clustering.kmedoids(
             tokens,
             self.keep,
-            weights=_positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
+            weights=clustering.positive({"scores": scores, "sizes": sizes, "both": sizes * scores}[self.weights]),
             init="ward" if self.init == "ward" else clustering.stable_topk(scores, self.keep),
             iterations=self.iterations,
             check_values=not tokens.is_cuda,  # avoids a synchronisation in each block
@@ -142,11 +142,6 @@ class KeyMedoids(Downsampler):
 
     def macs(self, n: int, width: int, key_width: int) -> int:
         return n * n * (key_width if self.by == "keys" else width)
-
-
-def _positive(weights: Tensor) -> Tensor:
-    """Make zero weights positive. If no patch gets attention, all weights are zero and become equal."""
-    return weights.clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _checked_iterations(iterations: int) -> int:

@@ -88,7 +88,7 @@ class WardPooling(Downsampler):
 
 def _shares(attention: Tensor) -> Tensor:
     """Return positive shares (B, N) of the sum. If no token gets attention, all shares are equal."""
-    attention = attention.clamp(min=torch.finfo(attention.dtype).tiny)
+    attention = clustering.positive(attention)
     return attention / attention.sum(dim=1, keepdim=True)
 
 
@@ -97,6 +97,4 @@ def _stretched_means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int
     means = clustering.means(tokens, weights, assignment, k)
     wide = torch.promote_types(tokens.dtype, torch.float32)
     lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)  # (B, N, 1)
-    expected = clustering.means(lengths, weights, assignment, k)  # (B, k, 1)
-    length = torch.linalg.vector_norm(means, dim=-1, keepdim=True, dtype=wide)
-    return means * (expected / length.clamp(min=torch.finfo(wide).tiny)).to(means.dtype)
+    return clustering.stretched(means, clustering.means(lengths, weights, assignment, k).squeeze(2))
