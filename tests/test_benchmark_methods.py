@@ -223,6 +223,7 @@ def assert_calibrated(
         (["--method", "tomee"], "method 'tomee' is unknown; choose from random"),
         (["--baseline", "none"], "method 'none' needs training or has no schedule"),
         (["--calibrate", "tomee"], "method 'tomee' is unknown; choose from random"),
+        (["--method", "tome", "--calibrate", "mctf"], "--calibrate mctf is not among the methods that are compared"),
         (["--share", "1.2"], "--share 1.2 must be above 0 and below 1"),
         (["--gmacs", "7"], "--gmacs 7 must be above 0 and below the plain model's 0.0"),
         (["--gmacs", "7", "--share", "0.5"], "--share and --gmacs are two ways"),

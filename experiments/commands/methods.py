@@ -55,6 +55,9 @@ def benchmark_methods(
         raise ValueError("--share and --gmacs are two ways to give budgets: give one of them")
     methods = _methods(method, baseline)
     searched = methods if calibrate == ["all"] else _known(calibrate or [])
+    for name in searched:
+        if name not in methods:
+            raise ValueError(f"--calibrate {name} is not among the methods that are compared: add --method {name}")
     name_sources(data, weights)
     study = benchmark.study_of(model, named_values(model_option), gmacs or share or benchmark.SHARES, not gmacs, output)
     planned = benchmark.plan(study, methods, limit)
