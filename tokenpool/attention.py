@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tokenpool import gpu, micro_batch
 from tokenpool.adoption import adopt, give_back, reference
 from tokenpool.eager import is_in_graph
+from tokenpool.operators import is_opaque, needs_gradient, opaque
 
 
 class Asked(NamedTuple):
@@ -144,11 +145,10 @@ class ScoredAttention(nn.Module):
             out, scores = gpu.attention(q, k, v, bias, scale)
             out = out.transpose(1, 2).flatten(2)
         elif asked.scores and not fits:
-            heads, rows = self._micro_batch(x)
-            parts = zip(_split(q, heads, 1), _split(k, heads, 1), _split(v, heads, 1), strict=True)
-            outs, received = zip(*(self._attend(*part, bias, scale, rows) for part in parts), strict=True)
-            out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
-            scores = torch.stack(received).sum(dim=0) if len(received) > 1 else received[0]
+            if is_opaque(q) and (dropout or needs_gradient(q, k, v)):  # the operator has no gradient
+                out, scores = attend_in_parts(q, k, v, bias, scale, dropout)
+            else:
+                out, scores = scored_attention(q, k, v, bias, scale, dropout)
         else:
             scores = gpu.received(q, k, bias, scale) if asked.scores else None
             mask = None if bias is None else bias[:, None, None, :]
@@ -194,39 +194,80 @@ class ScoredAttention(nn.Module):
         out = out if gate is None else out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
-    def _micro_batch(self, x: Tensor) -> tuple[int, int]:
-        """Return how many heads and queries are computed at a time.
 
-        On a CPU, their attention matrices fit into the cache. On other devices they take at most 1 GiB. All heads and
-        queries are computed at once if autograd keeps the whole attention anyway, and in a graph, because a graph must
-        not depend on the batch size.
-        """
-        batch, n, _ = x.shape
-        if torch.is_grad_enabled() or is_in_graph():
-            return self.num_heads, n
-        budget = micro_batch.ATTENTION.on(x.device)
-        if x.device.type == "cpu" and batch > 1:  # the heads of several images do not lie side by side
-            heads = 1
-        else:
-            heads = min(micro_batch.max_items(batch * n * n, budget), self.num_heads)
-        return heads, min(micro_batch.max_items(batch * n, budget), n) if heads == 1 else n
+def attend_in_parts(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the output of an attention and the significance scores, for some heads and queries at a time.
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return output (B, N, h d) and received attention (B, N) of h heads, computed for `rows` queries at a time."""
-        outs: list[Tensor] = []
-        received: Tensor | None = None
-        for some in _split(q * scale, rows, 2):
-            logits = some @ k.mT  # (B, h, rows, N)
-            attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
-            precise = torch.promote_types(attention.dtype, torch.float32)
-            part = attention.detach().sum(dim=(1, 2), dtype=precise)
-            received = part if received is None else received + part
-            outs.append(F.dropout(attention, self.dropout, self.training).to(v.dtype) @ v)  # (B, h, rows, d)
-        out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
-        assert received is not None
-        return out.transpose(1, 2).flatten(2), received
+    Args:
+        q: (B, H, N, d), queries.
+        k: (B, H, N, d), keys.
+        v: (B, H, N, d), values.
+        bias: (B, N) or None, a number for each key that is added to the logits.
+        scale: factor of the products of queries and keys.
+        dropout: probability that an entry of the attention is dropped.
+
+    Returns:
+        Output (B, N, H d) and scores (B, N), the attention that each token receives.
+    """
+    heads, rows = _micro_batch(q)
+    parts = zip(_split(q, heads, 1), _split(k, heads, 1), _split(v, heads, 1), strict=True)
+    outs, received = zip(*(_attend(*part, bias, scale, dropout, rows) for part in parts), strict=True)
+    out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, N, H d)
+    return out, torch.stack(received).sum(dim=0) if len(received) > 1 else received[0]
+
+
+def _empty_results(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, n, _ = q.shape
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(batch, n, heads * v.shape[3]), q.new_empty(batch, n, dtype=precise)
+
+
+@opaque(_empty_results)
+def scored_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the same as `attend_in_parts`. It is one operator of a graph that is compiled for a CPU."""
+    return attend_in_parts(q, k, v, bias, scale, dropout)
+
+
+def _micro_batch(q: Tensor) -> tuple[int, int]:
+    """Return how many heads and queries of queries (B, H, N, d) are computed at a time.
+
+    On a CPU, their attention matrices fit into the cache. On other devices they take at most 1 GiB. All heads and
+    queries are computed at once if autograd keeps the whole attention anyway, and in a graph, because a graph must
+    not depend on the batch size.
+    """
+    batch, heads, n, _ = q.shape
+    if torch.is_grad_enabled() or is_in_graph():
+        return heads, n
+    budget = micro_batch.ATTENTION.on(q.device)
+    if q.device.type == "cpu" and batch > 1:  # the heads of several images do not lie side by side
+        some = 1
+    else:
+        some = min(micro_batch.max_items(batch * n * n, budget), heads)
+    return some, min(micro_batch.max_items(batch * n, budget), n) if some == 1 else n
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return output (B, N, h d) and received attention (B, N) of h heads, computed for `rows` queries at a time."""
+    outs: list[Tensor] = []
+    received: Tensor | None = None
+    for some in _split(q * scale, rows, 2):
+        logits = some @ k.mT  # (B, h, rows, N)
+        attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
+        precise = torch.promote_types(attention.dtype, torch.float32)
+        part = attention.detach().sum(dim=(1, 2), dtype=precise)
+        received = part if received is None else received + part
+        outs.append(F.dropout(attention, dropout).to(v.dtype) @ v if dropout else attention.to(v.dtype) @ v)
+    out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, h, rows, d)
+    assert received is not None
+    return out.transpose(1, 2).flatten(2), received
 
 
 def _split(values: Tensor, size: int, dim: int) -> Sequence[Tensor]:

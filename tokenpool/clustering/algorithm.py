@@ -25,10 +25,11 @@ from tokenpool.clustering.distances import (
     nearest_center,
     scaled,
 )
-from tokenpool.clustering.reductions import best_members, take_rows, weighted_means
+from tokenpool.clustering.reductions import best_members, full_precision, take_rows, weighted_means
 from tokenpool.clustering.swaps import alternate_by_swaps, means_by_swaps, symmetric_distances
 from tokenpool.clustering.ward import ward_init
 from tokenpool.eager import is_eager_cpu, without_autocast
+from tokenpool.operators import is_opaque, needs_gradient, opaque
 
 
 class Clusters(NamedTuple):
@@ -75,6 +76,25 @@ def kmeans(
         ValueError: if an argument is outside its range or has the wrong shape. The message names the argument.
     """
     weights, init = checked(tokens, k, weights, init, iterations, check_values)
+    centers, assignment, previous = _kmeans(tokens, weights, init, iterations)
+    if is_opaque(tokens) and needs_gradient(tokens):  # the operator has none
+        centers = weighted_means(tokens, weights, assignment, previous)
+    return Clusters(centers, assignment)
+
+
+def _kmeans_shapes(tokens: Tensor, weights: Tensor, init: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n, width = tokens.shape
+    centers = tokens.new_empty(batch, init.shape[1], width)
+    return centers, tokens.new_empty(batch, n, dtype=torch.int64), full_precision(centers).clone()
+
+
+@opaque(_kmeans_shapes)
+def _kmeans(tokens: Tensor, weights: Tensor, init: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Algorithm 1 for K-Means, with arguments that are checked.
+
+    Returns:
+        Centres (B, K, D), assignment (B, N), and the previous centres (B, K, D).
+    """
     with torch.no_grad(), without_autocast(tokens.device):
         points, scale = scaled(tokens)
         centers = take_rows(points, init) if init.dim() == 2 else init.to(points) / scale
@@ -84,7 +104,8 @@ def kmeans(
             centers = weighted_means(points, weights, assignment, previous)  # (15)
             if is_eager_cpu(tokens) and torch.equal(centers, previous):
                 break
-    return Clusters(weighted_means(tokens, weights, assignment, previous * scale), assignment)
+        previous = previous * scale
+    return weighted_means(tokens, weights, assignment, previous), assignment, previous
 
 
 def kmedoids(
@@ -130,18 +151,41 @@ def kmedoids(
     else:
         check_by(by, tokens, check_values)
     start = None if isinstance(init, str) else first
-    engine = choose_engine(tokens, by, k, start, iterations)
+    centers, assignment, medoids = _kmedoids(tokens, weights, by, start, k, iterations)
+    if is_opaque(tokens) and needs_gradient(tokens):  # the operator has none
+        centers = weighted_means(tokens, weights, assignment, medoids)
+    return Clusters(centers, assignment)
+
+
+def _kmedoids_shapes(
+    tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n, width = tokens.shape
+    assignment, medoids = (tokens.new_empty(batch, size, dtype=torch.int64) for size in (n, k))
+    return tokens.new_empty(batch, k, width), assignment, medoids
+
+
+@opaque(_kmedoids_shapes)
+def _kmedoids(
+    tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Algorithm 1 for K-Medoids, with arguments that are checked. An `init` of None means "ward".
+
+    Returns:
+        Centres (B, K, D), assignment (B, N), and medoids (B, K).
+    """
+    engine = choose_engine(tokens, by, k, init, iterations)
     if engine is Engine.SWAPS:
         with torch.no_grad(), without_autocast(tokens.device):
             distance = symmetric_distances(by)
-            medoids = _first_medoids(by, weights, k, start, distance)
+            medoids = _first_medoids(by, weights, k, init, distance)
             swapped = alternate_by_swaps(distance, weights, medoids, iterations)
-        return Clusters(means_by_swaps(tokens, weights, swapped), swapped.labels.long())
+        return means_by_swaps(tokens, weights, swapped), swapped.labels.long(), medoids
     with torch.no_grad(), without_autocast(tokens.device):
-        parts = micro_batch.split(images_at_a_time(engine, by, k), by, weights, start)
+        parts = micro_batch.split(images_at_a_time(engine, by, k), by, weights, init)
         found = [_find_medoids(engine, k, iterations, *part) for part in parts]
         assignment, medoids, *members = micro_batch.join(found)
-    return Clusters(weighted_means(tokens, weights, assignment, medoids, members), assignment)
+    return weighted_means(tokens, weights, assignment, medoids, members), assignment, medoids
 
 
 def _find_medoids(
