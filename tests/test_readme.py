@@ -13,10 +13,10 @@ import typer
 
 import tokenpool
 from experiments import artifacts, commands, presets
-from experiments.__main__ import load
-from experiments.study import Study
 from tokenpool import hosts
+from tokenpool.commands.shell import load
 from tokenpool.downsampling import METHODS, REGISTRY
+from tokenpool.runs.study import Study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ SNIPPETS = [
     if name != RUNS_ELSEWHERE
     for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 ]
-COMMANDS = {name: load(name) for name in commands.COMMANDS}
+COMMANDS = {name: load(name, command) for name, command in commands.COMMANDS.items()}
 
 
 def test_there_are_snippets() -> None:
