@@ -55,12 +55,13 @@ def throughput(
         raise ValueError(f"--compile is --backend compiled, not --backend {backend}: give one of both")
     chosen_backend = "compiled" if compiled else backend or "eager"
     schedules = [*(keep or []), *(f"deit_small:{one:g}" for one in level or ([] if keep else [3]))]
+    sizes: list[int | None] = [*image_size] if image_size else [None]
     choices = itertools.product(
         model or ["deit_small_patch16_224"],
         method or ["wkmedoids"],
         schedules,
         batch_size or [32],
-        image_size or [None],
+        sizes,
     )
     options = named_values(option)
     settings = [

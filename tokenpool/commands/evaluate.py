@@ -98,6 +98,6 @@ def evaluate(
         model_options=model_options,
         trainer_options=named_values(trainer),
     )
-    if calibrate:
+    if calibrate and gmacs is not None:
         run = calibrated(run, gmacs, CalibrationImages(calibrate, calibrate_part, calibrate_images), output)
     make(run, output)

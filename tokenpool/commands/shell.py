@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import typer
 from tqdm import tqdm
@@ -62,7 +62,7 @@ def load(name: str, command: Command) -> TyperCommand:
     describe_methods()
     single = typer.Typer(add_completion=False)
     single.command(name)(body)
-    return typer.main.get_command(single)
+    return cast(TyperCommand, typer.main.get_command(single))
 
 
 def _not_loaded() -> None:

@@ -60,7 +60,8 @@ def schedule(
         return None
     # A model without weights, for its size. Carried sizes change no schedule.
     built = tokenpool.create_model(model, downsampler, keep, gmacs=gmacs, carry=False, **options, **model_options)
-    return tokenpool.hosts.of(built).setting.keep
+    setting = tokenpool.hosts.of(built).setting
+    return None if setting is None else setting.keep
 
 
 def file_name(keep: str | None, gmacs: float | None) -> str:

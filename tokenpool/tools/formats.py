@@ -1,4 +1,4 @@
-"""The formats of `python -m experiments export`: ONNX, PyTorch's exported programs, and OpenVINO.
+"""The formats of `tokenpool export`: ONNX, PyTorch's exported programs, and OpenVINO.
 
 A format writes a model into a file, together with texts that describe it, and reads the file as a function of images.
 """
