@@ -120,22 +120,30 @@ def console_script(site: Path, *arguments: str) -> str:
     return f"sys.argv = ['tokenpool', *{arguments}]\nfrom {entry[1]} import {entry[2]}\n{entry[2]}()"
 
 
-def test_the_console_script_names_its_extra_or_works(site: Path, tmp_path: Path) -> None:
-    """Away from the clone, in the repository of another project: its commit is not the result's."""
+def test_the_console_script_shows_its_commands_or_names_its_extra(site: Path, tmp_path: Path) -> None:
     bare = python(console_script(site, "--help"), site, tmp_path, without_the_extras(site))
     assert bare.returncode == 1 and bare.stderr.count("\n") == 1
     assert bare.stderr.startswith("error: the command line needs typer") and "tokenpool[experiments]" in bare.stderr
-
     shown = python(console_script(site, "--help"), site, tmp_path, set())
     assert shown.returncode == 0 and all(name in shown.stdout for name in COMMANDS), shown.stderr
 
+
+def test_commands_are_imported_and_name_no_other_commit(site: Path, tmp_path: Path) -> None:
+    """All commands, without `experiments`. The installation lies in the repository of another project."""
     commit = ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "other", "--allow-empty"]
     for command in (["init", "-q"], commit):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     installed = Path(shutil.copytree(site, tmp_path / "site-packages"))
-    small = ("--model", "deit_digits_patch2_16", "--keep", "0.8", "--batch-size", "2", "--repeats", "1")
-    load = "from tokenpool.commands.table import COMMANDS, function\nfor one in COMMANDS.items():\n    function(*one)\n"
-    done = python(load + console_script(site, "throughput", *small, "--output", "out"), installed, tmp_path, set())
+    code = """
+import json
+from tokenpool.commands.table import COMMANDS, function
+print(*(function(*entry).__name__.replace("_", "-") for entry in COMMANDS.items()))
+from tokenpool.runs.environment import environment
+print(json.dumps(environment()))
+"""
+    done = python(code, installed, tmp_path, set())
     assert done.returncode == 0, done.stderr
-    result = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["environment"]
-    assert result["commit"] is None and result["versions"]["tokenpool"] == tokenpool.__version__
+    names, result = done.stdout.splitlines()
+    assert names.split() == list(COMMANDS)
+    assert json.loads(result)["commit"] is None
+    assert json.loads(result)["versions"]["tokenpool"] == tokenpool.__version__
