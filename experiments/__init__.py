@@ -6,5 +6,3 @@ import signal
 if "SLURM_JOB_ID" in os.environ:
     # SIGUSR1, which tells of the time limit, would kill what does not listen yet; so it waits until training does.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would tell of each start and stop

@@ -10,13 +10,14 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from experiments import needed
-from experiments.data_sets import data_set
 from experiments.extras import off_the_shelf
-from experiments.run import Run
 from experiments.show import claims, curves, illustrations, rivals, tables
-from experiments.stages import dropping, merging
-from experiments.study import Study
 from tokenpool.downsampling import studied
+from tokenpool.runs.data_sets import data_set
+from tokenpool.runs.run import Run
+from tokenpool.runs.stages import dropping, merging
+from tokenpool.runs.study import Study
+from tokenpool.tools.sections import Section
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def needs(study: Study, key: str) -> list[Run]:
     return ARTIFACTS[key].runs(study)
 
 
-def sections(studies: Sequence[Study], name: str) -> list[tables.Section]:
+def sections(studies: Sequence[Study], name: str) -> list[Section]:
     """The parts of a table: the paper's part, and one for each study of which runs are finished.
 
     Raises:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 from experiments.presets import Variant
-from experiments.run import Run
-from experiments.stages import merging
-from experiments.study import Study
 from tokenpool.downsampling import studied
+from tokenpool.runs.run import Run
+from tokenpool.runs.stages import merging
+from tokenpool.runs.study import Study
 
 
 def trained(runs: Callable[[Study], list[Run]]) -> Callable[[Study], list[Run]]:

@@ -5,9 +5,9 @@ import timm
 import torch
 
 import tokenpool
-from experiments.timing import peak_memory
 from tokenpool import micro_batch
 from tokenpool.attention import Asked
+from tokenpool.runs.timing import peak_memory
 
 KEEP = [30, 17, 5, 2]
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import tokenpool
-from experiments import backends, benchmark, timing
-from experiments.benchmark import Setting
-from experiments.extras import formats
-from experiments.show import speed_up
 from tokenpool.analysis import results
+from tokenpool.runs import timing
+from tokenpool.tools import backends, benchmark, formats, speed_up
+from tokenpool.tools.benchmark import Setting
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model": "deit_digits_patch2_16", "method": "power_bert", "keep": (40, 30, 20, 10, 5, 0)}

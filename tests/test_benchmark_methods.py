@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tokenpool
-from experiments import execute, pool
-from experiments.extras import benchmark_methods as benchmark
-from experiments.run import Run, result_path
-from experiments.show import benchmarked
-from experiments.study import Study
 from tokenpool import flops
 from tokenpool.analysis import results
 from tokenpool.downsampling import REGISTRY
+from tokenpool.runs import execute, pool
+from tokenpool.runs.run import Run, result_path
+from tokenpool.runs.study import Study
+from tokenpool.tools import benchmark_methods as benchmark
+from tokenpool.tools import benchmarked
 
 MODEL = "deit_tiny_patch16_224"
 OPTIONS = {"img_size": 96, "embed_dim": 48, "depth": 4, "num_heads": 3}

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import tokenpool
-from experiments import execute
-from experiments.calibrating import CalibrationImages
-from experiments.run import Run
 from tokenpool import flops
 from tokenpool.analysis import results
+from tokenpool.runs import execute
+from tokenpool.runs.calibrating import CalibrationImages
+from tokenpool.runs.run import Run
 
 SMALL = {"img_size": 64, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 2}
 MODEL = "deit_tiny_patch16_224"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.extras import check_data
-from experiments.extras.check_data import check_data as checked
+from tokenpool.tools import check_data
+from tokenpool.tools.check_data import check_data as checked
 
 ROOT = Path(__file__).parents[1]
 

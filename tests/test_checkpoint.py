@@ -19,9 +19,9 @@ from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import tokenpool
-from experiments.execute import build_model, training_module
-from experiments.run import Run
 from tokenpool.downsampling import PowerBert
+from tokenpool.runs.execute import build_model, training_module
+from tokenpool.runs.run import Run
 from tokenpool.training.recipe import Recipe
 
 SETTINGS = [

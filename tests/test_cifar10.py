@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from experiments import data_sets, presets
-from experiments.run import Run
-from experiments.slurm import checks, submit
-from experiments.study import Study
+from experiments import presets
+from experiments.slurm import submit
+from tokenpool.runs import checks, data_sets
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
 from tokenpool.training.images import first_of_each_class, is_downloaded, open_images
 from tokenpool.training.recipe import Recipe
 from tokenpool.training.stored import StoredImageDataModule

@@ -15,8 +15,8 @@ from experiments import artifacts, presets
 from experiments.artifacts import needs
 from experiments.show import claims, estimates
 from experiments.show.estimates import CONTRADICTED, MIXED, NO_DATA, OPEN, REPRODUCED, Estimate, Target
-from experiments.study import Study
 from tokenpool.analysis import bits
+from tokenpool.runs.study import Study
 
 RESULTS = Path(__file__).parents[1] / "results"
 NUMBERS = st.floats(-100, 100)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from experiments.timing import peak_memory
 from tokenpool import clustering, micro_batch
 from tokenpool.clustering import kmeans, kmedoids, means, squared_distances, stable_topk, ward_init
 from tokenpool.clustering.algorithm import alternate
 from tokenpool.clustering.distances import AllDistances, FewDistances, few_distances
+from tokenpool.runs.timing import peak_memory
 
 ward = partial(kmedoids, init="ward")
 BOTH = pytest.mark.parametrize("cluster", [kmeans, kmedoids])

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import commands, presets
 from tokenpool.analysis import results
+from tokenpool.commands import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +33,7 @@ def test_a_backend_of_matplotlib_that_the_shell_names_is_not_used(tmp_path: Path
 @pytest.mark.slow
 def test_a_notebook_keeps_its_backend() -> None:
     script = (
-        "import experiments.__main__, experiments.show.report, experiments.benchmark, matplotlib, os\n"
+        "import experiments.__main__, experiments.show.report, tokenpool.tools.benchmark, matplotlib, os\n"
         "print(matplotlib.get_backend(), os.environ['MPLBACKEND'])"
     )
     environment = os.environ | {"MPLBACKEND": "svg"}
@@ -40,13 +41,14 @@ def test_a_notebook_keeps_its_backend() -> None:
     assert said.stdout.split() == ["svg", "svg"], said.stderr
 
 
-def test_the_help_of_all_commands_is_fast() -> None:
+@pytest.mark.parametrize(("package", "known"), [("experiments", commands.COMMANDS), ("tokenpool", table.COMMANDS)])
+def test_the_help_of_all_commands_is_fast(package: str, known: dict[str, table.Command]) -> None:
     """It imports nothing that takes seconds, and its text is the first paragraph of each command's docstring."""
     script = (
         "import runpy, sys\n"
-        "sys.argv = ['experiments', '--help']\n"
+        f"sys.argv = [{package!r}, '--help']\n"
         "try:\n"
-        "    runpy.run_module('experiments', run_name='__main__')\n"
+        f"    runpy.run_module({package!r}, run_name='__main__')\n"
         "finally:\n"
         "    print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
     )
@@ -55,9 +57,9 @@ def test_the_help_of_all_commands_is_fast() -> None:
     )
     imported = set(done.stderr.splitlines()[-1].split())
     assert "typer" in imported
-    assert not imported & {"tokenpool", "torch", "numpy", "timm", "lightning", "pandas", "matplotlib", "yaml"}
-    for name, command in commands.COMMANDS.items():
-        paragraph = inspect.getdoc(commands.function(name)).partition("\n\n")[0].replace("\n", " ")
+    assert not imported & {"torch", "numpy", "timm", "lightning", "pandas", "matplotlib", "yaml"}
+    for name, command in known.items():
+        paragraph = inspect.getdoc(table.function(name, command)).partition("\n\n")[0].replace("\n", " ")
         assert command.summary == paragraph, name
         assert re.search(f"{name} +{re.escape(paragraph)}", done.stdout), name
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import data_sets, presets
+from experiments import presets
 from experiments.artifacts import everything
-from experiments.data_sets import DATA, DATA_SETS, DataSet, data_set
-from experiments.execute import data_module
-from experiments.run import Identities, Run, image_source
-from experiments.slurm import checks
-from experiments.study import Study
+from tokenpool.runs import checks, data_sets
+from tokenpool.runs.data_sets import DATA, DATA_SETS, DataSet, data_set
+from tokenpool.runs.execute import data_module
+from tokenpool.runs.run import Identities, Run, image_source
+from tokenpool.runs.study import Study
 from tokenpool.training.data import DigitsDataModule
 
 

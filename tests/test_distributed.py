@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.__main__ import app
+from experiments.commands import COMMANDS
 from tokenpool.analysis import bits, results
+from tokenpool.commands.shell import application
+
+app = application(COMMANDS, "")
 
 pytestmark = pytest.mark.slow
 

@@ -24,12 +24,12 @@ from torch import Tensor
 import tokenpool
 from experiments import artifacts, presets
 from experiments.needed import protocol_runs
-from experiments.run import Run
 from experiments.show import tables
-from experiments.study import Study
 from tokenpool import downsampling, flops
 from tokenpool.analysis import plotting
 from tokenpool.downsampling import METHODS, REGISTRY, BipartiteMatching, Downsampled, Method
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
 
 ROOT = Path(__file__).parents[1]
 # Their result depends on the order of the tokens. (K-Medoids: of the two tokens of a cluster the first is the medoid.)

@@ -16,13 +16,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from experiments import artifacts, execute, needed, pool, presets
+from experiments import artifacts, needed, presets
 from experiments.presets import Preset
-from experiments.run import Run, is_finished, result_path, weights_path
 from experiments.show import curves, tables
-from experiments.study import Study
 from tokenpool.analysis import bits, results
 from tokenpool.downsampling import REGISTRY, Downsampler
+from tokenpool.runs import execute, pool
+from tokenpool.runs.run import Run, is_finished, result_path, weights_path
+from tokenpool.runs.study import Study
 
 ROOT = Path(__file__).parents[1]
 TINY = {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -155,7 +156,7 @@ def test_killing_a_study_loses_nothing_finished(reproduced: Path, tmp_path: Path
     script.write_text(
         "if __name__ == '__main__':\n"
         "    import pathlib\n"
-        "    from experiments import pool\n"
+        "    from tokenpool.runs import pool\n"
         "    from test_experiments import reproduce\n"
         f"    folder = pathlib.Path({str(folder)!r})\n"
         "    with pool.exclusive(folder):\n"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import tokenpool
-from experiments.extras.explain import explain
+from tokenpool.tools.explain import explain
 
 MODEL = "test_vit"  # timm's smallest
 

@@ -18,8 +18,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import tokenpool
-from experiments.extras import formats
-from experiments.extras.export import Export, export
+from tokenpool.tools import formats
+from tokenpool.tools.export import Export, export
 
 MODEL = "test_vit"  # timm's smallest
 KEEP = "0.7@1,3"

@@ -13,11 +13,12 @@ from fvcore.nn import FlopCountAnalysis
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from experiments import artifacts, presets, timing
+from experiments import artifacts, presets
 from experiments.artifacts import needs, status
-from experiments.show import curves, illustrations, published, report
-from experiments.study import Study
+from experiments.show import illustrations, published, report
 from tokenpool.analysis import plotting
+from tokenpool.runs import timing
+from tokenpool.runs.study import Study
 from tokenpool.tracing import reconstruction_error
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -202,7 +203,7 @@ def test_stacked_panels(digits: Study) -> None:
 
 
 def test_the_same_runs_give_the_same_file(digits: Study, tmp_path: Path) -> None:
-    one, other = (curves.save(artifacts.draw(digits, "8"), tmp_path / name) for name in ("a", "b"))
+    one, other = (plotting.save(artifacts.draw(digits, "8"), tmp_path / name) for name in ("a", "b"))
     assert [file.suffix for file in one] == [".png", ".pdf"] and all(file.stat().st_size > 5000 for file in one)
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
 

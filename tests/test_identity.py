@@ -13,13 +13,14 @@ import timm
 import torch
 from PIL import Image
 
-from experiments import execute, presets
+from experiments import presets
 from experiments.artifacts import needs
-from experiments.data_sets import DATA
-from experiments.run import WEIGHTS, Run, is_finished, result_path, weights_path
-from experiments.study import Study
 from tokenpool import files
 from tokenpool.analysis import results
+from tokenpool.runs import execute
+from tokenpool.runs.data_sets import DATA
+from tokenpool.runs.run import WEIGHTS, Run, is_finished, result_path, weights_path
+from tokenpool.runs.study import Study
 from tokenpool.training import fingerprint
 from tokenpool.training.images import open_images
 from tokenpool.training.recipe import Recipe

@@ -9,10 +9,11 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from experiments import data_sets, execute, presets
+from experiments import presets
 from experiments.artifacts import needs
-from experiments.study import Study
 from tokenpool import schedules
+from tokenpool.runs import data_sets, execute
+from tokenpool.runs.study import Study
 from tokenpool.training.module import ClassificationModule
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
-from experiments import execute
-from experiments.run import Run, checkpoint_path, result_path, weights_path
 from tokenpool.analysis import results
+from tokenpool.runs import execute
+from tokenpool.runs.run import Run, checkpoint_path, result_path, weights_path
 from tokenpool.training import interruption
 from tokenpool.training.interruption import AtomicCheckpointIO, Interrupted, recorded_signals, slurm_job
 from tokenpool.training.module import ClassificationModule

@@ -14,11 +14,10 @@ from timm.data import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import tokenpool
-from experiments import execute
-from experiments.measure import MEASURES, measure_agreement
-from experiments.run import Run, weights_path
-from experiments.slurm import checks
 from tokenpool.analysis import results
+from tokenpool.runs import checks, execute
+from tokenpool.runs.measure import MEASURES, measure_agreement
+from tokenpool.runs.run import Run, weights_path
 from tokenpool.training.data import ImageFolderDataModule
 from tokenpool.training.images import open_images
 from tokenpool.training.labels import outputs_of

@@ -71,6 +71,17 @@ def test_files_are_short_and_have_a_subject(package: str) -> None:
         assert len(path.read_text().splitlines()) <= MOST_LINES, name
 
 
+def test_the_library_does_not_import_the_experiments() -> None:
+    """An installation has no package `experiments`."""
+    both = {name for package in PACKAGES for name in files(package)}
+    importing = [
+        name
+        for name, path in files("tokenpool").items()
+        if any(other.startswith("experiments") for other in imported(ast.parse(path.read_text()), both))
+    ]
+    assert not importing
+
+
 def test_only_adapters_name_the_parts_of_a_model() -> None:
     """Other families of models name their blocks and embeddings otherwise."""
     parts = {"patch_embed", "num_prefix_tokens", "embed_dim", "cls_token", "pos_embed", "global_pool"}
@@ -81,10 +92,10 @@ def test_only_adapters_name_the_parts_of_a_model() -> None:
 
 
 def test_only_the_registry_names_data_sets() -> None:
-    """A data set is one entry of `experiments.data_sets`. Presets say which of them they use."""
-    from experiments.data_sets import DATA_SETS
+    """A data set is one entry of `tokenpool.runs.data_sets`. Presets say which of them they use."""
+    from tokenpool.runs.data_sets import DATA_SETS
 
-    allowed = {ROOT / "experiments" / "data_sets.py", *(ROOT / "experiments" / "presets").glob("*.py")}
+    allowed = {ROOT / "tokenpool" / "runs" / "data_sets.py", *(ROOT / "experiments" / "presets").glob("*.py")}
     paths = [path for package in PACKAGES for path in files(package).values() if path not in allowed]
     assert len(paths) > 50
     for path in paths:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("training", "analysis", "runs", "tools", "commands")  # need extras; each imports the ones before it only
 HEAVY = ("lightning", "torchmetrics", "pandas", "matplotlib", "sklearn", "scipy", "transformers")
 MISSING = """
 import sys
@@ -75,12 +76,14 @@ for name in ("results", "plotting", "compare", "module", "soft_selection"):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("package", ["experiments", "tokenpool"])
 @pytest.mark.parametrize("names", [(*HEAVY, "typer"), ("pandas", "lightning")])
-def test_the_command_line_names_the_extra_in_one_line(tmp_path: Path, names: tuple[str, ...]) -> None:
-    start = "import runpy, sys; sys.argv[1:] = ['table', '2']; runpy.run_module('experiments', run_name='__main__')"
+def test_the_command_line_names_the_extra_in_one_line(tmp_path: Path, names: tuple[str, ...], package: str) -> None:
+    start = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_module({package!r}, run_name='__main__')"
     done = python(f"NAMES = {names}{MISSING}{start}", tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: experiments needs ") and 'pip install "tokenpool[experiments]"' in done.stderr
+    assert done.stderr.startswith("error: the command line needs ")
+    assert 'pip install "tokenpool[experiments]"' in done.stderr
 
 
 def declared() -> dict[str, set[str]]:
@@ -102,7 +105,8 @@ def imported(folder: Path) -> Iterator[tuple[Path, str]]:
 
 def test_what_is_imported_is_declared() -> None:
     """A room of the library imports what the core and the room's extra bring, and no room below imports one above."""
-    extras = {"tokenpool/training": ("train",), "tokenpool/analysis": ("experiments",), "experiments": ("experiments",)}
+    extras = {"tokenpool/training": ("train",), "experiments": ("experiments",)}
+    extras |= {f"tokenpool/{room}": ("experiments",) for room in ROOMS[1:]}
     known, distributions = declared(), packages_distributions()
     checked = 0
     for folder in (ROOT / "tokenpool", ROOT / "experiments"):
@@ -118,8 +122,11 @@ def test_what_is_imported_is_declared() -> None:
     assert checked > 100
 
 
-@pytest.mark.parametrize("room, above", [("training", ("analysis", "experiments")), ("analysis", ("experiments",))])
-def test_rooms_import_downwards_only(room: str, above: tuple[str, ...]) -> None:
-    for path in sorted((ROOT / "tokenpool" / room).rglob("*.py")):
-        for other in above:
-            assert not re.search(rf"^\s*(from|import) (tokenpool\.)?{other}\b", path.read_text(), re.MULTILINE), path
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room: str) -> None:
+    above = "|".join([*ROOMS[ROOMS.index(room) + 1 :], "experiments"])
+    found = sorted((ROOT / "tokenpool" / room).rglob("*.py"))
+    assert found
+    for path in found:
+        imports = rf"^\s*(from|import) (tokenpool\.|tokenpool import (.*, )?)?({above})\b"
+        assert not re.search(imports, path.read_text(), re.MULTILINE), path

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from experiments import execute, loggers
-from experiments.run import Run
 from tokenpool.analysis import results
+from tokenpool.runs import execute, loggers
+from tokenpool.runs.run import Run
 from tokenpool.training.recipe import Recipe
 
 TINY = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}

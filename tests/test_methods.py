@@ -5,8 +5,8 @@ import timm
 import torch
 
 import tokenpool
-from experiments.timing import peak_memory
 from tokenpool.downsampling import METHODS
+from tokenpool.runs.timing import peak_memory
 
 KEEP = [30, 17, 5, 2]
 

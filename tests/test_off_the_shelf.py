@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import tokenpool
-from experiments import artifacts, execute, presets
+from experiments import artifacts, presets
 from experiments.extras import off_the_shelf
-from experiments.measure import measure_agreement
-from experiments.run import Run, result_path
-from experiments.study import Study
 from tokenpool import flops
+from tokenpool.runs import execute
+from tokenpool.runs.measure import measure_agreement
+from tokenpool.runs.run import Run, result_path
+from tokenpool.runs.study import Study
 
 
 @pytest.fixture

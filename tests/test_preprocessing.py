@@ -13,8 +13,8 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
-from experiments import data_sets, execute
-from experiments.run import Run, empty_model, preprocessing
+from tokenpool.runs import data_sets, execute
+from tokenpool.runs.run import Run, empty_model, preprocessing
 from tokenpool.training.data import ImageFolderDataModule
 
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
 import tokenpool
-from experiments import artifacts, data_sets, execute, presets
+from experiments import artifacts, presets
 from experiments.artifacts import everything, needs, status
-from experiments.run import WEIGHTS, result_path, weights_path
-from experiments.stages import placements
-from experiments.study import Study
 from tokenpool.analysis import bits, results
+from tokenpool.runs import data_sets, execute
+from tokenpool.runs.run import WEIGHTS, result_path, weights_path
+from tokenpool.runs.stages import placements
+from tokenpool.runs.study import Study
 from tokenpool.training.recipe import Recipe
 
 SELECTIONS = ("random", "importance", "power_bert")

@@ -13,10 +13,11 @@ import typer
 
 import tokenpool
 from experiments import artifacts, commands, presets
-from experiments.__main__ import load
-from experiments.study import Study
 from tokenpool import hosts
+from tokenpool.commands import table
+from tokenpool.commands.shell import load
 from tokenpool.downsampling import METHODS, REGISTRY
+from tokenpool.runs.study import Study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +29,7 @@ SNIPPETS = [
     if name != RUNS_ELSEWHERE
     for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
 ]
-COMMANDS = {name: load(name) for name in commands.COMMANDS}
+COMMANDS = {name: load(name, command) for name, command in commands.COMMANDS.items()}
 
 
 def test_there_are_snippets() -> None:
@@ -88,10 +89,11 @@ def inline(page: str) -> list[str]:
 
 
 def command_lines(page: str) -> list[list[str]]:
-    """The commands of `python -m experiments` that a page names, as words, from the verb on."""
+    """The commands of `python -m experiments` and `tokenpool` that a page names, as words, from the verb on."""
     blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)).replace("\\\n", "")
-    lines = [line for line in [*blocks.splitlines(), *inline(page)] if "python -m experiments " in line]
-    lines = [line.partition("python -m experiments ")[2].replace("\n", " ") for line in lines]
+    lines = [line.replace("\n", " ") for line in [*blocks.splitlines(), *inline(page)]]
+    found = [re.search(r"(?:python -m experiments|^(?:\w+=\S+ )*tokenpool) (.*)", line) for line in lines]
+    lines = [match[1] for match in found if match]
     # Inline code also names commands by their verb alone.
     lines += [code for code in inline(page) if code.split()[0] in COMMANDS and " " in code]
     return [shlex.split(line, comments=True) for line in lines]
@@ -100,6 +102,8 @@ def command_lines(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str) -> None:
     lines = command_lines(page)
+    if page != "README.md":  # shows the command of an installation first
+        assert not re.search(rf"python -m experiments ({'|'.join(table.COMMANDS)})\b", PAGES[page])
     assert lines or page == "design.md"
     for verb, *arguments in lines:
         try:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from experiments import data_sets, presets
-from experiments.__main__ import load
+from experiments import presets
 from experiments.artifacts import everything
-from experiments.run import DEFAULTS, Run, check_same, plain
-from experiments.study import Study
+from experiments.commands import COMMANDS
 from tokenpool.analysis import results
+from tokenpool.commands.shell import load
+from tokenpool.runs import data_sets
+from tokenpool.runs.run import DEFAULTS, Run, check_same, plain
+from tokenpool.runs.study import Study
 from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,7 @@ FIELDS = {each.name: each for each in fields(Recipe)}
 
 def options() -> dict[str, typer.core.TyperOption]:
     """The options of `train`, by their name in Python."""
-    return {option.name: option for option in load("train").params}
+    return {option.name: option for option in load("train", COMMANDS["train"]).params}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -48,7 +50,7 @@ def test_what_is_given_to_train_reaches_the_run_and_the_rest_is_the_presets(
         seen.append(run)
         raise ValueError("enough")
 
-    monkeypatch.setattr("experiments.execute.execute", execute)
+    monkeypatch.setattr("tokenpool.runs.execute.execute", execute)
     given = {name: value for name, value in OTHER.items() if name != "learning_rate"}
     in_process(
         "train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), f"--output={tmp_path}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenpool
-from experiments import remembered
+from tokenpool.runs import remembered
 
 
 @pytest.fixture

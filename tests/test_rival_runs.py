@@ -12,12 +12,12 @@ from scipy import stats
 
 import tokenpool
 from experiments import artifacts, needed, presets
-from experiments.run import Run
 from experiments.show import curves, rivals
 from experiments.show.tables import cost_accuracy
-from experiments.study import Study
 from tokenpool import flops
 from tokenpool.analysis import bits
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
 
 RESULTS = Path(__file__).parents[1] / "results"
 IMAGES = 400

@@ -16,13 +16,17 @@ import pytest
 import timm
 
 import tokenpool
-from experiments import data_sets, execute, pool, presets
-from experiments.__main__ import app
+from experiments import presets
 from experiments.artifacts import everything, needs
-from experiments.run import WEIGHTS, Run, result_path, weights_path
-from experiments.slurm import checks, queue, status, submit
-from experiments.study import Study
+from experiments.commands import COMMANDS
+from experiments.slurm import queue, status, submit
 from tokenpool.analysis import results
+from tokenpool.commands.shell import application
+from tokenpool.runs import checks, data_sets, execute, pool
+from tokenpool.runs.run import WEIGHTS, Run, result_path, weights_path
+from tokenpool.runs.study import Study
+
+app = application(COMMANDS, "")
 
 ROOT = Path(__file__).parents[1]
 FAKES = {

@@ -7,16 +7,20 @@ import torch
 from typer.testing import CliRunner
 
 import tokenpool
-from experiments import benchmark, measure, presets, timing
-from experiments.__main__ import app
+from experiments import presets
 from experiments.artifacts import needs
-from experiments.benchmark import Setting
-from experiments.run import result_path
-from experiments.show import speed_up
-from experiments.study import Study
+from experiments.commands import COMMANDS
 from tokenpool import clustering
 from tokenpool.analysis import results
 from tokenpool.attention import ScoredAttention
+from tokenpool.commands.shell import application
+from tokenpool.runs import measure, timing
+from tokenpool.runs.run import result_path
+from tokenpool.runs.study import Study
+from tokenpool.tools import benchmark, speed_up
+from tokenpool.tools.benchmark import Setting
+
+app = application(COMMANDS, "")
 
 ROOT = Path(__file__).parents[1]
 TINY = {"model": "deit_digits_patch2_16", "method": "wkmedoids", "keep": (40, 30, 20, 10, 5, 0), "batch_size": 2}
@@ -92,7 +96,10 @@ def test_the_number_of_threads_is_put_back(tmp_path: Path) -> None:
     with timing.threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-    CliRunner().invoke(app, ["throughput", "--threads", str(before + 1), "--method", "none", "--output", str(tmp_path)])
+    CliRunner().invoke(
+        app,
+        ["throughput", "--threads", str(before + 1), "--method", "none", "--output", str(tmp_path)],
+    )
     assert torch.get_num_threads() == before
     with pytest.raises(AttributeError):
         measure.measure_redundancy(None, None)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments import artifacts, data_sets, durations, execute, pool, presets
+from experiments import artifacts, presets
 from experiments.artifacts import everything, needs, status
 from experiments.presets import Preset
-from experiments.run import WEIGHTS, Run, result_path
 from experiments.show import report
-from experiments.stages import placements
-from experiments.study import Study
 from tokenpool.analysis import results
+from tokenpool.runs import data_sets, durations, execute, pool
+from tokenpool.runs.run import WEIGHTS, Run, result_path
+from tokenpool.runs.stages import placements
+from tokenpool.runs.study import Study
 from tokenpool.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,10 @@ import pytest
 from experiments import artifacts, presets
 from experiments.needed import protocol_runs
 from experiments.show import published, tables
-from experiments.study import Study
 from tokenpool import flops, schedules
 from tokenpool.analysis import results
+from tokenpool.runs.study import Study
+from tokenpool.tools import sections
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -109,7 +110,7 @@ def test_tables_are_written(name: str, digits: Study, pretrained: Study, tmp_pat
     parts = artifacts.sections([pretrained if name == "off_the_shelf" else digits], name)
     expected = {"claims": ["digits"], "1": ["paper"], "off_the_shelf": ["pretrained-half1", "pretrained-half2"]}
     assert [part.name for part in parts] == expected.get(name, ["paper", "digits"])
-    files = tables.write(parts, name, tmp_path)
+    files = sections.write(parts, name, tmp_path)
     assert {file.suffix for file in files} == {".md", ".tex", ".csv"}
     for part in parts:
         raw = pd.read_csv(tmp_path / f"table-{name}-{part.name}.csv")

@@ -1,22 +1,23 @@
 """Token Pooling in Vision Transformers (Marin et al. 2021), for every plain vision transformer of timm."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tokenpool import clustering, deit, flops, gpu, hosts, moved, schedules
-from tokenpool.budget import schedule_for
-from tokenpool.checkpoint import load, load_weights, patch_from_config, save
-from tokenpool.downsampling import METHODS, Downsampled, Downsampler
-from tokenpool.patching import create_model, is_patched, patch, unpatch
-from tokenpool.stream import unpool
-from tokenpool.tracing import trace
+from tokenpool import moved
 from tokenpool.version import __version__
 
 if TYPE_CHECKING:
-    from tokenpool import analysis, training
+    from tokenpool import analysis, clustering, deit, flops, gpu, hosts, schedules, training
     from tokenpool.analysis import comparison, pareto, plotting, redundancy, results
     from tokenpool.analysis.comparison import compare
+    from tokenpool.budget import schedule_for
     from tokenpool.calibration import calibrate
+    from tokenpool.checkpoint import load, load_weights, patch_from_config, save
+    from tokenpool.downsampling import METHODS, Downsampled, Downsampler
+    from tokenpool.patching import create_model, is_patched, patch, unpatch
+    from tokenpool.stream import unpool
+    from tokenpool.tracing import trace
     from tokenpool.training import (
         data,
         images,
@@ -71,23 +72,34 @@ __all__ = [
     "unpool",
 ]
 
-# Modules and names that are imported when first used. They need optional packages (Lightning, pandas, Matplotlib,
-# SciPy), which take seconds to import.
+# All names are imported when first used. PyTorch and timm take seconds to import, and the command line shows its help
+# without them. Some rooms need optional packages (Lightning, pandas, Matplotlib, SciPy).
 _MODULES = {
-    "analysis": ("comparison", "pareto", "plotting", "redundancy", "results"),
-    "training": (
+    "": (
+        *("adoption", "analysis", "attention", "blocks", "budget", "calibration", "checkpoint", "clustering", "deit"),
+        *("downsampling", "files", "flops", "gpu", "hosts", "patching", "positions", "schedules", "stream"),
+        *("tracing", "training", "weight_files"),
+    ),
+    "analysis.": ("comparison", "pareto", "plotting", "redundancy", "results"),
+    "training.": (
         *("data", "images", "interruption", "mixing", "module"),
         *("sampling", "seeding", "soft_selection", "stochastic_depth"),
     ),
 }
+_NAMES = {
+    "analysis.comparison": ("compare",),
+    "budget": ("schedule_for",),
+    "calibration": ("calibrate",),
+    "checkpoint": ("load", "load_weights", "patch_from_config", "save"),
+    "downsampling": ("METHODS", "Downsampled", "Downsampler"),
+    "patching": ("create_model", "is_patched", "patch", "unpatch"),
+    "stream": ("unpool",),
+    "tracing": ("trace",),
+}
 _ON_DEMAND: dict[str, tuple[str, str | None]] = {
-    name: (f"tokenpool.{room}.{name}", None) for room, names in _MODULES.items() for name in names
+    name: (f"tokenpool.{room}{name}", None) for room, names in _MODULES.items() for name in names
 }
-_ON_DEMAND |= {room: (f"tokenpool.{room}", None) for room in _MODULES}
-_ON_DEMAND |= {
-    "calibrate": ("tokenpool.calibration", "calibrate"),
-    "compare": ("tokenpool.analysis.comparison", "compare"),
-}
+_ON_DEMAND |= {name: (f"tokenpool.{module}", name) for module, names in _NAMES.items() for name in names}
 
 moved.install()
 
@@ -102,3 +114,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_DEMAND})
+
+
+if "torch" in sys.modules:  # the import then costs little; it registers models with timm and operators with PyTorch
+    import_module("tokenpool.hosts")
+    import_module("tokenpool.gpu")

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import safetensors
 
+from tokenpool.moved import old_names
+
+__getattr__ = old_names(__name__)  # PEP 562
+
 CACHE = "TOKENPOOL_CACHE"  # environment variable: the cache folder
 STALE_AFTER = 3600  # seconds after which a temporary file that does not grow belongs to a killed process
 _NAME_BYTES = 6  # random bytes in the name of a temporary file

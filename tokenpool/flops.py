@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenpool import hosts, schedules
 from tokenpool.blocks import Setting
 from tokenpool.downsampling import REGISTRY
+from tokenpool.moved import old_names
 from tokenpool.positions import MergedPositions
 
 with warnings.catch_warnings():
@@ -34,6 +35,8 @@ with warnings.catch_warnings():
         linear_flop_jit,
         matmul_flop_jit,
     )
+
+__getattr__ = old_names(__name__)  # PEP 562
 
 PARTS = ("softmax_attention", "qkv_projections", "o_projection", "mlp", "patch_embedding", "head", "clustering")
 

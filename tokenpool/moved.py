@@ -40,7 +40,8 @@ MOVED: dict[str, tuple[str, ...]] = {
 }
 
 
-# A module, an old name in it: the new module, or "module:name" if the name has changed, too.
+# A module, an old name in it: the new module, or "module:name" if the name has changed, too. The module sets
+# `__getattr__ = old_names(__name__)`.
 MOVED_NAMES: dict[str, dict[str, str]] = {
     "tokenpool.analysis.results": {"read_if_whole": "tokenpool.analysis.results:read_or_none"},
     "tokenpool.files": {
@@ -64,8 +65,6 @@ MOVED_NAMES: dict[str, dict[str, str]] = {
         "listening": "tokenpool.training.interruption:recorded_signals",
     },
 }
-# Packages that are imported when first used. Their modules in `MOVED_NAMES` set `__getattr__ = old_names(__name__)`.
-_ON_DEMAND = ("tokenpool.analysis.", "tokenpool.training.")
 
 
 class MovedFinder(MetaPathFinder, Loader):
@@ -101,9 +100,6 @@ def install() -> None:
     if any(isinstance(finder, MovedFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, MovedFinder())  # first: another installed copy may still have the old files
-    for module in MOVED_NAMES:
-        if not module.startswith(_ON_DEMAND):
-            import_module(module).__getattr__ = old_names(module)  # type: ignore[method-assign]  # PEP 562
 
 
 def old_names(module: str) -> Callable[[str], Any]:

@@ -10,7 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenpool import hosts
 from tokenpool.downsampling import Downsampled
+from tokenpool.moved import old_names
 from tokenpool.stream import compose, merged_sizes
+
+__getattr__ = old_names(__name__)  # PEP 562
 
 
 class BlockTrace(NamedTuple):

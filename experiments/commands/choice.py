@@ -5,11 +5,10 @@ from pathlib import Path
 
 from experiments import artifacts, presets
 from experiments.artifacts import Artifact
-from experiments.data_sets import DATA, data_set
-from experiments.run import WEIGHTS, Run
-from experiments.study import Study
-from tokenpool import files
-from tokenpool.training.images import HUB, is_downloaded
+from tokenpool.commands.sources import name_sources
+from tokenpool.runs.data_sets import DATA, data_set
+from tokenpool.runs.run import WEIGHTS, Run
+from tokenpool.runs.study import Study
 
 
 def study_of(
@@ -51,25 +50,6 @@ def study_of(
     return Study(chosen, results, full=not quick)
 
 
-def name_sources(data: Path | None, weights: Path | None) -> None:
-    """Store the paths of images and weights in environment variables, which the processes of a study inherit.
-
-    Args:
-        data: images; None leaves the variable as it is.
-        weights: pretrained weights; None leaves the variable as it is.
-
-    Raises:
-        FileNotFoundError: if there are no such images or weights.
-    """
-    for variable, path in ((DATA, data), (WEIGHTS, weights)):
-        if path is None:
-            continue
-        if not path.exists() and not str(path).startswith(HUB) and not is_downloaded(path):
-            files.check_local(path)
-            raise FileNotFoundError(f"no file or folder {path}")
-        os.environ[variable] = str(path)
-
-
 def artifacts_of(kind: str, name: str) -> list[Artifact]:
     """The table or figure of that name, or all of them.
 
@@ -92,8 +72,3 @@ def runs_of(study: Study, figure: str | None, table: str | None) -> list[Run]:
     if not found:
         raise ValueError(f"{kind} {name} is not part of preset {study.preset.name}")
     return list(found.values())
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

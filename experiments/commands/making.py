@@ -8,13 +8,15 @@ from typing import Annotated
 import typer
 from lightning.pytorch.utilities import rank_zero_only
 
-from experiments import artifacts, execute, needed, pool, presets
-from experiments.commands.choice import cores, runs_of, study_of
-from experiments.options import PRESETS, Data, FigureRuns, Jobs, LogTo, Quick, Results, TableRuns, Weights
+from experiments import artifacts, needed, presets
+from experiments.commands.choice import runs_of, study_of
+from experiments.options import PRESETS, Data, FigureRuns, LogTo, Quick, Results, TableRuns, Weights
 from experiments.show import curves, tables
 from experiments.slurm import status as slurm_status
 from experiments.slurm import submit as slurm_submit
-from experiments.study import Study
+from tokenpool.commands.options import Jobs, cores
+from tokenpool.runs import execute, pool
+from tokenpool.runs.study import Study
 
 
 def reproduce(

@@ -6,16 +6,19 @@ from typing import Annotated
 
 import typer
 
-from experiments import artifacts, pool, presets
+from experiments import artifacts, presets
 from experiments.artifacts import Artifact
-from experiments.commands.choice import artifacts_of, cores, study_of
-from experiments.data_sets import data_set
-from experiments.durations import duration
-from experiments.options import PRESETS, Data, Jobs, LogTo, Missing, Output, Quick, Results, RunMissing, Weights
-from experiments.run import Run
-from experiments.show import curves, tables
+from experiments.commands.choice import artifacts_of, study_of
+from experiments.options import PRESETS, Data, LogTo, Missing, Output, Quick, Results, RunMissing, Weights
 from experiments.show import report as page
-from experiments.study import Study
+from tokenpool.analysis import plotting
+from tokenpool.commands.options import Jobs, cores
+from tokenpool.runs import pool
+from tokenpool.runs.data_sets import data_set
+from tokenpool.runs.durations import duration
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
+from tokenpool.tools import sections
 
 
 def table(
@@ -107,7 +110,7 @@ def _write(study: Study, artifact: Artifact, folder: Path) -> list[Path]:
         written = _write_table([study], artifact, folder)
     else:
         picture = artifacts.draw(study, artifact.name)
-        written = curves.save(picture, folder / f"figure-{artifact.name}") if picture else []
+        written = plotting.save(picture, folder / f"figure-{artifact.name}") if picture else []
     print(f"{artifact.key} ({text}): {', '.join(map(str, written)) or 'nothing to show'}")
     if origin := study.made_from(artifact.runs(study)):
         print(f"    from {study.folder}: {origin}")
@@ -119,7 +122,7 @@ def _write(study: Study, artifact: Artifact, folder: Path) -> list[Path]:
 def _write_table(studies: Sequence[Study], artifact: Artifact, folder: Path) -> list[Path]:
     parts = artifacts.sections(studies, artifact.name)
     print("".join(f"{part.markdown()}\n\n" for part in parts), end="")
-    return tables.write(parts, artifact.name, folder)
+    return sections.write(parts, artifact.name, folder)
 
 
 def _show_joint(chosen: Sequence[Artifact], output: Path) -> None:

@@ -1,1 +1,1 @@
-"""Beyond the paper's protocol: models that are not fine-tuned, one photograph explained, and a check of images."""
+"""Beyond the paper: settings for models that are not fine-tuned."""

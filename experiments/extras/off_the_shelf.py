@@ -7,12 +7,12 @@ no part in the choice, confirms it.
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from experiments.run import Run
-from experiments.study import Study
 from tokenpool.analysis import results
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
+from tokenpool.tools.benchmark_methods import differences
 
 REFERENCE = "tome"  # all others are compared with it
 HALVES = {"1/2": "made on", "2/2": "confirmed on"}
@@ -115,24 +115,3 @@ def compared(points: pd.DataFrame) -> pd.DataFrame:
         }
         rows.append(found | differences(row, reference.iloc[0] if len(reference) else None))
     return pd.DataFrame(rows)
-
-
-def differences(run: Any, reference: Any) -> dict[str, float]:
-    """Differences of a run to a reference, paired by image, with their standard errors.
-
-    Args:
-        run: a row of `Study.points`, with `correct` and `divergences`, one entry an image.
-        reference: a row on the same images; None if there is none.
-
-    Returns:
-        `top1_difference` and `top1_difference_error` in percent, `divergence_difference` and
-        `divergence_difference_error` in nats; NaN without a reference.
-    """
-    found = {}
-    for name, column, scale in (("top1", "correct", 100.0), ("divergence", "divergences", 1.0)):
-        own = scale * np.array(getattr(run, column), dtype=float)
-        other = np.nan if reference is None else scale * np.array(getattr(reference, column), dtype=float)
-        difference = own - other
-        found[f"{name}_difference"] = difference.mean()
-        found[f"{name}_difference_error"] = difference.std(ddof=1) / len(own) ** 0.5
-    return found

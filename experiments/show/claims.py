@@ -25,8 +25,9 @@ from experiments.show.estimates import (
     Target,
     overall,
 )
-from experiments.show.tables import Section, Source
-from experiments.study import Study
+from experiments.show.tables import Source
+from tokenpool.runs.study import Study
+from tokenpool.tools.sections import Section
 
 RULE = (
     "A number reproduces the claim (yes) if its whole 95 % interval lies in the target, and contradicts it (no) if the "

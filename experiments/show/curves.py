@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from experiments.show import published
 from experiments.show.tables import cost_accuracy, how_many, with_models
-from experiments.stages import dropping, merging
-from experiments.study import Study
 from tokenpool.analysis import pareto, plotting
 from tokenpool.analysis.plotting import STYLES, Series, faded
+from tokenpool.runs.stages import dropping, merging
+from tokenpool.runs.study import Study
 
 _TWICE = STYLES["none"] | {"label": "DeiT, trained twice", "linestyle": "-"}
 _ONCE = {"label": "DeiT, trained once", "color": "#999999", "linestyle": "--"}
@@ -77,23 +77,12 @@ def _figure(panels: Sequence[Panel], stacked: bool) -> Figure | None:
     return _compose(panels, stacked) if panels else None
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PNG and PDF, the same runs as the same file; returns the files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.parent / (path.name + suffix) for suffix in (".png", ".pdf")]
-    for file in files:
-        # Without the date, the same runs give the same file.
-        figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
-    plt.close(figure)
-    return files
-
-
 def pareto_picture(table: pd.DataFrame, path: Path) -> list[Path]:
     """Cost against accuracy for every method of the protocol, from `tables.cost_accuracy`; returns the files."""
     points = table[table["stage"] == "finetune"]
     ax = plotting.cost_accuracy(points)
     ax.set_title(_counted(points), fontsize=9)
-    return save(ax.figure, path)
+    return plotting.save(ax.figure, path)
 
 
 def _compose(panels: Sequence[Panel], stacked: bool) -> Figure:

@@ -18,8 +18,8 @@ from scipy import stats
 
 import tokenpool
 from experiments.show import tables
-from experiments.study import Study
 from tokenpool.analysis import bits, comparison, pareto
+from tokenpool.runs.study import Study
 
 AS_GOOD = 0.5  # points
 REPRODUCED, CONTRADICTED, OPEN, MIXED, NO_DATA = "reproduced", "contradicted", "open", "mixed", "no data"

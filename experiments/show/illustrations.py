@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments import measure
-from experiments.data_sets import data_set
-from experiments.execute import data_module
-from experiments.stages import dropping
-from experiments.study import Study
 from tokenpool import tracing
 from tokenpool.analysis import plotting, results
 from tokenpool.analysis.plotting import STYLES
 from tokenpool.downsampling import Downsampled, KMeans, PowerBert, studied
+from tokenpool.runs import measure
+from tokenpool.runs.data_sets import data_set
+from tokenpool.runs.execute import data_module
+from tokenpool.runs.stages import dropping
+from tokenpool.runs.study import Study
 
 _SIGNALS = {
     "values": {"label": "values, before filtering", "color": "#E69F00", "marker": "^", "linestyle": "--"},

@@ -15,11 +15,11 @@ from tqdm import tqdm
 import tokenpool
 from experiments import artifacts
 from experiments.artifacts import Artifact
-from experiments.environment import commit
-from experiments.run import result_path
-from experiments.study import Study
 from tokenpool import files
 from tokenpool.analysis import results
+from tokenpool.runs.environment import commit
+from tokenpool.runs.run import result_path
+from tokenpool.runs.study import Study
 
 
 def write(studies: Sequence[Study], path: Path) -> Path:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import pandas as pd
 
 from experiments import needed
-from experiments.run import Run
-from experiments.show.tables import Section, cost_accuracy, how_many
-from experiments.study import Study
+from experiments.show.tables import cost_accuracy, how_many
 from tokenpool.analysis import comparison, plotting
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
+from tokenpool.tools.sections import Section
 
 REFERENCE = "wkmedoids"
 At = Literal["schedule", "cost"]

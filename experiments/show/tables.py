@@ -1,16 +1,15 @@
 """Tables 1 to 5 and the best methods without fine-tuning, from finished runs and from the paper's printed numbers."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from experiments.extras import off_the_shelf
-from experiments.run import DEFAULTS
 from experiments.show import published
-from experiments.study import Study
 from tokenpool.analysis import pareto, plotting, results
+from tokenpool.runs.run import DEFAULTS
+from tokenpool.runs.study import Study
+from tokenpool.tools.sections import Section
 
 Source = tuple[Study, pd.DataFrame]  # a study, and its finished runs that a table needs
 _TABLE_OF = {"deit_small": "3", "deit_e318": "4", "deit_e252": "5"}
@@ -19,36 +18,6 @@ _PER_CENT = "top-1 (%)"
 _SETTING = tuple(DEFAULTS)
 _OF_A_SEED = ("split", "start")  # what runs of one seed share
 _OF_A_PAIR = ("label", "seed", "downsampler", "level", "keep", "schedule", "options")  # and what pairs differ in
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a table: the paper's numbers, or those of a study.
-
-    Attributes:
-        name: of its files: "paper" or the name of a preset.
-        title: what it shows, on which data.
-        shown: the cells, as text.
-        raw: the numbers behind them.
-        notes: for readers.
-    """
-
-    name: str
-    title: str
-    shown: pd.DataFrame
-    raw: pd.DataFrame
-    notes: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        """For people."""
-        parts = [f"**{self.title}**", self.shown.to_markdown(index=False, disable_numparse=True)]
-        return "\n\n".join([*parts, *self.notes])
-
-    def latex(self) -> str:
-        """For papers; needs the package booktabs."""
-        escaped = self.shown.map(_latex).rename(columns=_latex)
-        tabular = escaped.to_latex(index=False, escape=False)
-        return "".join([f"% {self.title}\n", tabular, *(f"% {note}\n" for note in self.notes)])
 
 
 def each(build: Callable[[Study, pd.DataFrame], list[Section]]) -> Callable[[Sequence[Source]], list[Section]]:
@@ -62,21 +31,6 @@ def each(build: Callable[[Study, pd.DataFrame], list[Section]]) -> Callable[[Seq
         return list({part.name: part for study, found in sources for part in build(study, found)}.values())
 
     return sections
-
-
-def write(parts: Iterable[Section], name: str, folder: Path) -> list[Path]:
-    """Write a table as Markdown, LaTeX and CSV, one file of each for every part; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for part in parts:
-        for suffix, text in (
-            (".md", part.markdown() + "\n"),
-            (".tex", part.latex()),
-            (".csv", part.raw.to_csv(index=False)),
-        ):
-            files.append(folder / f"table-{name}-{part.name}{suffix}")  # the name may have dots
-            files[-1].write_text(text)
-    return files
 
 
 def cost_accuracy(runs: pd.DataFrame) -> pd.DataFrame:
@@ -362,9 +316,3 @@ def _list(keep: Iterable[int]) -> str:
 def _number(value: float, digits: int = 2) -> str:
     """As text, "-" where there is none."""
     return "-" if pd.isna(value) else f"{value:.{digits}f}"
-
-
-def _latex(text: str) -> str:
-    for character, replacement in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$")):
-        text = text.replace(character, replacement)
-    return text

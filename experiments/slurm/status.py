@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from experiments.run import Run
 from experiments.slurm import queue
-from experiments.study import Study
+from tokenpool.runs.run import Run
+from tokenpool.runs.study import Study
 
 STATES = ("done", "running", "queued", "failed", "unknown", "missing")
 _FIRST = {"base": 0, "search": 1, "finetune": 2}

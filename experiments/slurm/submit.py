@@ -16,11 +16,11 @@ import jinja2
 import jinja2.meta
 from tabulate import tabulate
 
-from experiments import pool
-from experiments.data_sets import DATA
-from experiments.run import WEIGHTS, Run
-from experiments.slurm import checks, queue
-from experiments.study import TIMED, Study
+from experiments.slurm import batches, queue
+from tokenpool.runs import checks, pool
+from tokenpool.runs.data_sets import DATA
+from tokenpool.runs.run import WEIGHTS, Run
+from tokenpool.runs.study import TIMED, Study
 from tokenpool.training.images import HUB, is_downloaded
 
 TEMPLATE = Path(__file__).with_name("template.sh")
@@ -225,7 +225,7 @@ def _write(found: Sequence[Array], study: Study, template: Path, folder: Path) -
     folder.mkdir()
     for array in found:
         script = render(array, study, template)
-        checks.check_batches(array.runs, script, template)
+        batches.check_batches(array.runs, script, template)
         _script(array, folder).write_text(script)
 
 

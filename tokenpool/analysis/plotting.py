@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -218,3 +219,14 @@ def _borders(labels: np.ndarray) -> LineCollection:
     down = [[(c, r + 1), (c + 1, r + 1)] for r, c in np.argwhere(labels[1:] != labels[:-1])]
     right = [[(c + 1, r), (c + 1, r + 1)] for r, c in np.argwhere(labels[:, 1:] != labels[:, :-1])]
     return LineCollection(down + right, colors="white", linewidths=1.2)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and PDF, the same runs as the same file; returns the files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.parent / (path.name + suffix) for suffix in (".png", ".pdf")]
+    for file in files:
+        # Without the date, the same runs give the same file.
+        figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    plt.close(figure)
+    return files

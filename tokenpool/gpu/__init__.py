@@ -27,6 +27,7 @@ from tokenpool.gpu.availability import (
 )
 from tokenpool.gpu.kernels import INTERPRETED, available
 from tokenpool.gpu.launch import Medoids, attention, kmedoids, means, received, weighted_means
+from tokenpool.moved import old_names
 
 __all__ = [
     "CHOICES",
@@ -49,3 +50,5 @@ __all__ = [
     "using",
     "weighted_means",
 ]
+
+__getattr__ = old_names(__name__)  # PEP 562

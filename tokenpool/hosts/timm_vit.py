@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenpool import deit  # noqa: F401  # registers models with timm
 from tokenpool.attention import Asked, Attended, ScoredAttention
 from tokenpool.blocks import PooledBlock
 from tokenpool.hosts.adapter import Adapter, Layers

@@ -1,0 +1,192 @@
+"""Export a model into a file for deployment, check the file against the model, and report both."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.datasets.folder import is_image_file
+
+import tokenpool
+from tokenpool import files
+from tokenpool.runs.environment import environment
+from tokenpool.tools.formats import FORMATS, OPSET
+from tokenpool.training import fingerprint
+from tokenpool.training.images import load_image
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+BATCHES = (1, 3, 8)  # sizes of the batches that check a file, in turns
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported.
+
+    Attributes:
+        model: name of the timm model.
+        to: one of `FORMATS`.
+        method: downsampling method; "none" for the plain model.
+        schedule: arguments of `tokenpool.patch`: `keep` or `gmacs`.
+        carry: see `tokenpool.patch`.
+        weights: file of weights. None for timm's download, or for random weights if `pretrained` is False.
+        pretrained: whether to load timm's weights.
+        ema: see `tokenpool.load_weights`.
+        precision: of weights, images and logits, one of `PRECISIONS`. Clustering and scores are in float32.
+        opset: of ONNX.
+        options: of the method.
+        model_options: of the timm model.
+    """
+
+    model: str
+    to: str
+    method: str = "none"
+    schedule: dict[str, Any] = field(default_factory=dict)
+    carry: bool = True
+    weights: Path | None = None
+    pretrained: bool = False
+    ema: bool | None = None
+    precision: str = "float32"
+    opset: int = OPSET
+    options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, known in (("to", FORMATS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+
+
+def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 64) -> Iterator[str]:
+    """Export a model and check the file. Lines to print; a JSON file beside the exported file has the same report.
+
+    Args:
+        chosen: what is exported.
+        path: file to write.
+        images: folder of photographs to compare logits on; None for random images.
+        limit: use so many of them only.
+
+    Raises:
+        ModuleNotFoundError: if a package is missing.
+        ValueError: for an unusable setting, or if the folder has no image.
+    """
+    form = FORMATS[chosen.to]
+    form.check(f"export --to {chosen.to}")
+    model = _built(chosen)
+    config = resolve_model_data_config(model)
+    paths = None if images is None else _photographs(images, limit)  # mistakes before the export, which takes long
+    dtype = PRECISIONS[chosen.precision]
+    about = _description(chosen, model, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    example = torch.zeros(2, *config["input_size"], dtype=dtype)
+    started = time.perf_counter()
+    form.write(model.to(dtype), example, path, about, chosen.opset)
+    seconds = time.perf_counter() - started
+    run, stored, operators = form.read(path)
+    if stored != about:
+        raise RuntimeError(f"the description in {path} is not the one that was written")
+    pixels = _random(config, limit) if paths is None else _pixels(paths, config)
+    expected, found = _in_batches(model.float(), pixels), _in_batches(run, pixels.to(dtype)).float()
+    report = about | {
+        "file": str(path),
+        "bytes": sum(part.stat().st_size for part in form.parts(path)),
+        "seconds": seconds,
+        "operators": operators,
+        "checked_on": "random images" if images is None else str(images),
+        "images": len(pixels),
+        "largest_difference": (found - expected).abs().max().item(),
+        "largest_logit": expected.abs().max().item(),
+        "differing_top1": int((found.argmax(1) != expected.argmax(1)).sum()),
+        "environment": environment(),
+    }
+    with files.atomic_write(path.with_suffix(".json")) as written:
+        written.write_text(json.dumps(report, indent=1) + "\n")
+    yield f"file: {path}, {report['bytes'] / 1e6:.1f} MB, exported in {seconds:.0f} s"
+    yield f"{sum(operators.values())} operators: {', '.join(f'{count} {name}' for name, count in operators.items())}"
+    yield (
+        f"{len(pixels)} {'random images' if images is None else 'photographs'}, against eager mode in float32: largest "
+        f"difference of a logit {report['largest_difference']:.2g} (largest logit {report['largest_logit']:.3g}), "
+        f"another top-1 class for {report['differing_top1']}"
+    )
+    yield f"report: {path.with_suffix('.json')}"
+
+
+def path_of(chosen: Export, folder: Path) -> Path:
+    """Return the file of an export: its name has the model, the method, the schedule and the precision."""
+    schedule = re.sub("[^0-9A-Za-z.]+", "_", "-".join(f"{name}{value}" for name, value in chosen.schedule.items()))
+    words = [chosen.model, chosen.method, schedule.strip("_"), chosen.precision]
+    return folder / ("-".join(filter(None, words)) + FORMATS[chosen.to].suffix)
+
+
+def _built(chosen: Export) -> nn.Module:
+    """The model with its weights, in float32 and evaluation mode."""
+    model = timm.create_model(chosen.model, pretrained=chosen.pretrained, **chosen.model_options).eval()
+    if chosen.weights is not None:
+        tokenpool.load_weights(model, chosen.weights, ema=chosen.ema)
+    if chosen.method != "none":
+        tokenpool.patch(model, chosen.method, carry=chosen.carry, **chosen.schedule, **chosen.options)
+    return model.requires_grad_(False)
+
+
+def _description(chosen: Export, model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, as JSON values: model, setting, schedule, cost and preprocessing."""
+    about: dict[str, Any] = {
+        "model": chosen.model,
+        "model_options": chosen.model_options,
+        "method": chosen.method,
+        "weights": _weights_of(chosen),
+        "precision": chosen.precision,
+        "gmacs": tokenpool.flops.count(model).gmacs,
+        "preprocessing": config,
+        "tokenpool": tokenpool.__version__,
+        "torch": torch.__version__,
+    }
+    if chosen.to != "pt2":
+        about["opset"] = chosen.opset
+    if chosen.method != "none":
+        setting = tokenpool.hosts.of(model).setting
+        about |= {"setting": setting.arguments(), "keep": setting.keep}
+    return json.loads(json.dumps(about, default=str))
+
+
+def _weights_of(chosen: Export) -> str:
+    """Where the weights come from: a file is named with its fingerprint, and without its folder."""
+    if chosen.weights is None:
+        return "timm" if chosen.pretrained else "random"
+    return f"{chosen.weights.name}, {fingerprint.of_weights(chosen.weights)}"
+
+
+def _photographs(folder: Path, limit: int) -> list[Path]:
+    files.check_local(folder)
+    found = sorted(path for path in folder.rglob("*") if is_image_file(path.name))
+    if not found:
+        raise ValueError(f"--images {folder} has no image: give a folder of photographs")
+    step = max(len(found) // limit, 1)
+    return found[::step][:limit]  # of all classes, if there is a folder for each
+
+
+def _pixels(paths: list[Path], config: dict[str, Any]) -> Tensor:
+    transform = create_transform(**config)
+    return torch.stack([transform(load_image(path)) for path in paths])
+
+
+def _random(config: dict[str, Any], count: int) -> Tensor:
+    return torch.randn(count, *config["input_size"], generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def _in_batches(model: Any, pixels: Tensor) -> Tensor:
+    """Logits of images in batches of different sizes."""
+    sizes = [BATCHES[index % len(BATCHES)] for index in range(len(pixels))]
+    found, start = [], 0
+    for size in sizes:
+        if start < len(pixels):
+            found.append(model(pixels[start : start + size]))
+            start += size
+    return torch.cat(found)
