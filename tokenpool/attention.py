@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenpool import gpu, micro_batch
 from tokenpool.adoption import adopt, give_back, reference
-from tokenpool.eager import is_in_graph
+from tokenpool.eager import at_least_float32, cast, detached, is_in_graph
 from tokenpool.operators import is_opaque, needs_gradient, opaque
 
 
@@ -69,9 +69,8 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> 
     Returns:
         (B, N), the mean over heads, float32 or float64, without gradient. Each row sums to 1.
     """
-    precise = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[:, :, :1].to(precise) * k).sum(dim=-1) * scale  # (B, H, N)
-    return (logits if bias is None else logits + bias[:, None, :]).softmax(dim=-1).mean(dim=1)
+    logits = (cast(q[:, :, :1], at_least_float32(q.dtype)) * k).sum(dim=-1) * scale  # (B, H, N)
+    return (logits if bias is None else logits + bias.unsqueeze(1)).softmax(dim=-1).mean(dim=1)
 
 
 class ScoredAttention(nn.Module):
@@ -133,10 +132,10 @@ class ScoredAttention(nn.Module):
         if self.normalise:
             q, k = F.normalize(q, dim=-1) * self.alpha, F.normalize(k, dim=-1)
             scale = 1.0
-        keys = k.detach().mean(dim=1) if asked.keys else None
+        keys = detached(k).mean(dim=1) if asked.keys else None
         if asked.table is not None:
             q, k = self.rotate(q, asked.table).to(v.dtype), self.rotate(k, asked.table).to(v.dtype)
-        bias = None if asked.sizes is None else asked.sizes.log().to(q.dtype)  # (B, N)
+        bias = None if asked.sizes is None else cast(asked.sizes.log(), q.dtype)  # (B, N)
         dropout = self.dropout if self.training else 0.0
         scores: Tensor | None
 
@@ -151,7 +150,7 @@ class ScoredAttention(nn.Module):
                 out, scores = scored_attention(q, k, v, bias, scale, dropout)
         else:
             scores = gpu.received(q, k, bias, scale) if asked.scores else None
-            mask = None if bias is None else bias[:, None, None, :]
+            mask = None if bias is None else bias.unsqueeze(1).unsqueeze(1)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
             out = out.transpose(1, 2).flatten(2)
 
@@ -222,8 +221,7 @@ def _empty_results(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n, _ = q.shape
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(batch, n, heads * v.shape[3]), q.new_empty(batch, n, dtype=precise)
+    return v.new_empty(batch, n, heads * v.shape[3]), q.new_empty(batch, n, dtype=at_least_float32(q.dtype))
 
 
 @opaque(_empty_results)
@@ -260,11 +258,10 @@ def _attend(
     received: Tensor | None = None
     for some in _split(q * scale, rows, 2):
         logits = some @ k.mT  # (B, h, rows, N)
-        attention = (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1)
-        precise = torch.promote_types(attention.dtype, torch.float32)
-        part = attention.detach().sum(dim=(1, 2), dtype=precise)
+        attention = (logits if bias is None else logits + bias.unsqueeze(1).unsqueeze(1)).softmax(dim=-1)
+        part = detached(attention).sum(dim=(1, 2), dtype=at_least_float32(attention.dtype))
         received = part if received is None else received + part
-        outs.append(F.dropout(attention, dropout).to(v.dtype) @ v if dropout else attention.to(v.dtype) @ v)
+        outs.append(cast(F.dropout(attention, dropout) if dropout else attention, v.dtype) @ v)
     out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, h, rows, d)
     assert received is not None
     return out.transpose(1, 2).flatten(2), received

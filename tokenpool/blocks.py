@@ -212,10 +212,12 @@ class PooledBlock(nn.Module):
         if downsampler is None:
             return stream._replace(tokens=tokens)
 
-        def of_patches(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[:, prefix:]
+        n = tokens.shape[1] - prefix
 
-        before, after = tokens[:, :prefix], tokens[:, prefix:]
+        def of_patches(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.narrow(1, prefix, n)
+
+        before, after = tokens.split([prefix, n], dim=1)
         own_sizes = of_patches(sizes)
         hints = {"sizes": own_sizes} if downsampler.uses_sizes else {}
         hints |= {"keys": of_patches(attended.keys)} if asked.keys else {}
@@ -225,7 +227,7 @@ class PooledBlock(nn.Module):
         if sizes is not None and own_sizes is not None:
             merged = merged_sizes(own_sizes, assignment, kept.shape[1])
             merged = merged * found.mask if isinstance(found, Masked) else merged
-            sizes = torch.cat([sizes[:, :prefix], merged], dim=1)
+            sizes = torch.cat([sizes.narrow(1, 0, prefix), merged], dim=1)
         if patches is not None:
             patches = compose(patches, assignment)
         if places is not None:

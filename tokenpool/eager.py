@@ -27,6 +27,21 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values of a type. A graph contains nothing of a cast to the same type."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64, and float32 for other floating types."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def detached(values: Tensor) -> Tensor:
+    """Return values without gradient. A graph contains nothing of it if the values have no gradient."""
+    return values.detach() if values.requires_grad else values
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Return a context without autocast. Without autocast outside of it, a graph contains nothing of the context."""
     enabled = torch.is_autocast_enabled(device.type)

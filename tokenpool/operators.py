@@ -6,14 +6,16 @@ therefore one operator each, and the operator runs the eager code. An exported g
 no such operator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenpool.eager import is_exporting
+from tokenpool.eager import detached, is_exporting
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -26,6 +28,19 @@ def is_opaque(tensor: Tensor) -> bool:
 def needs_gradient(*tensors: Tensor) -> bool:
     """Return whether results that are computed from these tensors have a gradient."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+_kept: ContextVar[frozenset[str]] = ContextVar("kept", default=frozenset())
+
+
+@contextmanager
+def kept_in_exports(*names: str) -> Iterator[None]:
+    """Keep operators `tokenpool::eager_name` in graphs that are exported inside this context."""
+    token = _kept.set(_kept.get() | set(names))
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def opaque(shapes: Function) -> Callable[[Function], Function]:
@@ -44,9 +59,9 @@ def opaque(shapes: Function) -> Callable[[Function], Function]:
 
         @wraps(function)
         def call(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
-            if not is_opaque(first):
+            if not (is_opaque(first) or is_exporting() and name in _kept.get()):
                 return function(first, *others)
-            return operator(*(value.detach() if isinstance(value, Tensor) else value for value in (first, *others)))
+            return operator(*(detached(value) if isinstance(value, Tensor) else value for value in (first, *others)))
 
         return call
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenpool.clustering.reductions import full_precision, stable_topk
-from tokenpool.eager import is_eager_cpu, is_in_graph
+from tokenpool.eager import cast, detached, is_eager_cpu, is_in_graph
 
 
 def checked(
@@ -30,7 +30,7 @@ def checked(
     if weights is None:
         evenly_spaced = torch.arange(k, device=tokens.device).mul(n).div(k, rounding_mode="floor").expand(batch, k)
         return tokens.new_ones(batch, n, dtype=precision), evenly_spaced if init is None else init
-    weights = weights.detach().to(precision)
+    weights = cast(detached(weights), precision)
     largest = weights.amax(dim=1, keepdim=True).clamp(min=torch.finfo(precision).tiny)
     weights = weights / largest  # prevents overflow of sums and underflow of means
     return weights, stable_topk(weights, k) if init is None else init

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import gpu
-from tokenpool.eager import is_eager_cpu, is_exporting, is_in_graph, without_autocast
+from tokenpool.eager import cast, is_eager_cpu, is_exporting, is_in_graph, without_autocast
 
 
 def stable_topk(weights: Tensor, k: int) -> Tensor:
@@ -21,7 +21,7 @@ def stable_topk(weights: Tensor, k: int) -> Tensor:
         (B, K) int64.
     """
     if is_exporting():  # ONNX has no stable option, but its sort is stable
-        return weights.sort(dim=-1, descending=True).indices[:, :k]
+        return weights.sort(dim=-1, descending=True).indices.narrow(1, 0, k)
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
@@ -95,7 +95,8 @@ def weighted_means(
         if members:
             found = gpu.means(tokens, share, assignment, *members)
         else:
-            found = cluster_sums(full_precision(tokens), share, assignment, k).to(tokens.dtype)  # (B, K, D)
+            found = cluster_sums(full_precision(tokens), share, assignment, k)  # (B, K, D)
+            found = cast(found, tokens.dtype)
         if all_weigh:
             return found
         old = take_rows(tokens, previous) if previous.dim() == 2 else previous
@@ -141,7 +142,7 @@ def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) ->
     """
     batch, n, width = values.shape
     if values.is_cuda or is_exporting():
-        return torch.bmm(_membership_matrix(weights, assignment, k).to(values.dtype), values)
+        return torch.bmm(cast(_membership_matrix(weights, assignment, k), values.dtype), values)
     target = _flat(assignment, k)
     if is_eager_cpu(values) and not (values.requires_grad and torch.is_grad_enabled()):
         # Several times as fast as index_add, because it does not copy rows and uses all cores.

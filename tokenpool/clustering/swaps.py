@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool.clustering.reductions import first_rows, full_precision
+from tokenpool.eager import cast
 
 
 class Swapped(NamedTuple):
@@ -148,4 +149,5 @@ def means_by_swaps(tokens: Tensor, weights: Tensor, swapped: Swapped) -> Tensor:
     shares = torch.where(clusters == label.unsqueeze(1), share.unsqueeze(1), 0)  # (B, K, M)
     after = torch.full_like(label, k)
     medoids = labels.scatter(1, others, after).topk(k, largest=False).indices  # (B, K), in the order of clusters
-    return (F.embedding(medoids + first, rows) + torch.bmm(shares.to(rows.dtype), moved)).to(tokens.dtype)
+    found = F.embedding(medoids + first, rows) + torch.bmm(cast(shares, rows.dtype), moved)
+    return cast(found, tokens.dtype)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool.extras import require
+from tokenpool.operators import kept_in_exports
+from tokenpool.tools import onnx_clustering
 
 OPSET = 20  # of ONNX
 KEY = "tokenpool"  # of the description in a file
@@ -79,7 +81,7 @@ class Onnx(Format):
     packages = ("onnx", "onnxscript", "onnxruntime")
 
     def write(self, model: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any], opset: int) -> None:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), kept_in_exports(onnx_clustering.NAME):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,
@@ -88,10 +90,14 @@ class Onnx(Format):
                 output_names=["logits"],
                 dynamic_shapes=_BATCH,
                 opset_version=opset,
+                custom_translation_table=onnx_clustering.translations(),
                 dynamo=True,
                 verbose=False,
+                optimize=False,
             )
-        assert program is not None
+            assert program is not None
+            onnx_clustering.add_functions(program.model)
+            program.optimize()
         program.model.metadata_props[KEY] = json.dumps(about)
         program.save(path)
 
