@@ -30,26 +30,29 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-_kept: ContextVar[frozenset[str]] = ContextVar("kept", default=frozenset())
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
 
 
 @contextmanager
-def kept_in_exports(*names: str) -> Iterator[None]:
-    """Keep operators `tokenpool::eager_name` in graphs that are exported inside this context."""
-    token = _kept.set(_kept.get() | set(names))
+def kept_in_exports() -> Iterator[None]:
+    """Keep the operators that can be exported in graphs that are exported inside this context."""
+    token = _kept.set(True)
     try:
         yield
     finally:
         _kept.reset(token)
 
 
-def opaque(shapes: Function) -> Callable[[Function], Function]:
-    """Return a decorator that makes a function an operator `tokenpool::eager_name` of graphs that are compiled for a CPU.
+def opaque(
+    shapes: Function, exported_if: Callable[..., bool] = lambda *arguments: False
+) -> Callable[[Function], Function]:
+    """Return a decorator that makes a function an operator `tokenpool::eager_name` of graphs compiled for a CPU.
 
     The function has annotations, takes a tensor first, and returns tensors. The operator has no gradient.
 
     Args:
         shapes: takes the same arguments, and returns empty results.
+        exported_if: takes the same arguments, and returns whether the operator can be exported: see `kept_in_exports`.
     """
 
     def decorate(function: Function) -> Function:
@@ -59,7 +62,7 @@ def opaque(shapes: Function) -> Callable[[Function], Function]:
 
         @wraps(function)
         def call(first: Tensor, *others: Any) -> tuple[Tensor, ...]:
-            if not (is_opaque(first) or is_exporting() and name in _kept.get()):
+            if not (is_opaque(first) or (is_exporting() and _kept.get() and exported_if(first, *others))):
                 return function(first, *others)
             return operator(*(detached(value) if isinstance(value, Tensor) else value for value in (first, *others)))
 

@@ -165,7 +165,14 @@ def _kmedoids_shapes(
     return tokens.new_empty(batch, k, width), assignment, medoids
 
 
-@opaque(_kmedoids_shapes)
+def _has_different_medoids(
+    tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
+) -> bool:
+    """Return whether the initial medoids are different tokens. Two points can have the same nearest token."""
+    return init is None or init.dim() == 2
+
+
+@opaque(_kmedoids_shapes, exported_if=_has_different_medoids)
 def _kmedoids(
     tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:

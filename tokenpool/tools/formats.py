@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Onnx(Format):
     packages = ("onnx", "onnxscript", "onnxruntime")
 
     def write(self, model: nn.Module, images: Tensor, path: Path, about: Mapping[str, Any], opset: int) -> None:
-        with warnings.catch_warnings(), torch.no_grad(), kept_in_exports(onnx_clustering.NAME):
+        with warnings.catch_warnings(), torch.no_grad(), kept_in_exports():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,
@@ -116,7 +116,7 @@ class Onnx(Format):
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-        return run, json.loads(about), _counted(_onnx_name(node) for node in stored.graph.node)
+        return run, json.loads(about), _counted(_onnx_names(stored.graph))
 
 
 class Program(Format):
@@ -178,7 +178,11 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(names).most_common())
 
 
-def _onnx_name(node: Any) -> str:
-    """The operator of an ONNX node, with its reduction if it has one: TensorRT computes some of these wrongly."""
-    reductions = [each.s.decode() for each in node.attribute if each.name == "reduction" and each.s != b"none"]
-    return "-".join([node.op_type, *reductions])
+def _onnx_names(graph: Any) -> Iterator[str]:
+    """The operators of an ONNX graph and its loops, with their reductions: TensorRT computes some of these wrongly."""
+    for node in graph.node:
+        reductions = [each.s.decode() for each in node.attribute if each.name == "reduction" and each.s != b"none"]
+        yield "-".join([node.op_type, *reductions])
+        for each in node.attribute:
+            if each.HasField("g"):
+                yield from _onnx_names(each.g)

@@ -1,7 +1,7 @@
 """K-Medoids in exported ONNX files: a few operators and a loop, in place of its iterations one after another.
 
-`torch.export` unrolls the iterations of Algorithm 1: about two hundred operators for each block. A loop is exported in a
-third of the time, and ends when no medoid moves.
+`torch.export` unrolls the iterations of Algorithm 1: about two hundred operators for each block. A loop is exported in
+a third of the time, and ends when no medoid moves.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-
-NAME = "kmedoids"  # of the operator
 
 
 def translations() -> dict[Callable, Callable]:

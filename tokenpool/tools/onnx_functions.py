@@ -1,9 +1,9 @@
 """K-Medoids as functions of ONNX, in onnxscript: the mathematics of `tokenpool.clustering.swaps`, explained there.
 
-onnxscript compiles the source code of these functions. Its own `for` mixes up the variables of a loop, so the loop is
-written as an operator: `Loop` of ONNX, which ends when no medoid moves in any image. Letters in comments are sizes: B images, N tokens, K clusters, M = N - K tokens that are not medoids.
+onnxscript compiles the source code of these functions. Its own `for` mixes up the variables of a loop. So the loop is
+written as an operator, `Loop` of ONNX, which ends when no medoid moves in any image. Letters in comments are sizes:
+B images, N tokens, K clusters, M = N - K tokens that are not medoids.
 """
-
 
 import torch
 from onnx import TensorProto
@@ -87,8 +87,13 @@ def alternate(
     labels = op.ScatterElements(zeros, medoids, clusters, axis=1)
 
     @graph()
-    def body(
-        iteration: INT64, runs: BOOL, candidates: INT64[...], others: INT64[...], nearest: INT64[...], labels: FLOAT[...]
+    def body(  # noqa: ANN202
+        iteration: INT64,
+        runs: BOOL,
+        candidates: INT64[...],
+        others: INT64[...],
+        nearest: INT64[...],
+        labels: FLOAT[...],
     ):  # onnxscript would take annotated results for those of `alternate`
         own = op.Gather(distances, candidates + first)  # (B, M, N)
         closed = op.Unsqueeze(op.ScatterElements(zeros, candidates, infinite, axis=1), one)
@@ -101,7 +106,7 @@ def alternate(
         differences = op.Unsqueeze(op.ScatterElements(zeros, candidates, difference, axis=1), one)
         best = op.ArgMin(op.Where(same, differences, op.Constant(value_float=float("inf"))), axis=2, keepdims=0)
         swaps = op.Equal(best, candidates)
-        moves = op.Greater(op.ReduceMax(op.CastLike(swaps, candidates), keepdims=0), op.Constant(value_int=0))
+        moves = op.Greater(op.ReduceSum(op.CastLike(swaps, candidates), keepdims=0), op.Constant(value_int=0))
         return moves, op.Where(swaps, medoid, candidates), op.Identity(candidates), medoid, assigned
 
     # Results of the last assignment.
