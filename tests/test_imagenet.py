@@ -21,7 +21,9 @@ PRESET = presets.get("imagenet")
 
 def documented() -> dict[str, str]:
     """What the table of docs/how-to/imagenet.md says that we do."""
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", (ROOT / "docs" / "imagenet.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", (ROOT / "docs" / "how-to" / "imagenet.md").read_text(), re.MULTILINE
+    )
     return dict(rows)
 
 
