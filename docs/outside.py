@@ -1,7 +1,7 @@
 """MkDocs hook: links of the pages to files outside docs/, such as `../../results/digits/pareto.png`.
 
 The links are relative, so that they work in a clone and on the pages of the repository, too. In the site, a picture is
-at its path in the repository, and any other link leads to the repository.
+at its path in the repository, and any other link leads to the repository. The word REPOSITORY_URL becomes its address.
 """
 
 import posixpath
@@ -36,4 +36,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return posixpath.relpath(path, folder)
         return f"{config.extra['repository'].rstrip('/')}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
 
-    return LINK.sub(changed, markdown)
+    return LINK.sub(changed, markdown).replace("REPOSITORY_URL", config.extra["repository"])
