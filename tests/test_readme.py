@@ -119,12 +119,8 @@ def command_lines(page: str) -> list[list[str]]:
     blocks = "".join(re.findall(r"```bash\n(.*?)```", PAGES[page], flags=re.DOTALL)).replace("\\\n", "")
     named = [code.replace("\n", " ") for code in inline(page)]
     named = [f"{code} --help" if code.rpartition(" ")[0] in PROGRAMS else code for code in named]  # a verb alone
-    lines = [
-        line.removeprefix(f"{program} ")
-        for line in [*blocks.splitlines(), *named]
-        for program in PROGRAMS
-        if line.startswith(f"{program} ")
-    ]
+    found = [re.match(rf"(?:\w+=\S+ )*(?:{'|'.join(PROGRAMS)}) (.*)", line) for line in [*blocks.splitlines(), *named]]
+    lines = [match[1] for match in found if match]
     # Inline code also names commands by their verb alone.
     lines += [code for code in named if code.split()[0] in COMMANDS and " " in code]
     return [shlex.split(line, comments=True) for line in lines]
