@@ -49,7 +49,7 @@ PROGRAMS = ("python -m experiments", "tokenpool")
 
 def test_there_are_snippets() -> None:
     assert len(SNIPPETS) == 13
-    assert sum(bool(shown) for page in SNIPPETS.values() for _, shown in page) == 11
+    assert sum(bool(shown) for page in SNIPPETS.values() for _, shown in page) == 12
 
 
 @pytest.mark.slow
