@@ -49,7 +49,7 @@ def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: 
     lines = run(path, weights, tmp_path / "out")
     assert lines[0].startswith("plain: ") and lines[1].startswith("key_medoids: ") and "clustering" in lines[1]
     written = tmp_path / "out" / "photo-key_medoids.png"
-    assert lines[-1] == f"picture: {written}"
+    assert lines[-2:] == [f"picture: {written}", f"page: {written.with_suffix('.html')}"]
     assert np.asarray(Image.open(written)).std() > 10  # something is drawn
 
 
