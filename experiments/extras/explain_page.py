@@ -95,18 +95,18 @@ def describe(
         plain = model(pixels)[0]
     full = _macs(model, subject.method)[0] / 1e9
 
-    def run(method: str, schedule: dict[str, Any], budget: int) -> dict[str, Any]:
+    def run(method: str, schedule: dict[str, Any]) -> dict[str, Any]:
         tokenpool.patch(model, method, carry=subject.carry, **schedule)
-        return {"method": method, "budget": budget, **_result(model, method, pixels, plain)}
+        return {"method": method, **_result(model, method, pixels, plain)}
 
-    settings, skipped = [run(subject.method, subject.schedule, 0)], []
-    chosen = settings[0]["gmacs"]
-    budgets = [min(chosen, full), *(share * full for share in shares if abs(share * full - chosen) > NEAR * full)]
+    chosen = run(subject.method, subject.schedule)
+    own = min(chosen["gmacs"], full)
+    budgets = sorted([own, *(share * full for share in shares if abs(share * full - own) > NEAR * full)], reverse=True)
+    settings, skipped = [], []
     for method, (index, gmacs) in product(dict.fromkeys([subject.method, *against]), enumerate(budgets)):
-        if (method, index) == (subject.method, 0):
-            continue
+        is_chosen = method == subject.method and gmacs == own
         try:
-            settings.append(run(method, {"gmacs": gmacs}, index))
+            settings.append({"budget": index, **(chosen if is_chosen else run(method, {"gmacs": gmacs}))})
         except ValueError as error:
             skipped.append(f"{method} at {gmacs:.3g} GMACs: {error}")
     tokenpool.unpatch(model)
@@ -121,6 +121,7 @@ def describe(
         "labels": {setting["method"]: REGISTRY[setting["method"]].label for setting in settings},
         "budgets": [f"{gmacs:#.3g} GMACs, {100 * gmacs / full:.0f} % of the plain model" for gmacs in budgets],
         "settings": settings,
+        "chosen": {"method": subject.method, "budget": budgets.index(own)},
         "skipped": skipped,
     }
 

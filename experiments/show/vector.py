@@ -49,7 +49,7 @@ class Page:
             self._letters.update("".join(element.itertext()) if element.tag == f"{_SVG}text" else "")
         _unwrap(root)
         width, height = (float(value) for value in root.attrib["viewBox"].split()[2:])
-        root.attrib = {"viewBox": root.attrib["viewBox"], "class": "figure", "role": "img", "aria-label": label}
+        root.attrib = {"viewBox": root.attrib["viewBox"], "class": "drawing", "role": "img", "aria-label": label}
         root.attrib |= {"width": f"{width * 4 / 3:.0f}", "height": f"{height * 4 / 3:.0f}"}  # points to CSS pixels
         for element in root.iter():
             element.tag = element.tag.removeprefix(_SVG)
@@ -59,7 +59,7 @@ class Page:
         """The style sheet of the figures that were added, with the letters of the font that they need."""
         rules = [
             f'@font-face{{font-family:Figure;src:url("{font_uri(self._letters)}")format("woff")}}',
-            ".figure *{stroke-linejoin:round;stroke-linecap:butt}",
+            ".drawing *{stroke-linejoin:round;stroke-linecap:butt}",
             *(f".{name}{{{style}}}" for style, name in self._classes.items()),
         ]
         return "\n".join(rules)
