@@ -123,7 +123,7 @@ def smaller_picture(uri: str) -> str:
 
 def _webp(picture: Image.Image, **options: int) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "webp", method=6, **options)
+    picture.save(buffer, "webp", method=4, **options)
     return buffer.getvalue()
 
 
