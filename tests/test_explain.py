@@ -1,5 +1,6 @@
 """`python -m experiments explain` on whatever a user may hand it."""
 
+import html
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import tokenpool
 from experiments.extras.explain import explain
+from tokenpool.downsampling import REGISTRY
 
 MODEL = "test_vit"  # timm's smallest
 
@@ -115,9 +117,14 @@ def test_the_command(weights: Path, tmp_path: Path, in_process) -> None:
     picture("RGB", (300, 200)).save(tmp_path / "photo.png")
     command = ["explain", str(tmp_path / "photo.png")]
     command += ["--model", MODEL, "--weights", str(weights), "--output", str(tmp_path)]
-    done = in_process(*command, "--level", "2")
+    done = in_process(*command, "--level", "2", "--against", "tome", "--share", "0.7")
     assert done.returncode == 0, done.stderr
     assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
+    page = (tmp_path / "photo-key_medoids.html").read_text()
+    assert REGISTRY["tome"].label in html.unescape(page) and REGISTRY["power_bert"].label not in page
+    assert page.count('"budget": 1, "classes"') == page.count('"budget": 0, "classes"') == 2  # the level, the share
+    done = in_process(*command, "--against", "tme")
+    assert done.returncode == 1 and "unknown downsampler 'tme'" in done.stderr
     done = in_process(*command, "--level", "2", "--keep", "0.9")
     assert done.returncode == 1 and done.stderr.startswith("error: --level, --keep and --gmacs are three ways")
 

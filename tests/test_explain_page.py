@@ -1,5 +1,7 @@
 """The page of `explain`: its numbers are those of the library, and its script shows them."""
 
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 import tokenpool
-from experiments.extras import explain_page
+from experiments.extras import explain_examples, explain_page
 from experiments.extras.explain_page import Subject
 
+FOLDER = Path(__file__).parents[1] / "docs" / "explain"
 GRID = (6, 10)  # rows and columns of patches
 EVIL = """</script><img src=x onerror="alert(1)">'"&{{ 7 * 7 }}.jpg"""
 
@@ -184,3 +187,19 @@ def test_budgets_that_a_method_cannot_meet_are_named(tmp_path: Path) -> None:
     ]
     methods = [each["method"] for each in data_of(Page((tmp_path / "page.html").read_text()))["settings"]]
     assert methods == ["kmedoids", "tome"]
+
+
+@pytest.mark.parametrize("name", explain_examples.CREDITS)
+def test_pages_of_the_documentation(name: str) -> None:
+    """They are made by the present template, from photographs that may be shown with their credit."""
+    text = (FOLDER / f"{name}.html").read_text()
+    template = explain_page.TEMPLATE.read_text()
+    assert template[template.rindex("<script>") :] in text
+    page = Page(text)
+    data = data_of(page)
+    assert list(page.requests()) == [] and explain_examples.CREDITS[name] in "".join(each for _, each in page.find("p"))
+    assert [len(each["blocks"]) for each in data["settings"]] == 12 * [12] and data["grid"] == [14, 14]
+    stored = Image.open(io.BytesIO(base64.b64decode(data["photograph"].partition(",")[2])))
+    seen = explain_page.shown(explain_examples.photograph(name), timm.create_model(explain_examples.MODEL))
+    assert np.abs(np.asarray(stored, float) - np.asarray(seen, float)).mean() < 6
+    assert sum(each.stat().st_size for each in FOLDER.glob("*.html")) < 1_000_000

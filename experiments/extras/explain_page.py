@@ -23,6 +23,7 @@ from tokenpool.downsampling import METHODS, REGISTRY
 
 AGAINST = ("power_bert", "wkmedoids", "tome")  # the first one is in the second panel: the paper's comparison
 SHARES = (0.8, 0.65, 0.5)  # of the plain model's cost
+TEMPLATE = Path(__file__).with_name("explain.html")
 NEAR = 0.02  # of the plain model's cost: a share that is so near to the chosen cost is left out
 ZOOM = 2  # the photograph of the page has ZOOM times the height and width of the model's input
 
@@ -66,7 +67,7 @@ def write(
         Lines to print: the methods and budgets that the model does not allow, and the path of the page.
     """
     data = describe(subject, model, against, shares)
-    template = Environment(autoescape=True).from_string((Path(__file__).parent / "explain.html").read_text("utf-8"))
+    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text("utf-8"))
     page = template.render(data=data, subject=subject, version=tokenpool.__version__)
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
