@@ -47,7 +47,7 @@ def write(weights: Path | None, output: Path) -> Iterator[str]:
         tokenpool.load_weights(model, weights)
     for name, credit in CREDITS.items():
         subject = explain_page.Subject(
-            name.replace("_", " "), photograph(name), MODEL, METHOD, {"gmacs": GMACS}, credit=credit
+            name.replace("_", " ").title(), photograph(name), MODEL, METHOD, {"gmacs": GMACS}, credit=credit
         )
         yield from explain_page.write(output / f"{name}.html", subject, model)
 

@@ -120,7 +120,7 @@ def describe(
         "colours": patch_colours(np.asarray(photograph), grid),
         "plain": {"gmacs": full, "classes": _with_plain(plain, plain, model)},
         "labels": {setting["method"]: REGISTRY[setting["method"]].label for setting in settings},
-        "budgets": [f"{gmacs:#.3g} GMACs, {100 * gmacs / full:.0f} % of the plain model" for gmacs in budgets],
+        "budgets": [f"{gmacs:#.3g} GMACs ({100 * gmacs / full:.0f} % of plain)" for gmacs in budgets],
         "settings": settings,
         "chosen": {"method": subject.method, "budget": budgets.index(own)},
         "skipped": skipped,
