@@ -238,8 +238,8 @@ _ALL = (
         "Normalised queries and keys, alpha = 1",
         curves.of(curves.own_10("10a")),
         needed.trained(lambda study: needed.normalised(study, "10a")),
-        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). The scalar "
-        "of the attention is 1.",
+        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). "
+        "The scalar of the attention is 1.",
     ),
     Artifact(
         "figure",
@@ -247,8 +247,8 @@ _ALL = (
         "Normalised queries and keys, alpha learned",
         curves.of(curves.own_10("10b")),
         needed.trained(lambda study: needed.normalised(study, "10b")),
-        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). The scalar "
-        "of the attention is learned.",
+        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). "
+        "The scalar of the attention is learned.",
     ),
     Artifact(
         "figure",
@@ -282,7 +282,7 @@ _ALL = (
         illustrations.reconstruction,
         needed.not_fine_tuned,
         caption="Left: how far tokens move in each block. Others: top-1 accuracy against the mean of this error, one "
-        "curve a method.",
+        "curve a method, one point a schedule.",
     ),
     Artifact(
         "figure",
