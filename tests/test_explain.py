@@ -122,7 +122,7 @@ def test_the_command(weights: Path, tmp_path: Path, in_process) -> None:
     assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
     page = (tmp_path / "photo-key_medoids.html").read_text()
     assert REGISTRY["tome"].label in html.unescape(page) and REGISTRY["power_bert"].label not in page
-    assert page.count('"budget": 1, "classes"') == page.count('"budget": 0, "classes"') == 2  # the level, the share
+    assert page.count('{"budget":1,"method"') == page.count('{"budget":0,"method"') == 2  # the level, the share
     done = in_process(*command, "--against", "tme")
     assert done.returncode == 1 and "unknown downsampler 'tme'" in done.stderr
     done = in_process(*command, "--level", "2", "--keep", "0.9")

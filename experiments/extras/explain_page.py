@@ -15,6 +15,7 @@ from jinja2 import Environment
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import tokenpool
 from tokenpool import files, hosts
@@ -67,7 +68,9 @@ def write(
         Lines to print: the methods and budgets that the model does not allow, and the path of the page.
     """
     data = describe(subject, model, against, shares)
-    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(TEMPLATE.read_text("utf-8"))
+    environment = Environment(autoescape=True, keep_trailing_newline=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    template = environment.from_string(TEMPLATE.read_text("utf-8"))
     page = template.render(data=data, subject=subject, version=tokenpool.__version__)
     with files.atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -104,7 +107,8 @@ def describe(
     own = min(chosen["gmacs"], full)
     budgets = sorted([own, *(share * full for share in shares if abs(share * full - own) > NEAR * full)], reverse=True)
     settings, skipped = [], []
-    for method, (index, gmacs) in product(dict.fromkeys([subject.method, *against]), enumerate(budgets)):
+    pairs = list(product(dict.fromkeys([subject.method, *against]), enumerate(budgets)))
+    for method, (index, gmacs) in tqdm(pairs, unit="setting", leave=False):
         is_chosen = method == subject.method and gmacs == own
         try:
             settings.append({"budget": index, **(chosen if is_chosen else run(method, {"gmacs": gmacs}))})
