@@ -6,12 +6,13 @@
 # make test-slurm  the same for tests on a real Slurm of two nodes, where Debian's slurm-wlm and munge are installed
 # make benchmark   time what results/throughput holds anew; fails where less of the speed-up is realised than there
 # make lint        formatting, lint and types
+# make docs        the documentation, into site/; fails at a warning
 
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: install install-test reproduce test test-fast coverage test-slurm benchmark lint format clean
+.PHONY: install install-test reproduce test test-fast coverage test-slurm benchmark lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -54,5 +55,12 @@ format: install-test
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

@@ -34,6 +34,7 @@ class Artifact:
             returns the table's sections; see `experiments.show.tables`.
         needs: the runs that it needs of a study; none where the study has no such runs. None for what needs no runs.
         joint: a table in which studies stand side by side. Without a preset it is made of all that have results.
+        caption: of a figure: what it shows and how to read it, in words.
     """
 
     kind: Literal["table", "figure"]
@@ -42,6 +43,7 @@ class Artifact:
     draw: Callable[..., Any]
     needs: Callable[[Study], Sequence[Run]] | None = None
     joint: bool = False
+    caption: str = ""
 
     @property
     def key(self) -> str:
@@ -117,9 +119,26 @@ _ALL = (
         "Token Pooling with the best width at each cost, against DeiT",
         curves.of(curves.own_1b, curves.printed_1b),
         needed.trained(lambda study: needed.whole_family(study, ["wkmedoids"])),
+        caption="Top-1 accuracy against cost: DeiT models of growing width, and the best of WK-Medoids over all "
+        "widths and schedules. The arrow is the saving at the accuracy of the cheapest DeiT.",
     ),
-    Artifact("figure", "1c", "Which patches become one token", illustrations.clusters, Study.clusters),
-    Artifact("figure", "2", "Selection by score against clustering, in one dimension", illustrations.lobes),
+    Artifact(
+        "figure",
+        "1c",
+        "Which patches become one token",
+        illustrations.clusters,
+        Study.clusters,
+        caption="Images, and below them their patches at half of the depth. Patches within one white border are "
+        "one token, in its mean colour.",
+    ),
+    Artifact(
+        "figure",
+        "2",
+        "Selection by score against clustering, in one dimension",
+        illustrations.lobes,
+        caption="Sixty tokens on a line, and four that remain. Selection by score keeps neighbours on the higher "
+        "lobe; clusters cover both lobes, with a smaller reconstruction error.",
+    ),
     Artifact(
         "figure",
         "3a",
@@ -132,6 +151,8 @@ _ALL = (
                 *needed.convolutions(study),
             ]
         ),
+        caption="Top-1 accuracy against cost: selection of tokens, convolution and WK-Medoids on one model, and "
+        "narrower DeiT models without downsampling.",
     ),
     Artifact(
         "figure",
@@ -141,6 +162,8 @@ _ALL = (
         needed.trained(
             lambda study: needed.best_and_rivals(study, ("power_bert", "wkmedoids"), tuple(curves.OWN_OTHERS))
         ),
+        caption="Top-1 accuracy against cost: the best of each method over widths and schedules, and the methods of "
+        "other papers, as printed or trained here.",
     ),
     Artifact(
         "figure",
@@ -148,6 +171,7 @@ _ALL = (
         "Token Pooling on models of different width",
         curves.of(curves.own_4, curves.printed_4),
         needed.trained(lambda study: needed.whole_family(study, ["wkmedoids"])),
+        caption="Top-1 accuracy against cost: WK-Medoids on each width of DeiT, one curve a width, and DeiT itself.",
     ),
     Artifact(
         "figure",
@@ -155,6 +179,8 @@ _ALL = (
         "Methods that use significance scores",
         curves.of(curves.own_5a, curves.printed_methods("power_bert", "wkmedoids")),
         needed.trained(lambda study: needed.main(study, (*dropping(), "wkmedoids"))),
+        caption="Top-1 accuracy against cost: methods that select tokens by their significance score, and WK-Medoids, "
+        "which weights by it.",
     ),
     Artifact(
         "figure",
@@ -162,6 +188,7 @@ _ALL = (
         "Clustering algorithms",
         curves.of(curves.own_5b, curves.printed_5b),
         needed.trained(lambda study: needed.main(study, ("power_bert", *merging()))),
+        caption="Top-1 accuracy against cost: four clustering algorithms, and PoWER-BERT, which drops tokens.",
     ),
     Artifact(
         "figure",
@@ -174,6 +201,8 @@ _ALL = (
                 *study.finetunes(("kmedoids", "wkmedoids"), study.extra_seeds, init="random"),
             ]
         ),
+        caption="Top-1 accuracy against cost: K-Medoids and WK-Medoids with the tokens of highest score as initial "
+        "centres, and with random ones (hollow markers).",
     ),
     Artifact(
         "figure",
@@ -181,6 +210,8 @@ _ALL = (
         "Training once and twice, and distillation",
         curves.of(curves.own_7, curves.printed_7),
         needed.trained(needed.twice_trained),
+        caption="Top-1 accuracy against cost of plain models: trained once, trained again for as long as the pooled "
+        "models, and, in the paper's part, distilled.",
     ),
     Artifact(
         "figure",
@@ -190,14 +221,26 @@ _ALL = (
         needed.trained(
             lambda study: [*needed.beside_others(study, ["wkmedoids"]), *needed.convolutions(study)],
         ),
+        caption="Top-1 accuracy against cost: one to three strided convolutions at every placement, the best "
+        "placements, and WK-Medoids.",
     ),
-    Artifact("figure", "9", "Without fine-tuning", curves.of(curves.own_9), needed.not_fine_tuned),
+    Artifact(
+        "figure",
+        "9",
+        "Without fine-tuning",
+        curves.of(curves.own_9),
+        needed.not_fine_tuned,
+        caption="Top-1 accuracy against cost of a model that never saw fewer tokens in training: merged tokens "
+        "without and with carried sizes.",
+    ),
     Artifact(
         "figure",
         "10a",
         "Normalised queries and keys, alpha = 1",
         curves.of(curves.own_10("10a")),
         needed.trained(lambda study: needed.normalised(study, "10a")),
+        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). "
+        "The scalar of the attention is 1.",
     ),
     Artifact(
         "figure",
@@ -205,6 +248,8 @@ _ALL = (
         "Normalised queries and keys, alpha learned",
         curves.of(curves.own_10("10b")),
         needed.trained(lambda study: needed.normalised(study, "10b")),
+        caption="Top-1 accuracy against cost with queries and keys of length one, and without (hollow markers). "
+        "The scalar of the attention is learned.",
     ),
     Artifact(
         "figure",
@@ -212,6 +257,7 @@ _ALL = (
         "DeiT-e252",
         curves.of(curves.own_11("deit_e252"), curves.printed_methods(*_POOLED, model="deit_e252")),
         needed.trained(lambda study: needed.family(study, _POOLED, ["deit_e252"])),
+        caption="Top-1 accuracy against cost: PoWER-BERT, K-Medoids and WK-Medoids on a narrower model.",
     ),
     Artifact(
         "figure",
@@ -219,14 +265,25 @@ _ALL = (
         "DeiT-e318",
         curves.of(curves.own_11("deit_e318"), curves.printed_methods(*_POOLED, model="deit_e318")),
         needed.trained(lambda study: needed.family(study, _POOLED, ["deit_e318"])),
+        caption="Top-1 accuracy against cost: PoWER-BERT, K-Medoids and WK-Medoids on a model of middle width.",
     ),
-    Artifact("figure", "12", "Throughput", curves.throughput, needed.timed),
+    Artifact(
+        "figure",
+        "12",
+        "Throughput",
+        curves.throughput,
+        needed.timed,
+        caption="Top-1 accuracy against measured images a second. A curve further to the right is faster at the same "
+        "accuracy.",
+    ),
     Artifact(
         "figure",
         "reconstruction",
         "Reconstruction error by block, and accuracy",
         illustrations.reconstruction,
         needed.not_fine_tuned,
+        caption="Left: how far tokens move in each block. Others: top-1 accuracy against the mean of this error, one "
+        "curve a method, one point a schedule.",
     ),
     Artifact(
         "figure",
@@ -234,6 +291,8 @@ _ALL = (
         "Redundancy of tokens before and after attention",
         illustrations.redundancy,
         Study.redundancies,
+        caption="Three measures of how alike the tokens of a trained plain model are, block by block, before and "
+        "after the attention.",
     ),
 )
 ARTIFACTS = {artifact.key: artifact for artifact in _ALL}

@@ -135,3 +135,19 @@ def cluster() -> Iterator[Path]:
             yield folder
         finally:
             subprocess.run([scripts / "stop.sh", folder], check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Callable[[Path], str]:
+    """A function of an HTML file: the document as HTML after Chromium ran its scripts."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium, which is not installed")
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--dump-dom")
+
+    def run(path: Path) -> str:
+        with tempfile.TemporaryDirectory() as profile:
+            command = [program, *options, f"--user-data-dir={profile}", path.as_uri()]
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    return run

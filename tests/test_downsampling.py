@@ -201,8 +201,10 @@ def registry() -> Iterator[dict[str, Method]]:
 
 @pytest.fixture
 def first(registry: dict[str, Method], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
-    """The method that CONTRIBUTING.md shows, in a file of its own."""
-    (code,) = re.findall(r"```python\n# my_method.py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    """The method that docs/how-to/new-method.md shows, in a file of its own."""
+    (code,) = re.findall(
+        r"```python\n# my_method.py\n(.*?)```", (ROOT / "docs/how-to/new-method.md").read_text(), re.DOTALL
+    )
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("my_method")

@@ -1,5 +1,6 @@
 """`python -m experiments explain` on whatever a user may hand it."""
 
+import html
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import tokenpool
+from tokenpool.downsampling import REGISTRY
 from tokenpool.tools.explain import explain
 
 MODEL = "test_vit"  # timm's smallest
@@ -49,7 +51,7 @@ def test_any_photograph(mode: str, size: tuple[int, int], suffix: str, weights: 
     lines = run(path, weights, tmp_path / "out")
     assert lines[0].startswith("plain: ") and lines[1].startswith("key_medoids: ") and "clustering" in lines[1]
     written = tmp_path / "out" / "photo-key_medoids.png"
-    assert lines[-1] == f"picture: {written}"
+    assert lines[-2:] == [f"picture: {written}", f"page: {written.with_suffix('.html')}"]
     assert np.asarray(Image.open(written)).std() > 10  # something is drawn
 
 
@@ -115,9 +117,14 @@ def test_the_command(weights: Path, tmp_path: Path, in_process) -> None:
     picture("RGB", (300, 200)).save(tmp_path / "photo.png")
     command = ["explain", str(tmp_path / "photo.png")]
     command += ["--model", MODEL, "--weights", str(weights), "--output", str(tmp_path)]
-    done = in_process(*command, "--level", "2")
+    done = in_process(*command, "--level", "2", "--against", "tome", "--share", "0.7")
     assert done.returncode == 0, done.stderr
     assert "tokens after each block: " in done.stdout and (tmp_path / "photo-key_medoids.png").exists()
+    page = (tmp_path / "photo-key_medoids.html").read_text()
+    assert REGISTRY["tome"].label in html.unescape(page) and REGISTRY["power_bert"].label not in page
+    assert page.count('{"budget":1,"method"') == page.count('{"budget":0,"method"') == 2  # the level, the share
+    done = in_process(*command, "--against", "tme")
+    assert done.returncode == 1 and "unknown downsampler 'tme'" in done.stderr
     done = in_process(*command, "--level", "2", "--keep", "0.9")
     assert done.returncode == 1 and done.stderr.startswith("error: --level, --keep and --gmacs are three ways")
 

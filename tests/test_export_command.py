@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tokenpool
 from tokenpool.tools import formats
-from tokenpool.tools.export import Export, export
+from tokenpool.tools.export import Export, export, path_of, report_of
 
 MODEL = "test_vit"  # timm's smallest
 KEEP = "0.7@1,3"
@@ -74,7 +74,7 @@ def test_a_program(in_process, weights: Path, photographs: Path, tmp_path: Path)
     assert about["method"] == "wkmedoids" and about["setting"]["carry"] is True
     assert len(about["keep"]) == 6 and about["keep"][5] < about["keep"][1] < about["keep"][0]
     assert about["preprocessing"]["input_size"] == [3, 160, 160] and len(about["preprocessing"]["mean"]) == 3
-    report = json.loads(path.with_suffix(".json").read_text())
+    report = json.loads(report_of(path).read_text())
     assert report["images"] == 7 and report["differing_top1"] == 0 and report["largest_difference"] < 1e-3
     assert report["bytes"] == path.stat().st_size and "7 photographs" in done.stdout
 
@@ -94,7 +94,7 @@ def test_onnx(in_process, weights, photographs, tmp_path: Path, precision: str, 
     stored = onnx.load(path)
     about = json.loads({entry.key: entry.value for entry in stored.metadata_props}["tokenpool"])
     assert about["opset"] == 19 == stored.opset_import[0].version
-    report = json.loads(path.with_suffix(".json").read_text())
+    report = json.loads(report_of(path).read_text())
     assert sum(report["operators"].values()) > len(stored.graph.node)  # and operators of the two loops
     assert report["operators"]["Loop"] == 2 and not stored.functions
     assert not {"NonZero", "If", "ScatterElements-add", "ScatterND-add"} & report["operators"].keys()
@@ -121,8 +121,14 @@ def test_a_wrong_file_is_reported(weights: Path, photographs: Path, tmp_path: Pa
     monkeypatch.setitem(formats.FORMATS, "pt2", Wrong())
     chosen = Export(MODEL, "pt2", weights=weights)
     *_, compared, _ = export(chosen, tmp_path / "wrong.pt2", photographs)
-    report = json.loads((tmp_path / "wrong.json").read_text())
+    report = json.loads((tmp_path / "wrong.pt2.json").read_text())
     assert report["largest_difference"] > 1 and report["differing_top1"] == 7 and "class for 7" in compared
+
+
+def test_each_format_has_its_own_report(tmp_path: Path) -> None:
+    paths = [path_of(Export(MODEL, to), tmp_path) for to in formats.FORMATS]
+    assert len({path.with_suffix("") for path in paths}) == 1
+    assert len({report_of(path) for path in paths} - set(paths)) == len(paths) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments import artifacts, presets
 from experiments.artifacts import needs, status
-from experiments.show import illustrations, published, report
+from experiments.show import illustrations, published
 from tokenpool.analysis import plotting
 from tokenpool.runs import timing
 from tokenpool.runs.study import Study
@@ -276,20 +275,6 @@ def test_throughput_alternates() -> None:
     assert order == ["model", "plain"] * 4
     assert found["measured_batch"] == 4 and found["speed_up"] > 0
     assert found["speed_up"] == pytest.approx(found["images_per_second"] / found["plain_images_per_second"])
-
-
-@pytest.mark.slow
-def test_report_is_one_whole_page(committed: dict[str, Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few of the figures; tests/test_studies.py writes a page with all of them."""
-    few = [key for key, each in artifacts.ARTIFACTS.items() if each.kind == "table" or each.name in FEW]
-    monkeypatch.setattr(report, "shown", lambda: [artifacts.ARTIFACTS[key] for key in few])
-    page = report.write(list(committed.values()), tmp_path / "page.html").read_text()
-    for kind, name in map(str.split, few):
-        assert page.count(f'id="{kind}-{name}"') == 1 and f'href="#{kind}-{name}"' in page
-    assert not re.findall(r'(?:src|href|srcset)="(?!data:|#)[^"]*"', page)  # nothing from elsewhere
-    assert "<script" not in page and "viewport" in page and "@media print" in page
-    assert page.count('class="status done"') > 10
-    assert "python -m experiments figure 1c --preset digits" in page
 
 
 def test_convit_is_counted() -> None:

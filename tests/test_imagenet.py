@@ -21,8 +21,10 @@ PRESET = presets.get("imagenet")
 
 
 def documented() -> dict[str, str]:
-    """What the table of docs/imagenet.md says that we do."""
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", (ROOT / "docs" / "imagenet.md").read_text(), re.MULTILINE)
+    """What the table of docs/how-to/imagenet.md says that we do."""
+    rows = re.findall(
+        r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", (ROOT / "docs" / "how-to" / "imagenet.md").read_text(), re.MULTILINE
+    )
     return dict(rows)
 
 

@@ -152,7 +152,7 @@ def divergence(
 @pytest.mark.parametrize("kind", ["dinov3", "cat", "mixed"])
 @pytest.mark.parametrize("local", [0, 4])
 def test_mean_against_medoid(kind: str, local: float) -> None:
-    """Run with -s to see the numbers of docs/backbones.md."""
+    """Run with -s to see the numbers of docs/reference/backbones.md."""
     for clusters in (compact, scattered):
         mean, medoid = (divergence(kind, clusters, rule, local) for rule in ("mean", "medoid"))
         print(f"{kind:6} local {local} {clusters.__name__:9} mean {mean:.3f} medoid {medoid:.3f}")

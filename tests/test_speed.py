@@ -229,6 +229,6 @@ H200 = [f"h200/{part}" for part in ("eager", "plain", "compiled", "growth")]
 
 @pytest.mark.parametrize("folder", [".", "others", "growth", "onnxruntime", *H200])
 def test_the_documented_tables_are_the_stored_results(folder: str) -> None:
-    text = (ROOT / "docs" / "performance.md").read_text()
+    text = (ROOT / "docs" / "results" / "speed.md").read_text()
     _, rows = benchmark.stored(ROOT / "results" / "throughput" / folder)
     assert speed_up.table(rows) in text

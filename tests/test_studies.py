@@ -265,7 +265,7 @@ def test_every_run_of_every_figure(tiny: Preset, tmp_path: Path) -> None:
         expected = "none" if name in ("table 4", "figure 11b", "table off_the_shelf", "table rivals") else "done"
         assert status(study, name)[0] == expected, name
     page = report.write([study], tmp_path / "page.html").read_text()
-    assert page.count("data:image/svg+xml") == 2 * len(artifacts.names("figure"))
+    assert page.count("<figure>") == len(artifacts.names("figure"))
     for name in NAMES:
         anchor = name.replace(" ", "-")
         assert page.count(f'id="{anchor}"') == 1 and f'href="#{anchor}"' in page

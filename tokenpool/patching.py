@@ -69,7 +69,8 @@ def patch(
             patches always get all patches.
         positions: the rotary position of a merged token, for models with rotary positions (DINOv3, EVA-02, ...).
             "mean": the mean of the sines and cosines of its patches. "medoid": the position of one patch, which was
-            the most similar to the merged token. The default is better for scattered clusters (see docs/backbones.md).
+            the most similar to the merged token. The default is better for scattered clusters, see
+            docs/reference/backbones.md.
         **options: arguments of the downsampler's class, such as `init="random"` for Token Pooling, `at=[3, 6]` for
             convolution, `seed` or `generator` for random selection.
 

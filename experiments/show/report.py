@@ -1,12 +1,9 @@
 """All tables and figures on one page of HTML that needs no server and no network."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from jinja2 import Environment
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -15,6 +12,7 @@ from tqdm import tqdm
 import tokenpool
 from experiments import artifacts
 from experiments.artifacts import Artifact
+from experiments.show import vector
 from tokenpool import files
 from tokenpool.analysis import results
 from tokenpool.runs.environment import commit
@@ -29,10 +27,12 @@ def write(studies: Sequence[Study], path: Path) -> Path:
         studies: whose runs to show, the first one first.
         path: of the file to write.
     """
-    items = [_item(studies, each) for each in tqdm(shown(), unit="picture", leave=False)]
+    figures = vector.Page()
+    items = [_item(studies, each, figures) for each in tqdm(shown(), unit="picture", leave=False)]
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     page = template.render(
         items=items,
+        figure_style=Markup(figures.style()),
         studies=[{"title": study.preset.title} for study in studies],
         command="python -m experiments report",
         version=tokenpool.__version__,
@@ -48,9 +48,9 @@ def shown() -> Sequence[Artifact]:
     return list(artifacts.ARTIFACTS.values())
 
 
-def _item(studies: Sequence[Study], artifact: Artifact) -> dict[str, Any]:
-    build = _table_parts if artifact.kind == "table" else _figure_parts
-    parts = build(studies, artifact)
+def _item(studies: Sequence[Study], artifact: Artifact, figures: vector.Page) -> dict[str, Any]:
+    is_table = artifact.kind == "table"
+    parts = _table_parts(studies, artifact) if is_table else _figure_parts(studies, artifact, figures)
     notes = [_provenance(study, artifact) for study in studies]
     parts.append({"notes": list(dict.fromkeys(filter(None, notes)))})
     kind, name = artifact.kind, artifact.name
@@ -59,6 +59,7 @@ def _item(studies: Sequence[Study], artifact: Artifact) -> dict[str, Any]:
         "name": f"{kind.capitalize()}{'' if name[0].isdigit() else ':'} {name}",
         "anchor": f"{kind}-{name}",
         "title": artifact.title,
+        "caption": artifact.caption,
         "states": [_state(study, artifact) for study in studies],
         "parts": parts,
     }
@@ -82,7 +83,7 @@ def _table_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str,
     ]
 
 
-def _figure_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str, Any]]:
+def _figure_parts(studies: Sequence[Study], artifact: Artifact, figures: vector.Page) -> list[dict[str, Any]]:
     parts = []
     for study in studies:
         runs = artifact.runs(study)
@@ -93,13 +94,13 @@ def _figure_parts(studies: Sequence[Study], artifact: Artifact) -> list[dict[str
             if runs and study.finished(runs):
                 parts.append({"notes": [f"{study.preset.title}: not enough of its runs are there to draw it."]})
             continue
-        alt = _described(wide)
+        narrow = artifacts.draw(study, artifact.name, stacked=True)
+        drawn = [wide] if (wide.get_size_inches() == narrow.get_size_inches()).all() else [wide, narrow]
+        label = f"{artifact.title}: {_described(wide)}"
         parts.append(
             {
                 "heading": study.preset.title if runs else None,
-                "picture": _embedded(wide),
-                "narrow_picture": _embedded(artifacts.draw(study, artifact.name, stacked=True)),
-                "alt": alt,
+                "pictures": [Markup(figures.add(figure, label)) for figure in drawn],
                 "notes": [],
             }
         )
@@ -131,12 +132,3 @@ def _described(figure: Figure) -> str:
         labels = f"{ax.get_ylabel()} against {ax.get_xlabel()}" if ax.get_xlabel() else ""
         panels.append("; ".join(filter(None, [ax.get_title(), labels, curves])))
     return " | ".join(filter(None, panels)).replace("\n", ", ")
-
-
-def _embedded(figure: Figure) -> str:
-    """A figure as a data URI. It is an image of its own, so that the names inside of two SVGs do not clash."""
-    buffer = io.BytesIO()
-    with plt.rc_context({"svg.hashsalt": "tokenpool"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -24,6 +24,7 @@ from tokenpool.commands.options import (
 from tokenpool.tools import check_data as checking
 from tokenpool.tools import explain as explaining
 from tokenpool.tools import export as exporting
+from tokenpool.tools.explain_page import AGAINST, SHARES
 
 
 def explain(
@@ -39,7 +40,20 @@ def explain(
     carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
     weights: Annotated[Path | None, typer.Option(help="Weights to use instead of timm's download.")] = None,
     ema: Ema = None,
-    output: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("runs/explain"),
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method to compare with on the page, repeatable. Default: {', '.join(AGAINST)}."),
+    ] = None,
+    share: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Further budget of the page, as a share of the plain model's cost, repeatable. "
+            f"Default: {', '.join(map(str, SHARES))}.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("runs/explain"),
 ) -> None:
     """Pool a pretrained model on one image: what it sees before and after, what it costs, and which patches merge."""
     given = [option for option in (level, keep, gmacs) if option is not None]
@@ -48,7 +62,10 @@ def explain(
     schedule = (
         {"gmacs": gmacs} if gmacs is not None else {"keep": keep or f"deit_small:{3 if level is None else level:g}"}
     )
-    for line in explaining.explain(image, model, method, schedule, carry, weights, output, ema):
+    lines = explaining.explain(
+        image, model, method, schedule, carry, weights, output, ema, against or AGAINST, share or SHARES
+    )
+    for line in lines:
         print(line)
 
 

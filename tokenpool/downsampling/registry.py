@@ -37,7 +37,7 @@ class Method:
             or "matching" (both merge tokens). The kind of a studied method decides in which figures it appears.
         label: name in figures.
         description: the tokens that remain after the attention of a block, where K = keep[l]. For help texts and the
-            README.
+            documentation.
         style: plot style: Matplotlib's `color`, `marker`, `linestyle`, `markersize`.
         in_paper: whether it is a method of Marin et al. 2021.
         studied: whether `reproduce --full`, tables and figures include it with every schedule.

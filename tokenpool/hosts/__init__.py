@@ -1,6 +1,6 @@
 """Families of models that can be pooled. Each family has an adapter in its own file.
 
-To add a family, write a subclass of `Adapter`, and call `register`. See docs/backbones.md.
+To add a family, write a subclass of `Adapter`, and call `register`. See docs/how-to/new-backbone.md.
 """
 
 from torch import nn

@@ -2,4 +2,4 @@
 
 from tokenpool.extras import require
 
-require(__name__, "experiments", "lightning", "matplotlib", "pandas", "tabulate", "tqdm")
+require(__name__, "experiments", "jinja2", "lightning", "matplotlib", "pandas", "tabulate", "tqdm")

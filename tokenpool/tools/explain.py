@@ -1,4 +1,4 @@
-"""What pooling does to one image: predictions, cost, and a picture of which patches become one token."""
+"""What pooling does to one image: predictions, cost, and a picture and a page of which patches become one token."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -16,7 +16,8 @@ import tokenpool
 from tokenpool import files, hosts
 from tokenpool.analysis import plotting
 from tokenpool.budget import ScheduleCost
-from tokenpool.downsampling import METHODS, REGISTRY, with_schedule
+from tokenpool.downsampling import METHODS, REGISTRY, find, with_schedule
+from tokenpool.tools import explain_page
 from tokenpool.training.images import load_image
 
 LONGEST = 4  # times the shorter side; what lies beyond is cut off, as it is no part of the centre that a model sees
@@ -31,8 +32,10 @@ def explain(
     weights: Path | None,
     output: Path,
     ema: bool | None = None,
+    against: Sequence[str] = explain_page.AGAINST,
+    shares: Sequence[float] = explain_page.SHARES,
 ) -> Iterator[str]:
-    """Lines to print; the picture is written to `output`.
+    """Lines to print; the picture and the page are written to `output`.
 
     Args:
         image: file of the photograph.
@@ -41,14 +44,17 @@ def explain(
         schedule: arguments of `tokenpool.patch`: `keep` or `gmacs`.
         carry: see `tokenpool.patch`.
         weights: to use instead of timm's download.
-        output: folder for the picture.
+        output: folder for the picture and the page.
         ema: see `tokenpool.load_weights`.
+        against: methods to compare with on the page.
+        shares: further budgets of the page, as shares of the plain model's cost.
 
     Raises:
         ValueError: if the image cannot be read, or for an unusable setting; the message names it.
     """
-    if method in REGISTRY and not REGISTRY[method].has_schedule:
-        raise ValueError(f"method {method!r} has no schedule; choose one of {', '.join(with_schedule())}")
+    for each in (method, *against):
+        if not REGISTRY[find(each)[0]].has_schedule:
+            raise ValueError(f"method {each!r} has no schedule; choose one of {', '.join(with_schedule())}")
     files.check_local(image)
     photograph = _not_too_long(load_image(image))  # all mistakes before the weights are fetched
     if tokenpool.create_model(name, method, carry=carry, **schedule).in_chans != 3:
@@ -76,6 +82,8 @@ def explain(
     figure.savefig(path, dpi=150)
     plt.close(figure)
     yield f"picture: {path}"
+    subject = explain_page.Subject(image.name, photograph, name, method, schedule, carry)
+    yield from explain_page.write(path.with_suffix(".html"), subject, model, against, shares)
 
 
 def _not_too_long(photograph: Image.Image) -> Image.Image:
@@ -92,12 +100,6 @@ def _costs(cost: ScheduleCost, keep: Sequence[int]) -> str:
 
 
 def _likely(logits: Tensor, model: VisionTransformer, count: int = 5) -> str:
-    """The most likely classes by name, if the model has ImageNet's 1000, else by number; nothing without classes."""
-    if not model.num_classes:
-        return ""
-    shares, classes = logits[0].softmax(-1).topk(min(count, model.num_classes))
-    names = ImageNetInfo() if model.num_classes == 1000 else None
-    labels = [
-        names.index_to_description(index).split(",")[0] if names else f"class {index}" for index in classes.tolist()
-    ]
-    return "; " + ", ".join(f"{label} {share:.0%}" for label, share in zip(labels, shares.tolist(), strict=True))
+    """The most likely classes, nothing for a model without classes."""
+    found = explain_page.likely(logits[0], model, count)
+    return "; " * bool(found) + ", ".join(f"{label} {share:.0%}" for _, label, share in found)

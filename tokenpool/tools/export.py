@@ -64,7 +64,7 @@ class Export:
 
 
 def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 64) -> Iterator[str]:
-    """Export a model and check the file. Lines to print; a JSON file beside the exported file has the same report.
+    """Export a model and check the file. Lines to print; a JSON file beside the file, `report_of`, has the same report.
 
     Args:
         chosen: what is exported.
@@ -105,7 +105,8 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
         "differing_top1": int((found.argmax(1) != expected.argmax(1)).sum()),
         "environment": environment(),
     }
-    with files.atomic_write(path.with_suffix(".json")) as written:
+    beside = report_of(path)
+    with files.atomic_write(beside) as written:
         written.write_text(json.dumps(report, indent=1) + "\n")
     yield f"file: {path}, {report['bytes'] / 1e6:.1f} MB, exported in {seconds:.0f} s"
     yield f"{sum(operators.values())} operators: {', '.join(f'{count} {name}' for name, count in operators.items())}"
@@ -114,7 +115,7 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
         f"difference of a logit {report['largest_difference']:.2g} (largest logit {report['largest_logit']:.3g}), "
         f"another top-1 class for {report['differing_top1']}"
     )
-    yield f"report: {path.with_suffix('.json')}"
+    yield f"report: {beside}"
 
 
 def path_of(chosen: Export, folder: Path) -> Path:
@@ -122,6 +123,11 @@ def path_of(chosen: Export, folder: Path) -> Path:
     schedule = re.sub("[^0-9A-Za-z.]+", "_", "-".join(f"{name}{value}" for name, value in chosen.schedule.items()))
     words = [chosen.model, chosen.method, schedule.strip("_"), chosen.precision]
     return folder / ("-".join(filter(None, words)) + FORMATS[chosen.to].suffix)
+
+
+def report_of(path: Path) -> Path:
+    """Return the report of an exported file. The name keeps the suffix, so that each format has a report of its own."""
+    return path.with_name(f"{path.name}.json")
 
 
 def _built(chosen: Export) -> nn.Module:
