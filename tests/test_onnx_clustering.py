@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpool import clustering
-from tokenpool.tools.formats import Onnx
+from tokenpool.tools.formats import Onnx, OpenVino
 
 N = 30
 
@@ -64,6 +64,18 @@ def test_a_loop_gives_the_same_clusters(k: int, iterations: int, init: str, dtyp
     for seed, count in enumerate((1, 4, 60)):
         some = images(count, seed)
         torch.testing.assert_close(run(some), module(some), rtol=0, atol=1e-4 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("k, init", [(8, "scores"), (12, "ward")])
+@torch.no_grad()
+def test_openvino(k: int, init: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    module = Clustering(k, 5, init, torch.float32)
+    OpenVino().write(module, images(2, 0), tmp_path / "clustering.xml", {}, 20)
+    run = OpenVino().read(tmp_path / "clustering.xml", 1)[0]
+    for seed, count in enumerate((1, 60)):
+        some = images(count, seed)
+        torch.testing.assert_close(run(some), module(some), rtol=0, atol=1e-4)
 
 
 def test_medoids_move_in_these_images() -> None:

@@ -90,20 +90,21 @@ def alternate(
     def body(  # noqa: ANN202
         iteration: INT64,
         runs: BOOL,
-        candidates: INT64[...],
-        others: INT64[...],
-        nearest: INT64[...],
-        labels: FLOAT[...],
+        candidates: INT64[None, None],
+        others: INT64[None, None],
+        nearest: INT64[None, None],
+        labels: FLOAT[None, None],
     ):  # onnxscript would take annotated results for those of `alternate`
         own = op.Gather(distances, candidates + first)  # (B, M, N)
-        closed = op.Unsqueeze(op.ScatterElements(zeros, candidates, infinite, axis=1), one)
+        empty = op.Sub(labels, labels)  # OpenVINO scatters into `zeros` itself, and the next iteration would read it
+        closed = op.Unsqueeze(op.ScatterElements(empty, candidates, infinite, axis=1), one)
         medoid = op.ArgMin(own + closed, axis=2, keepdims=0)  # (16)
         label = op.GatherElements(labels, medoid, axis=1)
         assigned = op.ScatterElements(labels, candidates, label, axis=1)
         same = op.Equal(op.Unsqueeze(label, two), op.Unsqueeze(assigned, one))  # (B, M, N)
         terms = (own - op.Gather(distances, medoid + first)) * row_weights  # (17)
         difference = op.ReduceSum(op.Where(same, terms, op.Constant(value_float=0.0)), two, keepdims=0)
-        differences = op.Unsqueeze(op.ScatterElements(zeros, candidates, difference, axis=1), one)
+        differences = op.Unsqueeze(op.ScatterElements(empty, candidates, difference, axis=1), one)
         best = op.ArgMin(op.Where(same, differences, op.Constant(value_float=float("inf"))), axis=2, keepdims=0)
         swaps = op.Equal(best, candidates)
         moves = op.Greater(op.ReduceSum(op.CastLike(swaps, candidates), keepdims=0), op.Constant(value_int=0))
