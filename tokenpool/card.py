@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenpool import flops, hosts
 from tokenpool.adoption import reference
-from tokenpool.downsampling import REGISTRY
+from tokenpool.downsampling import METHODS, REGISTRY
 from tokenpool.patching import unpatch
 from tokenpool.version import __version__
 
@@ -159,6 +159,8 @@ def _check_same(model: nn.Module, run: Mapping[str, Any], path: Path) -> None:
     for name, value in own.items():
         if name == "keep" and told.get("keep") is None:
             continue  # the run met a budget
+        if name == "carry" and not getattr(METHODS[own["downsampler"]], "merges", True):
+            continue  # it has no effect where tokens are dropped
         if json.dumps(value) != json.dumps(told.get(name)):
             raise ValueError(f"{path} is a run of another model: {name} was {told.get(name)!r}, now {value!r}")
     if told["model"].partition(".")[0] != _architecture(model):
@@ -185,7 +187,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _metadata(model: nn.Module, name: str, history: list[tuple[Path, dict[str, Any]]], given: dict[str, Any]) -> str:
-    """The YAML part. The base model and its licence are known only if the run started from timm's weights."""
+    """The YAML part. The base model and its licence are known only if timm has fetched the weights of a run."""
     classes = getattr(model, "num_classes", 0)
     known: dict[str, Any] = {
         "library_name": "tokenpool",
@@ -193,7 +195,8 @@ def _metadata(model: nn.Module, name: str, history: list[tuple[Path, dict[str, A
         "tags": ["tokenpool", "token-pooling", "vision-transformer", "timm", "arxiv:2110.03860"],
     }
     config = getattr(model, "pretrained_cfg", None) or {}
-    if any(run["setting"].get("pretrained") for _, run in history) and config.get("hf_hub_id"):
+    fetched = [str(run.get("identity", {}).get("pretrained_weights", "")) for _, run in history]
+    if any(name.startswith("timm ") for name in fetched) and config.get("hf_hub_id"):
         known |= {"base_model": config["hf_hub_id"]} | ({"license": config["license"]} if config.get("license") else {})
     if history:
         run = history[0][1]

@@ -1,10 +1,10 @@
 """The command that writes the fine-tuned models of a preset as folders to share: `share`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from experiments import artifacts, presets
 from experiments.commands.choice import study_of
 from experiments.options import PRESETS, Quick, Results
 from tokenpool.analysis import results as stored
+from tokenpool.commands.options import named_values
+from tokenpool.runs.data_sets import data_set
 from tokenpool.runs.execute import build_model
 from tokenpool.runs.run import Run, result_path, weights_path
 from tokenpool.runs.study import Study
@@ -25,14 +27,19 @@ def share(
         list[str] | None,
         typer.Option(help='Only the models of such runs, such as "finetune-*-level2-seed2". Repeatable.'),
     ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(help="Entry of the YAML part of the cards, repeatable: license=apache-2.0, base_model=USER/NAME."),
+    ] = None,
     results: Results = None,
     quick: Quick = False,
 ) -> None:
     """Write the fine-tuned models of a preset for the Hugging Face Hub: weights, setting and model card."""
+    given = named_values(metadata)
     study = study_of(preset, results, quick, shipped=False)
     for chosen in fine_tuned(study, run or ["*"]):
         folder = output / chosen.name
-        write(chosen, study, folder)
+        write(chosen, study, folder, given)
         print(f"{folder}: upload it by `hf upload USER/NAME {folder}`", flush=True)
 
 
@@ -47,8 +54,8 @@ def fine_tuned(study: Study, patterns: Sequence[str]) -> list[Run]:
     finished = [one for one in runs if result_path(one, study.folder).exists()]
     names = {one.name for one in finished if any(fnmatchcase(one.name, pattern) for pattern in patterns)}
     unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
-    way_out = f"make them by {study.command('reproduce').replace('--results', '--output')}"
-    way_out += f"{' --full' if study.full else ''}, or name their folder by --results"
+    made = _command("reproduce --full" if study.full else "reproduce", study)
+    way_out = f"make them by `{made}`, or name the folder of other runs by --results"
     if unmatched:
         raise ValueError(f"{study.folder} has no fine-tuned model {unmatched[0]}: {way_out}")
     lacking = [name for name in sorted(names) if not weights_path(name, study.folder).exists()]
@@ -60,13 +67,20 @@ def fine_tuned(study: Study, patterns: Sequence[str]) -> list[Run]:
     return [one for one in finished if one.name in names]
 
 
-def write(run: Run, study: Study, folder: Path) -> None:
+def _command(verb: str, study: Study) -> str:
+    """A command on the study in its default folder, without the user's own paths."""
+    data = " --data FOLDER" if data_set(study.preset.data).must_be_named else ""
+    return f"python -m experiments {verb} --preset {study.preset.argument}{data}"
+
+
+def write(run: Run, study: Study, folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write the model of a finished run and its card to a folder.
 
     Args:
         run: the run.
         study: its study.
         folder: folder of the model.
+        metadata: further entries of the YAML part of the card.
 
     Raises:
         ValueError: if the weights are not those that the result tells of, or the result is of another setting.
@@ -76,5 +90,7 @@ def write(run: Run, study: Study, folder: Path) -> None:
     trained = Run.from_setting(stored.read(result)["setting"])
     model = build_model(replace(trained, pretrained=False, start=None), study.folder)
     tokenpool.load_weights(model, weights_path(run.name, study.folder))
-    command = study.command(f"run {run.name}")
-    tokenpool.save(model.eval(), folder, run=result, command=command)
+    data = data_set(run.data).hub
+    known = {"datasets": [data]} if data else {}
+    command = _command(f"run {run.name}" if study.full else f"run {run.name} --quick", study)
+    tokenpool.save(model.eval(), folder, run=result, command=command, metadata=known | dict(metadata))
