@@ -77,7 +77,7 @@ A cost is the multiply-adds of one image (1 GMAC = 10^9), counted on this model,
 _NO_RECIPE = {
     *("stage", "label", "data", "model", "variant", "downsampler", "keep", "budget", "family", "level", "schedule"),
     *("carry", "qk_norm", "alpha", "learn_alpha", "pretrained", "start", "ema", "limit", "part", "options"),
-    *("allow_empty_classes", "allow_truncated", "model_options", "trainer_options"),
+    *("allow_empty_classes", "allow_truncated", "model_options"),
 }
 _COMPARED = ("downsampler", "keep", "carry", "qk_norm", "alpha", "learn_alpha", "options", "dense", "positions")
 _OF_ALL_RUNS = {"dense": False, "positions": "mean"}  # settings that no run has otherwise
@@ -163,7 +163,7 @@ def _check_same(model: nn.Module, run: Mapping[str, Any], path: Path) -> None:
             continue  # it has no effect where tokens are dropped
         if json.dumps(value) != json.dumps(told.get(name)):
             raise ValueError(f"{path} is a run of another model: {name} was {told.get(name)!r}, now {value!r}")
-    if told["model"].partition(".")[0] != _architecture(model):
+    if ":" not in told["model"] and told["model"].partition(".")[0] != _architecture(model):
         raise ValueError(f"{path} is a run of another model: {told['model']}, not {_architecture(model)}")
     before, counted = run["cost"].get("gmacs"), flops.count(model).gmacs
     if before and not math.isclose(before, counted, rel_tol=0.01):
@@ -303,7 +303,7 @@ def _step(number: int, path: Path, run: Mapping[str, Any]) -> str:
     else:
         start = "random weights"
     trained = setting.get("epochs")
-    recipe = {key: value for key, value in setting.items() if key not in _NO_RECIPE and value not in (None, "")}
+    recipe = {key: value for key, value in setting.items() if key not in _NO_RECIPE and value not in (None, "", {})}
     parts = [f"{number}. Run `{path.name}` ({setting['stage']}), from {start}"]
     images = identity.get("train_images" if trained else "test_images", "images not identified")
     parts.append(f"{'trained' if trained else 'not trained, measured'} on {_data_name(run)} ({images})")
