@@ -83,7 +83,10 @@ def test_a_folder_has_the_model_and_a_card_whose_snippet_runs(
     assert page.data.license == "mit" and page.data.library_name == "tokenpool" and page.data.base_model is None
     unpatched = tokenpool.unpatch(tokenpool.load(tmp_path / "deit-0.7"))
     cost = budget.ScheduleCost(unpatched, METHODS["wkmedoids"], iterations=3)
-    assert f"| cost | {cost(KEEP) / 1e9:.3f} GMACs" in page.text and f"| {plain:.3f} GMACs; this model:" in page.text
+    assert (
+        f"| cost | {cost(KEEP) / 1e6:.3f} MMACs, of which" in page.text
+        and f"| {1000 * plain:.3f} MMACs; this model:" in page.text
+    )
     assert f"keep={KEEP}" in page.text and "`iterations=3`" in page.text and "| carry | `True`" in page.text
     assert "Not recorded" in page.text and "## Results\n\nNot measured." in page.text
     Image.new("RGB", (130, 100), "orange").save(tmp_path / "photograph.jpg")

@@ -43,7 +43,7 @@ _PAGE = """---
 |---|---|
 {model}
 
-A cost is the multiply-adds of one image (1 GMAC = 10^9), counted on this model, clustering included.
+A cost is the multiply-adds of one image (1 GMAC = 10^9, 1 MMAC = 10^6), counted on this model, clustering included.
 
 ## Preprocessing
 
@@ -244,10 +244,10 @@ def _model_rows(model: nn.Module) -> dict[str, str]:
     rows = {
         "timm model": f"`{_architecture(model)}`",
         "images": f"{shape[0]} x {shape[1]} x {shape[2]}, {math.prod(adapter.grid(shape[1:]))} patches",
-        "parameters": f"{weights / 1e6:.2f} million, {dtype}",
+        "parameters": f"{weights:,}, {dtype}",
     }
     if setting is None:
-        return rows | {"method": "`none`", "cost": f"{now.gmacs:.3f} GMACs"}
+        return rows | {"method": "`none`", "cost": _cost(now.gmacs)}
     shown = {key: value for key, value in setting.options.items() if value is not None}
     rows["method"] = f"`{setting.downsampler}`"
     if setting.keep is not None:
@@ -258,9 +258,13 @@ def _model_rows(model: nn.Module) -> dict[str, str]:
     for name, default in changed.items():
         if (value := getattr(setting, name)) != default:
             rows[name] = f"`{value!r}`"
-    rows["cost"] = f"{now.gmacs:.3f} GMACs, of which clustering {now.clustering_gmacs:.3f}"
-    rows["cost of the plain model"] = f"{before.gmacs:.3f} GMACs; this model: {now.gmacs / before.gmacs:.0%}"
+    rows["cost"] = f"{_cost(now.gmacs)}, of which clustering {now.clustering_gmacs / now.gmacs:.1%}"
+    rows["cost of the plain model"] = f"{_cost(before.gmacs)}; this model: {now.gmacs / before.gmacs:.0%}"
     return rows
+
+
+def _cost(gmacs: float) -> str:
+    return f"{gmacs:.3f} GMACs" if gmacs >= 0.1 else f"{1000 * gmacs:.3f} MMACs"
 
 
 def _preprocessing(model: nn.Module, history: list[tuple[Path, dict[str, Any]]]) -> tuple[dict[str, Any], str]:
@@ -305,7 +309,9 @@ def _step(number: int, path: Path, run: Mapping[str, Any]) -> str:
     trained = setting.get("epochs")
     recipe = {key: value for key, value in setting.items() if key not in _NO_RECIPE and value not in (None, "", {})}
     parts = [f"{number}. Run `{path.name}` ({setting['stage']}), from {start}"]
-    images = identity.get("train_images" if trained else "test_images", "images not identified")
+    images = identity.get("test_images", "images not identified")
+    if trained:
+        images = identity.get("train_images", images)  # embedded data have one fingerprint for both parts
     parts.append(f"{'trained' if trained else 'not trained, measured'} on {_data_name(run)} ({images})")
     if trained:
         parts.append("with " + ", ".join(f"{key} {value}" for key, value in recipe.items()))
