@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenpool.calibration import calibrate
     from tokenpool.checkpoint import load, load_weights, patch_from_config, save
     from tokenpool.downsampling import METHODS, Downsampled, Downsampler
+    from tokenpool.hub import from_hub, push_to_hub
     from tokenpool.patching import create_model, is_patched, patch, unpatch
     from tokenpool.stream import unpool
     from tokenpool.tracing import trace
@@ -44,6 +45,7 @@ __all__ = [
     "data",
     "deit",
     "flops",
+    "from_hub",
     "gpu",
     "hosts",
     "images",
@@ -57,6 +59,7 @@ __all__ = [
     "patch",
     "patch_from_config",
     "plotting",
+    "push_to_hub",
     "redundancy",
     "results",
     "sampling",
@@ -76,8 +79,20 @@ __all__ = [
 # without them. Some rooms need optional packages (Lightning, pandas, Matplotlib, SciPy).
 _MODULES = {
     "": (
-        *("adoption", "analysis", "attention", "blocks", "budget", "calibration", "checkpoint", "clustering", "deit"),
-        *("downsampling", "files", "flops", "gpu", "hosts", "patching", "positions", "schedules", "stream"),
+        *("adoption", "analysis", "attention", "blocks", "budget", "calibration", "card", "checkpoint", "clustering"),
+        *(
+            "deit",
+            "downsampling",
+            "files",
+            "flops",
+            "gpu",
+            "hosts",
+            "hub",
+            "patching",
+            "positions",
+            "schedules",
+            "stream",
+        ),
         *("tracing", "training", "weight_files"),
     ),
     "analysis.": ("comparison", "pareto", "plotting", "redundancy", "results"),
@@ -92,6 +107,7 @@ _NAMES = {
     "calibration": ("calibrate",),
     "checkpoint": ("load", "load_weights", "patch_from_config", "save"),
     "downsampling": ("METHODS", "Downsampled", "Downsampler"),
+    "hub": ("from_hub", "push_to_hub"),
     "patching": ("create_model", "is_patched", "patch", "unpatch"),
     "stream": ("unpool",),
     "tracing": ("trace",),

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,30 @@ import timm
 import torch
 from torch import nn
 
-from tokenpool import files, hosts, weight_files
+from tokenpool import card, files, hosts, weight_files
 from tokenpool.adoption import reference
 from tokenpool.blocks import Setting
 from tokenpool.downsampling import METHODS
 from tokenpool.patching import Model, patch
 from tokenpool.version import __version__
 
+MODEL_FILE, CARD_FILE = "model.safetensors", "README.md"  # in a folder, as the Hugging Face Hub expects them
+
 _KEY = "tokenpool"
 
 
-def save(model: nn.Module, path: str | Path) -> None:
-    """Write a model, patched or plain, to a file for `load`. The file is written atomically.
+def save(
+    model: nn.Module,
+    path: str | Path,
+    run: str | Path | None = None,
+    command: str = "",
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, patched or plain, for `load`: to one file, or with a model card to a folder.
+
+    A path that ends in `.safetensors` is one file. Any other path is a folder. The folder gets `model.safetensors` and
+    the card, `README.md`: method, schedule, cost, preprocessing, how the model was made, and its numbers. The numbers
+    come from a run. A model without a run is "not measured". Each file is written atomically.
 
     All tools that read safetensors can read the weights. With a parameter-free method, the weights have timm's names.
     The metadata contains timm's arguments (`model_options`), but no dropout rates and no hooks. The model must be equal
@@ -33,13 +45,58 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: result of `tokenpool.create_model` or `timm.create_model`.
-        path: path of the file.
+        path: path of the file or folder.
+        run: path of the JSON file of the run that measured this model, for the card. If it lies beside the run that it
+            started from, the card also tells of that run.
+        command: shell command that made the model, for the card.
+        metadata: further entries of the YAML part of the card, such as `license`, `datasets` and `base_model`.
 
     Raises:
         TypeError: if the model belongs to no supported family.
+        FileNotFoundError: if there is no such run.
         ValueError: if `load` could not build the model again: timm does not know the model, the downsampler is not
-            registered, or an option is not a JSON value.
+            registered, or an option is not a JSON value. If the run has another setting or other weights than the
+            model. If one file should hold a card.
     """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        folder = path.resolve()
+        save_folder(model, folder, f'tokenpool.load("{folder.name}")', run=run, command=command, metadata=metadata)
+        return
+    if run is not None or command or metadata:
+        raise ValueError(f"{path} is one file, without a model card: give the path of a folder, such as {path.stem}")
+    _write(model, _describe(model), path)
+
+
+def save_folder(model: nn.Module, folder: Path, load: str, **about: Any) -> None:
+    """Write a model and its card to a folder.
+
+    Args:
+        model: see `save`.
+        folder: path of the folder.
+        load: Python expression in the card that loads the model.
+        **about: `run`, `command` and `metadata` of `save`.
+
+    Raises:
+        TypeError, FileNotFoundError, ValueError: see `save`. Nothing is written then.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give a path that ends in .safetensors, or another folder")
+    description = _describe(model)  # first, because a card is for models that can be saved
+    text = card.write(model, folder, load, **about)
+    _write(model, description, folder / MODEL_FILE)
+    with files.atomic_write(folder / CARD_FILE) as temporary:
+        temporary.write_text(text)
+
+
+def _write(model: nn.Module, description: str, path: Path) -> None:
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with files.atomic_write(path) as temporary:
+        safetensors.torch.save_file(state, temporary, metadata={_KEY: description})
+
+
+def _describe(model: nn.Module) -> str:
+    """Return the description of a model as JSON, and check that `load` can build the model again."""
     if inner := hosts.wrapped_name(model):
         raise ValueError(f"a {type(model).__name__} wraps the model: save its `{inner}`")
     adapter = hosts.of(model)
@@ -69,16 +126,14 @@ def save(model: nn.Module, path: str | Path) -> None:
     dtypes = sorted({str(value.dtype) for value in model.state_dict().values() if value.is_floating_point()})
     if len(dtypes) > 1:
         raise ValueError(f"the model cannot be saved: its weights are of {' and '.join(dtypes)}; convert all to one")
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    with files.atomic_write(path) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={_KEY: text})
+    return text
 
 
 def load(path: str | Path) -> nn.Module:
-    """Read a model from a file of `save`, patched or plain as it was saved.
+    """Read a model from a file or folder of `save`, patched or plain as it was saved.
 
     Args:
-        path: path of the file.
+        path: path of the file or folder.
 
     Returns:
         The model, on the CPU and in evaluation mode.
@@ -89,6 +144,8 @@ def load(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     files.check_local(path)
+    if path.is_dir():
+        path = path / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no model at {path}")
     try:

@@ -38,6 +38,10 @@ COMMANDS = {
         "experiments.commands.training",
         "Train one setting, test it, and write weights and one JSON file. Goes on where an interrupted run stopped.",
     ),
+    "share": Command(
+        "experiments.commands.sharing",
+        "Write the fine-tuned models of a preset for the Hugging Face Hub: weights, setting and model card.",
+    ),
     "clustering-speed": Command(
         "experiments.commands.clustering",
         "Time weighted K-Medoids against an implementation that loops over images and clusters in Python.",

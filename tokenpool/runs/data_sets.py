@@ -29,6 +29,7 @@ class DataSet:
         must_be_named: whether `--data` or $TOKENPOOL_DATA names the folder.
         split_by_seed: whether the runs of a study have their seed as `split`. Image folders are not split, but their
             stored settings have the seed, too.
+        hub: its name on the Hugging Face Hub, for model cards; empty if it is not there.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DataSet:
     fingerprint: Callable[[int], str] | None = None
     must_be_named: bool = False
     split_by_seed: bool = True
+    hub: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -51,11 +53,17 @@ class DataSet:
 
 _ALL = (
     DataSet("digits", "the digits", DigitsDataModule, lambda split: DigitsDataModule.fingerprint()),
-    DataSet("imagenet", "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k", must_be_named=True),
+    DataSet(
+        "imagenet",
+        "ImageNet, a folder in its layout or hf:ILSVRC/imagenet-1k",
+        must_be_named=True,
+        hub="ILSVRC/imagenet-1k",
+    ),
     DataSet(
         "cifar10",
         "CIFAR-10: cifar10 to download it, a folder train/<class>/* and test/<class>/*, or hf:uoft-cs/cifar10",
         must_be_named=True,
+        hub="uoft-cs/cifar10",
     ),
 )
 DATA_SETS = {each.name: each for each in _ALL}
