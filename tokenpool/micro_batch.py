@@ -1,7 +1,7 @@
 """Micro-batches: compute large intermediate results for a few images, heads or rows at a time.
 
 A budget is the maximum number of floats in an intermediate result. On a CPU a small budget is faster, because the
-floats stay in the cache. On a GPU a budget only limits the memory. See docs/results/speed.md for measurements.
+floats stay in the cache. On a GPU a budget only limits the memory. See docs/results/speed-log.md for measurements.
 """
 
 import math
@@ -32,7 +32,7 @@ _GIBIBYTE = 2**28  # in floats
 DISTANCES = Budget(cpu=2**18, gpu=_GIBIBYTE)
 
 # Squared distances from tokens that are not medoids. These are few numbers for each image, so a four times larger
-# budget is faster (see "6, 8, 16" images in the log of docs/results/speed.md).
+# budget is faster (see "6, 8, 16" images in docs/results/speed-log.md).
 FEW_DISTANCES = Budget(cpu=2**20, gpu=_GIBIBYTE)
 
 # Attention matrices of some heads, or some rows of one matrix. 2 MiB on a CPU.

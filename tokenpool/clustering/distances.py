@@ -28,7 +28,7 @@ class Engine(Enum):
 
 
 def choose_engine(tokens: Tensor, by: Tensor, k: int, init: Tensor | None, iterations: int) -> Engine:
-    """Return the fastest engine, according to the log in docs/results/speed.md.
+    """Return the fastest engine, according to docs/results/speed-log.md.
 
     Args:
         tokens: (B, N, D), the tokens to average.

@@ -4,7 +4,7 @@ A kernel computes in one launch the same as `clustering` or `attention` in many 
 results are the same up to rounding. `kmedoids_fits`, `means_fits` and `attention_fits` return whether a kernel replaces
 the plain function.
 
-The kernels are not used by default, see docs/results/speed.md for the reason. The environment variable
+The kernels are not used by default, see docs/results/speed-gpu.md for the reason. The environment variable
 TOKENPOOL_KERNELS, or `using`, chooses. "triton" and "auto" use the kernels on NVIDIA GPUs of compute capability 8.0 and
 later if Triton is installed and a self-test at the first use passes. "triton" uses them also for tensors on the CPU, in
 Triton's slow interpreter, if TRITON_INTERPRET=1 is set before `tokenpool` is imported. "plain" is the default.
