@@ -3,7 +3,7 @@
 A graph cannot branch on values and does not depend on the batch size. So it cannot stop iterations early, omit
 distances, or process a few images at a time. Inside a graph for a CPU, the clustering and the attention with scores are
 therefore one operator each, and the operator runs the eager code. An exported graph runs without this package and has
-no such operator.
+no such operator, unless `tokenpool.tools.formats` translates it to ONNX.
 """
 
 from collections.abc import Callable, Iterator
