@@ -131,7 +131,7 @@ def kmedoids(
         weights: see `kmeans`.
         init: initial medoids, as token indices (B, K), or as points (B, K, E) whose nearest tokens are taken. "ward",
             an extension, takes the K tokens with the highest cost of merging (see `ward_init`). Default: as in
-            `kmeans`.
+            `kmeans`. In an exported graph, the indices of an image must differ.
         iterations: see `kmeans`.
         check_values: see `kmeans`.
         by: (B, N, E), points whose distances are used instead of the distances between tokens. An extension.
@@ -165,21 +165,22 @@ def _kmedoids_shapes(
     return tokens.new_empty(batch, k, width), assignment, medoids
 
 
-def _has_different_medoids(
-    tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
-) -> bool:
-    """Return whether the initial medoids are different tokens. Two points can have the same nearest token."""
-    return init is None or init.dim() == 2
+def _is_in_onnx(tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int) -> bool:
+    """Return whether `tokenpool.tools.onnx_functions` covers these arguments: float32, and indices as initial medoids.
+
+    If the medoids start from points, two points can have the same nearest token.
+    """
+    return weights.dtype == torch.float32 and (init is None or init.dim() == 2)
 
 
-@opaque(_kmedoids_shapes, exported_if=_has_different_medoids)
+@opaque(_kmedoids_shapes, exported_if=_is_in_onnx)
 def _kmedoids(
     tokens: Tensor, weights: Tensor, by: Tensor, init: Tensor | None, k: int, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run Algorithm 1 for K-Medoids, with arguments that are checked. An `init` of None means "ward".
 
     Returns:
-        Centres (B, K, D), assignment (B, N), and medoids (B, K).
+        Centres (B, K, D), assignment (B, N), and medoids (B, K): the last, but in an exported graph the first ones.
     """
     engine = choose_engine(tokens, by, k, init, iterations)
     if engine is Engine.SWAPS:

@@ -20,7 +20,7 @@ def stable_topk(weights: Tensor, k: int) -> Tensor:
     Returns:
         (B, K) int64.
     """
-    if is_exporting():  # ONNX has no stable option, but its sort is stable
+    if is_exporting() and torch.onnx.is_in_onnx_export():  # ONNX has no stable option, but its sort is stable
         return weights.sort(dim=-1, descending=True).indices.narrow(1, 0, k)
     return weights.argsort(dim=-1, descending=True, stable=True)[:, :k]
 

@@ -124,6 +124,8 @@ def _moved(loop: _Loop, swapped: Swapped, own: Tensor) -> Tensor:
     # The difference of the costs of a token and of its medoid, equation (17). The medoid's own difference is zero.
     terms = (own - F.embedding(nearest + first, loop.rows)) * loop.weights
     difference = torch.where(same, terms, 0).sum(dim=2)  # (B, M)
+    weight = torch.where(same, loop.weights, 0).sum(dim=2)
+    difference = torch.where(weight > 0, difference, torch.inf)  # a cluster of weight zero keeps its medoid
     differences = loop.zeros.scatter(1, others, difference).unsqueeze(1)
     best = torch.where(same, differences, torch.inf).argmin(dim=2)  # (B, M)
     return torch.where(best == others, nearest, others)

@@ -104,6 +104,9 @@ def alternate(
         same = op.Equal(op.Unsqueeze(label, two), op.Unsqueeze(assigned, one))  # (B, M, N)
         terms = (own - op.Gather(distances, medoid + first)) * row_weights  # (17)
         difference = op.ReduceSum(op.Where(same, terms, op.Constant(value_float=0.0)), two, keepdims=0)
+        weight = op.ReduceSum(op.Where(same, row_weights, op.Constant(value_float=0.0)), two, keepdims=0)
+        weighs = op.Greater(weight, op.Constant(value_float=0.0))  # a cluster of weight zero keeps its medoid
+        difference = op.Where(weighs, difference, op.Constant(value_float=float("inf")))
         differences = op.Unsqueeze(op.ScatterElements(empty, candidates, difference, axis=1), one)
         best = op.ArgMin(op.Where(same, differences, op.Constant(value_float=float("inf"))), axis=2, keepdims=0)
         swaps = op.Equal(best, candidates)
