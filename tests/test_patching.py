@@ -237,3 +237,12 @@ def test_intermediate_features_work_again_after_unpatch(small, photos) -> None:
     with pytest.raises(TypeError, match="forward_intermediates was called; .* call tokenpool.unpatch first"):
         small.forward_intermediates(photos, indices=[3])
     torch.testing.assert_close(tokenpool.unpatch(small).forward_intermediates(photos, indices=[3])[1][0], expected)
+
+
+def test_a_failed_download_names_the_model_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(OSError, match="weights of 'deit_tiny_patch16_224': .*--weights FILE"):
+        tokenpool.create_model("deit_tiny_patch16_224", pretrained=True)

@@ -49,8 +49,8 @@ PROGRAMS = ("python -m experiments", "tokenpool")
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 13
-    assert sum(bool(shown) for page in SNIPPETS.values() for _, shown in page) == 12
+    assert len(SNIPPETS) == 14
+    assert sum(bool(shown) for page in SNIPPETS.values() for _, shown in page) == 14
 
 
 @pytest.mark.slow

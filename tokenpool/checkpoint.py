@@ -147,7 +147,7 @@ def load(path: str | Path) -> nn.Module:
     if path.is_dir():
         path = path / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no model at {path}")
+        raise FileNotFoundError(f"no model at {path}: give a file or a folder of tokenpool.save")
     try:
         with safetensors.safe_open(path, "pt") as file:
             description = json.loads((file.metadata() or {})[_KEY])

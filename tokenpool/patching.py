@@ -189,6 +189,7 @@ def create_model(
     Raises:
         TypeError: if the model belongs to no supported family.
         ValueError: for an unknown model or method, or an unusable `keep`.
+        OSError: if timm cannot download the weights.
     """
     _, method = find(downsampler)
     if not isinstance(name, str):
@@ -202,6 +203,11 @@ def create_model(
         model = timm.create_model(name, pretrained=pretrained, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"neither {name!r} nor downsampler {downsampler!r} takes these options: {error}") from error
+    except OSError as error:  # of a download
+        raise OSError(
+            f"timm cannot load the weights of {name!r}: connect to the network, or read a file by "
+            "tokenpool.load_weights (--weights FILE on the command line)"
+        ) from error
     return patch(
         model,
         downsampler,

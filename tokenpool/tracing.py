@@ -69,7 +69,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
         raise ValueError("the model has no downsamplers to trace: call tokenpool.patch first")
     if not isinstance(images, Tensor) or images.dim() != 4:
         raise ValueError(
-            "trace needs images (B, C, H, W) of one size: trace the images of a padded batch one by one, as images"
+            "trace needs images (B, C, H, W): give one image as image[None], and images of a padded batch one by one"
         )
     seen: dict[int, tuple[Tensor, Downsampled]] = {}
     handles = watch(model, lambda index, before, after: seen.update({index: (before, after)}))

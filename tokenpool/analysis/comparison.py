@@ -134,7 +134,8 @@ def _chosen(frame: pd.DataFrame, choice: Choice, unique: bool) -> pd.DataFrame:
     for name, value in values.items():
         chosen = chosen[[cell == value for cell in chosen[name]]]
     if chosen.empty:
-        raise ValueError(f"no run has {', '.join(f'{name} {value!r}' for name, value in values.items())}")
+        hint = "; select runs that are not fine-tuned by values of columns, in a dictionary" * isinstance(choice, str)
+        raise ValueError(f"no run has {', '.join(f'{name} {value!r}' for name, value in values.items())}{hint}")
     level = chosen["level"].fillna(-1) if "level" in chosen else -1  # the plain model has none
     chosen = chosen.assign(level=level).set_index(["seed", "level"], drop=False)
     twice = chosen[chosen.index.duplicated(keep=False) & (unique | (chosen["level"] >= 0))]

@@ -76,7 +76,7 @@ def load(folder: str | Path, skip_broken: bool = False) -> pd.DataFrame:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of results at {folder}")
+        raise FileNotFoundError(f"no folder of results at {folder}: give the folder with one JSON file for each run")
     rows = list(_rows(sorted(folder.glob("*.json")), skip_broken))
     if not rows:
         raise ValueError(f"{folder} holds no results: expected one JSON file for each run")
