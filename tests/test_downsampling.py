@@ -1,6 +1,6 @@
 """Downsampling methods: the contract that all of them keep, ToMe's matching against an oracle, and the registry.
 
-How methods behave inside a model is tested in `test_vit.py`.
+How methods behave inside a model is tested in `test_blocks.py`.
 """
 
 import copy
@@ -10,7 +10,7 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 
@@ -328,3 +328,23 @@ def test_the_paper_s_rule_of_idle_clustering_leaves_other_methods_alone(registry
     assert honest == idle
     honest, idle = counted("kmedoids")
     assert honest < idle
+
+
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        (
+            lambda tokens: tokens[:, :3],
+            r"Own.reduce must return tokenpool.Downsampled\(tokens, assignment\), not Tensor",
+        ),
+        (lambda tokens: tokenpool.Downsampled(tokens[:, :3, :2], torch.zeros(2, 8)), r"tokens \(B, K, 4\) with K <= 8"),
+        (lambda tokens: tokenpool.Downsampled(tokens[:, :3], torch.zeros(2, 3)), r"not \(2, 3, 4\) and \(2, 3\)"),
+    ],
+)
+def test_a_wrong_result_of_a_class_of_ones_own_is_refused(found: Callable, message: str) -> None:
+    class Own(tokenpool.Downsampler):
+        def reduce(self, tokens: Tensor, scores: Tensor) -> tokenpool.Downsampled:
+            return found(tokens)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        Own(3)(torch.randn(2, 8, 4), torch.rand(2, 8))

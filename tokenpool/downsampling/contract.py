@@ -161,7 +161,25 @@ class Downsampler(nn.Module):
             return Downsampled(tokens, torch.arange(n, device=tokens.device).expand(batch, n))
         if self.keep == 0:
             return Downsampled(tokens[:, :0], torch.full((batch, n), -1, device=tokens.device))
-        return self.reduce(tokens, scores, **hints)
+        return self._checked(tokens, self.reduce(tokens, scores, **hints))
+
+    def _checked(self, tokens: Tensor, found: "Downsampled | Masked") -> "Downsampled | Masked":
+        """Check the result of `reduce`, which a class of a user's own may get wrong. Shapes cost nothing in a graph.
+
+        Raises:
+            TypeError: if the result is not `Downsampled` or `Masked`.
+            ValueError: if its shapes do not fit the tokens (B, N, D).
+        """
+        name = f"{type(self).__name__}.reduce"
+        if not isinstance(found, (Downsampled, Masked)):
+            raise TypeError(f"{name} must return tokenpool.Downsampled(tokens, assignment), not {type(found).__name__}")
+        (_, n, width), kept, assignment = tokens.shape, found[0], found[1]
+        if kept.dim() != 3 or kept.shape[1] > n or kept.shape[2] != width or assignment.shape[1:] != (n,):
+            raise ValueError(
+                f"{name} must return tokens (B, K, {width}) with K <= {n} and an assignment (B, {n}), not "
+                f"{tuple(kept.shape)} and {tuple(assignment.shape)}"
+            )
+        return found
 
     def reduce(self, tokens: Tensor, *scores: Any, **hints: Any) -> Downsampled:
         """Reduce N tokens to `keep` tokens, where 0 < keep < N. The arguments are the same as in `forward`.
