@@ -94,7 +94,7 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
     """
     form = FORMATS[chosen.to]
     form.check(f"export --to {chosen.to}")
-    model = _built(chosen)
+    model = build(chosen)
     config = resolve_model_data_config(model)
     # Mistakes before the export, which takes long.
     paths = None if images is None else _photographs("--images", images, limit)
@@ -148,8 +148,8 @@ def path_of(chosen: Export, folder: Path) -> Path:
     return folder / ("-".join(filter(None, words)) + FORMATS[chosen.to].suffix)
 
 
-def _built(chosen: Export) -> nn.Module:
-    """The model with its weights, in float32 and evaluation mode."""
+def build(chosen: Export) -> nn.Module:
+    """Return the model of an export with its weights, in float32 and evaluation mode."""
     model = timm.create_model(chosen.model, pretrained=chosen.pretrained, **chosen.model_options).eval()
     if chosen.weights is not None:
         tokenpool.load_weights(model, chosen.weights, ema=chosen.ema)
