@@ -20,7 +20,7 @@ _NOTE = (
     "with its 95 % interval, paired by image. Same class: share of images with the top-1 class of the plain model in "
     "float32. Times: batches of {batch} images, {threads} thread{s}, ONNX Runtime, medians of {repeats} in turns. "
     "Speed-up: over the plain model of the same precision. Realised: speed-up / ratio of the multiply-adds. Total: "
-    "speed-up over the plain model in float32. Product: speed-up of the same pooling in float32 x speed-up of the plain "
+    "speed-up over the plain model in float32. Product: speed-up of this pooling in float32 x speed-up of the plain "
     "model in this precision."
 )
 
