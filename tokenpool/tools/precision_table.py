@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from tokenpool.analysis import plotting
 from tokenpool.analysis.comparison import compare
-from tokenpool.tools.benchmark_precisions import FLOAT32
+from tokenpool.tools.benchmark_precisions import FLOAT32, PRECISIONS
 from tokenpool.tools.sections import Section
 
 _PLAIN = {"color": "black", "marker": "s", "label": "plain"}
@@ -32,18 +32,18 @@ def rows(points: pd.DataFrame) -> pd.DataFrame:
         points: one row a result, from `tokenpool.results.load`. It has the plain model and float32.
 
     Returns:
-        In the order of methods and precisions, the columns: method, schedule, precision, gmacs, top1 (%), `difference`,
-        `low` and `high` (points; NaN in float32), `same_class` (%), bytes, `ms` (an image), `speed_up` (over the plain
-        model of the same precision), `realised`, `total` (over the plain model in float32), and `product` (of both
-        single speed-ups). NaN where a quantity is one of the other columns or 1 by definition.
+        The plain model first, then by method, schedule and precision, the columns: method, schedule, precision, gmacs,
+        top1 (%), `difference`, `low` and `high` (points; NaN in float32), `same_class` (%), bytes, `ms` (an image),
+        `speed_up` (over the plain model of the same precision), `realised`, `total` (over the plain model in float32),
+        and `product` (of both single speed-ups). NaN where a column has no meaning or repeats another one.
     """
     points = points.assign(seed=0)
     of = {(row.method, row.schedule, row.precision): row for row in points.itertuples()}
     totals = {key: _ratio(row, "plain_float32") for key, row in of.items()}
     reference = np.array(of["none", "", FLOAT32].predicted)
     found = []
-    for key, row in of.items():
-        method, schedule, precision = key
+    for key in sorted(of, key=lambda key: (key[0] != "none", *key[:2], PRECISIONS.index(key[2]))):
+        row, (method, schedule, precision) = of[key], key
         is_plain, is_float32 = method == "none", precision == FLOAT32
         speed_up = np.nan if is_plain else _ratio(row, "plain")
         single = np.nan if is_plain or is_float32 else totals[method, schedule, FLOAT32] * totals["none", "", precision]
