@@ -1,6 +1,5 @@
 """Table and figure of int8 beside float32, from the results of `tokenpool.tools.benchmark_precisions`."""
 
-from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,13 +14,15 @@ from tokenpool.tools.sections import Section
 
 _PLAIN = {"color": "black", "marker": "s", "label": "plain"}
 _MARKERS = {FLOAT32: "o", "int8-dynamic": "^", "int8": "s"}
+_TIMED = {"ms": "model", "plain_ms": "plain_float32"}
 _NOTE = (
     "{images} images, none of which calibrated int8. Difference: of top-1 to the same model in float32, in points, "
     "with its 95 % interval, paired by image. Same class: share of images with the top-1 class of the plain model in "
-    "float32. Times: batches of {batch} images, {threads} thread{s}, ONNX Runtime, medians of {repeats} in turns. "
-    "Speed-up: over the plain model of the same precision. Realised: speed-up / ratio of the multiply-adds. Total: "
-    "speed-up over the plain model in float32. Product: speed-up of this pooling in float32 x speed-up of the plain "
-    "model in this precision."
+    "float32. Times: batches of {batch} images, {threads} thread{s}, ONNX Runtime; {repeats} rounds, models in turns. "
+    "ms: an image, and in the same rounds an image of the plain model in float32; medians. Speed-up: over the plain "
+    "model of the same precision, median of the rounds. Realised: speed-up / ratio of the multiply-adds. Total: "
+    "speed-up over the plain model in float32 ± half the interquartile range of the rounds. Product: total of this "
+    "pooling in float32 x total of the plain model in this precision."
 )
 
 
@@ -33,32 +34,36 @@ def rows(points: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         The plain model first, then by method, schedule and precision, the columns: method, schedule, precision, gmacs,
-        top1 (%), `difference`, `low` and `high` (points; NaN in float32), `same_class` (%), bytes, `ms` (an image),
-        `speed_up` (over the plain model of the same precision), `realised`, `total` (over the plain model in float32),
-        and `product` (of both single speed-ups). NaN where a column has no meaning or repeats another one.
+        top1 (%), `difference`, `low` and `high` (points; NaN in float32), `ms` and `plain_ms` (an image; plain in
+        float32), `same_class` (%), bytes, `speed_up` (over the plain model of the same precision), `realised`, `total`
+        (over the plain model in float32) with its `spread`, and `product` (of both single totals). NaN where a column
+        has no meaning or repeats another one. Speed-ups are medians of the ratios of each round, because models of one
+        round meet the same load of the machine.
     """
     points = points.assign(seed=0)
     of = {(row.method, row.schedule, row.precision): row for row in points.itertuples()}
-    totals = {key: _ratio(row, "plain_float32") for key, row in of.items()}
+    totals = {key: np.median(_ratios(row, "plain_float32")) for key, row in of.items()}
     reference = np.array(of["none", "", FLOAT32].predicted)
     found = []
     for key in sorted(of, key=lambda key: (key[0] != "none", *key[:2], PRECISIONS.index(key[2]))):
         row, (method, schedule, precision) = of[key], key
         is_plain, is_float32 = method == "none", precision == FLOAT32
-        speed_up = np.nan if is_plain else _ratio(row, "plain")
+        speed_up = np.nan if is_plain else np.median(_ratios(row, "plain"))
         single = np.nan if is_plain or is_float32 else totals[method, schedule, FLOAT32] * totals["none", "", precision]
         found.append(
             {"method": method, "schedule": schedule, "precision": precision, "gmacs": row.gmacs, "top1": row.top1}
             | _difference(points, key)
+            | {name: 1000 * np.median(row.seconds[one]) / row.measured_batch for name, one in _TIMED.items()}
             | {"same_class": 100 * np.mean(np.array(row.predicted) == reference), "bytes": row.bytes}
-            | {"ms": 1000 * median(row.seconds["model"]) / row.measured_batch, "speed_up": speed_up}
-            | {"realised": speed_up * row.gmacs / row.plain_gmacs, "total": totals[key], "product": single}
+            | {"speed_up": speed_up, "realised": speed_up * row.gmacs / row.plain_gmacs, "total": totals[key]}
+            | {"spread": np.subtract(*np.percentile(_ratios(row, "plain_float32"), (75, 25))) / 2, "product": single}
         )
     return pd.DataFrame(found)
 
 
-def _ratio(row: Any, plain: str) -> float:
-    return median(row.seconds[plain]) / median(row.seconds["model"])
+def _ratios(row: Any, plain: str) -> np.ndarray:
+    """Speed-up in each round."""
+    return np.array(row.seconds[plain]) / np.array(row.seconds["model"])
 
 
 def _difference(points: pd.DataFrame, key: tuple[str, str, str]) -> dict[str, float]:
@@ -86,10 +91,10 @@ def section(points: pd.DataFrame) -> Section:
             ],
             "same class (%)": raw["same_class"].map("{:.1f}".format),
             "MB": (raw["bytes"] / 1e6).map("{:.1f}".format),
-            "ms": raw["ms"].map("{:.1f}".format),
+            "ms": [f"{row.ms:.1f} / {row.plain_ms:.1f}" for row in raw.itertuples()],
             "speed-up": _filled(raw["speed_up"]),
             "realised": _filled(raw["realised"]),
-            "total": _filled(raw["total"]),
+            "total": [f"{row.total:.2f} ± {row.spread:.2f}" for row in raw.itertuples()],
             "product": _filled(raw["product"]),
         }
     )
