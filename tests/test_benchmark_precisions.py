@@ -174,7 +174,17 @@ def test_the_table_of_the_documentation_is_the_runs() -> None:
     page = (ROOT / "docs" / "results" / "int8.md").read_text()
     section = precision_table.section(results.load(SHIPPED))
     assert section.shown.to_markdown(index=False, disable_numparse=True) in page
-    assert " ".join(section.notes[0].split()) in " ".join(page.split())
+    text = " ".join(page.split())
+    assert " ".join(section.notes[0].split()) in text
+    raw = section.raw
+    shares = raw["total"] / raw["product"]
+    assert f"the total is {shares.min():.0%} to {shares.max():.0%} of the product".replace("%", " %") in text
+    assert f"by {raw['difference'].min():+.1f} to {raw['difference'].max():+.1f} points" in text
+    assert (raw["low"].dropna() < 0).all() and (raw["high"].dropna() > 0).all()  # every interval includes zero
+    pooled = raw[(raw["method"] != "none") & raw["difference"].notna()]
+    assert f"from {-pooled['low'].max():.1f} to {-pooled['low'].min():.1f} points below zero" in text
+    for group, precision in ((raw["precision"] == "float32", "float32"), (raw["precision"] != "float32", "int8")):
+        assert f"{raw['realised'][group].min():.2f}-{raw['realised'][group].max():.2f} in {precision}" in text
 
 
 def test_the_results_are_of_one_study() -> None:
