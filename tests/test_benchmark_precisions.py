@@ -1,6 +1,7 @@
 """`benchmark-precisions` measures what it says, goes on where it was interrupted, and its table is its results."""
 
 import json
+import re
 from pathlib import Path
 from statistics import median
 
@@ -179,6 +180,15 @@ def test_the_table_of_the_documentation_is_the_runs() -> None:
     raw = section.raw
     shares = raw["total"] / raw["product"]
     assert f"the total is {shares.min():.0%} to {shares.max():.0%} of the product".replace("%", " %") in text
+    timed = {path.stem: json.loads(path.read_text())["metrics"]["seconds"] for path in SHIPPED.glob("*.json")}
+    totals = {name: median(each["plain_float32"]) / median(each["model"]) for name, each in timed.items()}
+    shares = [
+        total / (totals[f"{model}-float32"] * totals[f"none-{precision}"])
+        for name, total in totals.items()
+        for model, precision in [re.fullmatch("(.+?)-(float32|int8-dynamic|int8)", name).groups()]
+        if model != "none" and precision != "float32"
+    ]
+    assert f"totals of {min(shares):.0%} to {max(shares):.0%} of the product".replace("%", " %") in text
     assert f"by {raw['difference'].min():+.1f} to {raw['difference'].max():+.1f} points" in text
     assert (raw["low"].dropna() < 0).all() and (raw["high"].dropna() > 0).all()  # every interval includes zero
     pooled = raw[(raw["method"] != "none") & raw["difference"].notna()]
