@@ -81,7 +81,17 @@ def export(
     carry: Annotated[bool, typer.Option(help="Carry token sizes into the attention (appendix E).")] = True,
     option: Options = None,
     model_option: ModelOptions = None,
-    precision: Annotated[str, typer.Option(help="float32 or float16, of weights, images and logits.")] = "float32",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32 or float16, of weights, images and logits; with --to onnx also int8 or int8-dynamic, of "
+            "linear layers: int8 needs --calibration, int8-dynamic measures ranges when it runs."
+        ),
+    ] = "float32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of photographs that calibrate --precision int8.")
+    ] = None,
+    calibration_limit: Annotated[int, typer.Option(min=1, help="Use so many images of the folder only.")] = 64,
     opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = exporting.OPSET,
     images: Annotated[
         Path | None, typer.Option(help="Folder of photographs to compare logits on. Default: random images.")
@@ -104,6 +114,8 @@ def export(
         pretrained=pretrained,
         ema=ema,
         precision=precision,
+        calibration=calibration,
+        calibration_limit=calibration_limit,
         opset=opset,
         options=named_values(option),
         model_options=named_values(model_option),

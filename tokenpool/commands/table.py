@@ -41,6 +41,10 @@ COMMANDS = {
         "tokenpool.commands.methods",
         "Compare all methods that need no training at the same counted cost: on any model, with any labelled images.",
     ),
+    "benchmark-precisions": Command(
+        "tokenpool.commands.precisions",
+        "Quantise the plain model and pooled models to int8: accuracy, size and time in ONNX Runtime.",
+    ),
     "check-data": Command(
         "tokenpool.commands.extras",
         "Read every image once, and name those that cannot be read. Goes on where it was interrupted.",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from torchvision.datasets.folder import is_image_file
 import tokenpool
 from tokenpool import files
 from tokenpool.runs.environment import environment
+from tokenpool.tools import int8
 from tokenpool.tools.formats import FORMATS, OPSET
 from tokenpool.training import fingerprint
 from tokenpool.training.images import load_image
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16} | dict.fromkeys(int8.PRECISIONS, torch.float32)
 BATCHES = (1, 3, 8)  # sizes of the batches that check a file, in turns
 
 
@@ -38,7 +40,11 @@ class Export:
         weights: file of weights. None for timm's download, or for random weights if `pretrained` is False.
         pretrained: whether to load timm's weights.
         ema: see `tokenpool.load_weights`.
-        precision: of weights, images and logits, one of `PRECISIONS`. Clustering and scores are in float32.
+        precision: one of `PRECISIONS`. float32 and float16 are of weights, images and logits. With int8 and
+            int8-dynamic, linear layers are quantised (see `tokenpool.tools.int8`); images and logits are float32.
+            Clustering and scores are always in float32.
+        calibration: folder of photographs that calibrate int8, and only int8.
+        calibration_limit: use so many of them only.
         opset: of ONNX.
         options: of the method.
         model_options: of the timm model.
@@ -53,6 +59,8 @@ class Export:
     pretrained: bool = False
     ema: bool | None = None
     precision: str = "float32"
+    calibration: Path | None = None
+    calibration_limit: int = 64
     opset: int = OPSET
     options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +69,14 @@ class Export:
         for name, known in (("to", FORMATS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} = {getattr(self, name)!r} must be one of {', '.join(known)}")
+        if self.precision in int8.PRECISIONS and self.to != "onnx":
+            raise ValueError(f"--precision {self.precision} is for --to onnx only, not for --to {self.to}")
+        if (self.calibration is not None) != (self.precision == int8.STATIC):
+            raise ValueError(
+                f"--precision {int8.STATIC} needs --calibration FOLDER, or take --precision {int8.DYNAMIC}"
+                if self.calibration is None
+                else f"--calibration is for --precision {int8.STATIC} only, not for {self.precision}: leave it out"
+            )
 
 
 def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 64) -> Iterator[str]:
@@ -78,15 +94,23 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
     """
     form = FORMATS[chosen.to]
     form.check(f"export --to {chosen.to}")
-    model = _built(chosen)
+    model = build(chosen)
     config = resolve_model_data_config(model)
-    paths = None if images is None else _photographs(images, limit)  # mistakes before the export, which takes long
+    # Mistakes before the export, which takes long.
+    paths = None if images is None else _photographs("--images", images, limit)
+    calibration = _calibration(chosen, config)
     dtype = PRECISIONS[chosen.precision]
-    about = _description(chosen, model, config)
+    about = _description(chosen, model, config, len(calibration))
     path.parent.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, *config["input_size"], dtype=dtype)
     started = time.perf_counter()
-    form.write(model.to(dtype), example, path, about, chosen.opset)
+    if chosen.precision in int8.PRECISIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "float32.onnx"
+            form.write(model, example, source, about, chosen.opset)
+            int8.quantise(chosen.precision, source, path, calibration.split(max(BATCHES)))
+    else:
+        form.write(model.to(dtype), example, path, about, chosen.opset)
     seconds = time.perf_counter() - started
     run, stored, operators = form.read(path)
     if stored != about:
@@ -130,8 +154,8 @@ def report_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _built(chosen: Export) -> nn.Module:
-    """The model with its weights, in float32 and evaluation mode."""
+def build(chosen: Export) -> nn.Module:
+    """Return the model of an export with its weights, in float32 and evaluation mode."""
     model = timm.create_model(chosen.model, pretrained=chosen.pretrained, **chosen.model_options).eval()
     if chosen.weights is not None:
         tokenpool.load_weights(model, chosen.weights, ema=chosen.ema)
@@ -140,7 +164,7 @@ def _built(chosen: Export) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _description(chosen: Export, model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+def _description(chosen: Export, model: nn.Module, config: dict[str, Any], calibration: int) -> dict[str, Any]:
     """What a file says of itself, as JSON values: model, setting, schedule, cost and preprocessing."""
     about: dict[str, Any] = {
         "model": chosen.model,
@@ -153,6 +177,8 @@ def _description(chosen: Export, model: nn.Module, config: dict[str, Any]) -> di
         "tokenpool": tokenpool.__version__,
         "torch": torch.__version__,
     }
+    if calibration:
+        about["calibration_images"] = calibration
     if chosen.to != "pt2":
         about["opset"] = chosen.opset
     if chosen.method != "none":
@@ -168,11 +194,18 @@ def _weights_of(chosen: Export) -> str:
     return f"{chosen.weights.name}, {fingerprint.of_weights(chosen.weights)}"
 
 
-def _photographs(folder: Path, limit: int) -> list[Path]:
+def _calibration(chosen: Export, config: dict[str, Any]) -> Tensor:
+    """Images that calibrate, none unless the precision is "int8"."""
+    if chosen.calibration is None:
+        return torch.empty(0)
+    return _pixels(_photographs("--calibration", chosen.calibration, chosen.calibration_limit), config)
+
+
+def _photographs(option: str, folder: Path, limit: int) -> list[Path]:
     files.check_local(folder)
     found = sorted(path for path in folder.rglob("*") if is_image_file(path.name))
     if not found:
-        raise ValueError(f"--images {folder} has no image: give a folder of photographs")
+        raise ValueError(f"{option} {folder} has no image: give a folder of photographs")
     step = max(len(found) // limit, 1)
     return found[::step][:limit]  # of all classes, if there is a folder for each
 
