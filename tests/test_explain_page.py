@@ -89,6 +89,19 @@ def test_numbers_are_those_of_a_trace(method: str, schedule: dict[str, Any]) -> 
             )
 
 
+def test_values_that_are_not_finite_are_null_and_shown_as_a_dash(tmp_path: Path) -> None:
+    net = model()
+    net.head.bias.data[3] = float("nan")
+    list(explain_page.write(tmp_path / "page.html", subject(), net, (), ()))
+    page = Page((tmp_path / "page.html").read_text())
+    ((_, text),) = page.find("script", id="data")
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    (setting,) = data["settings"]
+    assert setting["cosine"] is None and all(each["share"] is None for each in setting["classes"])
+    cells = [text for _, text in page.find("td")]
+    assert "-" in cells and not any("nan" in text for text in cells)
+
+
 def test_the_photograph_is_what_the_model_sees() -> None:
     about, net = subject(), model()
     seen = explain_page.shown(about.photograph, net, zoom=1)

@@ -1,6 +1,7 @@
 """`python -m experiments export`: the file, its description, and the check against eager mode."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,6 +130,28 @@ def test_each_format_has_its_own_report(tmp_path: Path) -> None:
     paths = [path_of(Export(MODEL, to), tmp_path) for to in formats.FORMATS]
     assert len({path.with_suffix("") for path in paths}) == 1
     assert len({report_of(path) for path in paths} - set(paths)) == len(paths) == 3
+
+
+def test_other_settings_have_other_files(tmp_path: Path) -> None:
+    settings = [{}, {"carry": False}, {"options": {"iterations": 2}}, {"model_options": {"img_size": 96}}]
+    paths = [path_of(Export("hf-hub:timm/" + MODEL, "onnx", "wkmedoids", **each), tmp_path) for each in settings]
+    assert len(set(paths)) == 4 and all(path.parent == tmp_path for path in paths)
+    assert all(re.fullmatch("[0-9A-Za-z._-]+", path.name) for path in paths)
+
+
+def test_an_export_of_another_setting_is_not_replaced(weights: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    list(export(Export(MODEL, "pt2", weights=weights), path, limit=1))
+    before = path.stat().st_mtime_ns
+    list(export(Export(MODEL, "pt2", weights=weights), path, limit=1))
+    assert path.stat().st_mtime_ns > before
+    kept = path.read_bytes()
+    with pytest.raises(ValueError, match="model.pt2 is an export of another setting, .*--output") as refused:
+        list(export(Export(MODEL, "pt2"), path, limit=1))  # random weights
+    report_of(path).unlink()
+    with pytest.raises(ValueError, match="or has no report"):
+        list(export(Export(MODEL, "pt2", weights=weights), path, limit=1))
+    assert path.read_bytes() == kept and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,15 @@ def test_there_are_seven_each_with_its_number() -> None:
         assert title.cell_type == "markdown" and title.source.startswith(f"# {path.stem[0]}. ")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_files_that_a_notebook_names_exist(path: Path) -> None:
+    text = "\n".join(
+        cell.source for cell in nbformat.read(path, as_version=4).cells[1:] if cell.cell_type == "markdown"
+    )
+    named = re.findall(r"`((?:docs|results|tokenpool|experiments|notebooks)/[\w./-]+)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def installed_by(cell: nbformat.NotebookNode, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The commands that a cell gives to the shell or to a magic."""
     shell = SimpleNamespace(found=[])

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -18,7 +20,7 @@ from torch import Tensor
 import tokenpool
 from experiments import presets
 from experiments.commands.sharing import fine_tuned
-from tokenpool import budget, card
+from tokenpool import budget, card, checkpoint
 from tokenpool.analysis import results
 from tokenpool.downsampling import METHODS
 from tokenpool.runs import execute
@@ -120,7 +122,7 @@ def test_numbers_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
     longer = tokenpool.patch(trained_model(trained), "random", [9, 4, 2], carry=False)
     half, broken = trained_model(trained).half(), tmp_path / "broken.json"
     broken.write_text('{"setting": {}}')
-    evaluated = tmp_path / "evaluated.json"  # tells of no weights: the cost shows that the images are larger
+    evaluated = tmp_path / "evaluated.json"  # tells of no weights
     evaluated.write_text(json.dumps(results.read(trained) | {"trained_weights": None}))
     larger = tokenpool.create_model("deit_digits_patch2_16", "random", [9, 4, 1], carry=False, img_size=32, **TINY)
     for wrong, run, said in (
@@ -130,6 +132,7 @@ def test_numbers_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
         (longer, trained, r"keep was \[9, 4, 1\], now \(9, 4, 2\)"),
         (tokenpool.unpatch(trained_model(trained)), trained, "downsampler was 'random', now 'none'"),
         (larger, evaluated, "of another model or image size: "),
+        (model, evaluated, "evaluated.json does not tell which weights it measured"),
         (model, broken, "broken.json is not the result of a run"),
     ):
         with pytest.raises(ValueError, match=said) as refused:
@@ -143,6 +146,118 @@ def test_numbers_of_another_model_are_refused(trained: Path, tmp_path: Path) -> 
         tokenpool.save(model, broken)
 
 
+def test_a_run_without_training_is_of_the_weights_that_it_started_from(trained: Path, tmp_path: Path) -> None:
+    options = {"downsampler": "power_bert", "keep": [9, 4, 1], "epochs": 0}
+    run = training_run(stage="evaluate", start=trained.stem, **options)
+    execute.execute(run, trained.parent)
+    measured = trained.parent / f"{run.name}.json"
+    same = tokenpool.patch(trained_model(trained), "power_bert", [9, 4, 1], carry=run.carry)
+    tokenpool.save(same, tmp_path / "same", run=measured)
+    assert (
+        f"| top-1 | {results.read(measured)['metrics']['top1']:.2f} %" in (tmp_path / "same" / "README.md").read_text()
+    )
+    other = tokenpool.create_model("deit_digits_patch2_16", "power_bert", [9, 4, 1], carry=run.carry, **TINY)
+    with pytest.raises(ValueError, match="is a run of other weights"):
+        tokenpool.save(other, tmp_path / "other", run=measured)
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(results.read(measured) | {"identity": {}}))
+    with pytest.raises(ValueError, match="older.json does not tell which weights it measured"):
+        tokenpool.save(same, tmp_path / "other", run=older)
+
+
+def pretrained_run(path: Path, model: torch.nn.Module, weights: str, **changes: Any) -> Path:
+    """A run of pretrained weights, as `evaluate` writes it."""
+    setting = {"stage": "evaluate", "data": "imagenet", "model": "test_vit", "downsampler": "none", "pretrained": True}
+    found = {
+        "setting": setting,
+        "identity": {"pretrained_weights": weights},
+        "metrics": {"top1": 51.0, "images": 500},
+        "cost": {"gmacs": tokenpool.flops.count(model).gmacs},
+    }
+    for key, value in changes.items():
+        found[key] = found.get(key, {}) | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(found))
+    return path
+
+
+def test_pretrained_weights_have_the_name_of_the_run(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit").eval()
+    run = pretrained_run(tmp_path / "run.json", model, "timm test_vit.r160_in1k")
+    tokenpool.save(model, tmp_path / "same", run=run)
+    page = ModelCard.load(tmp_path / "same" / "README.md")
+    assert page.data.base_model == "timm/test_vit.r160_in1k" and "weights was not compared" in page.text
+    other = pretrained_run(tmp_path / "other.json", model, "timm test_vit.another")
+    with pytest.raises(ValueError, match="other.json is a run of other weights .timm test_vit.another, now "):
+        tokenpool.save(model, tmp_path / "out", run=other)
+    file = pretrained_run(tmp_path / "file.json", model, card.fingerprint(model.state_dict()))
+    tokenpool.save(model, tmp_path / "file", run=file)
+    page = ModelCard.load(tmp_path / "file" / "README.md")
+    assert page.data.base_model is None and "and the weights of this model" in page.text
+
+
+def test_a_run_that_met_a_budget_has_the_schedule_of_the_budget(tmp_path: Path) -> None:
+    plain = timm.create_model("test_vit").eval()
+    budget_of_run = 0.7 * tokenpool.flops.count(plain).gmacs
+    keep = tokenpool.schedule_for(budget_of_run, plain, "power_bert", "stages")
+    swapped = tokenpool.schedule_for(budget_of_run, plain, "power_bert", "decay")
+    assert keep != swapped  # at equal cost
+    model = tokenpool.patch(timm.create_model("test_vit").eval(), "power_bert", keep)
+    setting = {"downsampler": "power_bert", "keep": None, "budget": budget_of_run, "family": "stages"}
+    setting |= {"carry": True, "alpha": 1.0, "learn_alpha": False, "qk_norm": None, "options": {}}
+    run = pretrained_run(tmp_path / "run.json", model, "timm test_vit.r160_in1k", setting=setting)
+    tokenpool.save(model, tmp_path / "same", run=run)
+    with pytest.raises(ValueError, match="run.json is a run of another model: keep was"):
+        tokenpool.save(tokenpool.patch(model, "power_bert", swapped), tmp_path / "out", run=run)
+
+
+def test_a_card_tells_of_a_part_of_the_classes_and_of_doubts(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit").eval()
+    doubts = {"among_classes": [3, 250, 251], "warning": "top-1 is a guess: shuffled | wrong"}
+    run = pretrained_run(tmp_path / "run.json", model, "timm test_vit.r160_in1k", **doubts)
+    tokenpool.save(model, tmp_path / "part", run=run)
+    page = ModelCard.load(tmp_path / "part" / "README.md")
+    assert "| classes | among 3 of the model's 1000 classes |" in page.text
+    assert r"| warning | top-1 is a guess: shuffled \| wrong |" in page.text
+    (told,) = page.data.eval_results
+    assert told.dataset_args == {"images": 500, "classes": "among 3 of the model's 1000 classes"}
+
+
+@pytest.mark.parametrize(
+    "part, key", [("setting", key) for key in ("stage", "data", "model")] + [("metrics", "images")]
+)
+def test_a_run_that_lacks_a_value_is_refused(part: str, key: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit").eval()
+    run = pretrained_run(tmp_path / "run.json", model, "timm test_vit.r160_in1k")
+    found = json.loads(run.read_text())
+    del found[part][key]
+    run.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=f"run.json lacks {part}.{key}: ") as refused:
+        tokenpool.save(model, tmp_path / "out", run=run)
+    assert "\n" not in str(refused.value)
+
+
+@torch.no_grad()
+def test_the_snippet_of_a_float16_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / 'a"b'
+    tokenpool.save(timm.create_model("test_vit").eval().half(), folder, command="echo '```'")
+    page = (folder / "README.md").read_text()
+    assert "\n````bash\necho '```'\n````\n" in page
+    Image.new("RGB", (130, 100), "orange").save(tmp_path / "photograph.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(page), names := {})
+    assert names["output"].shape == (1, 1000) and names["output"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["user/..", "..", "user/", "a/b/c"])
+def test_the_name_of_a_repository_is_checked_before_anything_is_written(
+    name: str, small: VisionTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_folder", lambda *_, **__: pytest.fail("written"))
+    with pytest.raises(ValueError, match=r'cannot push to .*: expected "user/name"') as refused:
+        tokenpool.push_to_hub(small, name)
+    assert "\n" not in str(refused.value)
+
+
 @torch.no_grad()
 def test_to_the_hub_and_back(
     trained: Path, small: VisionTransformer, photos: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,7 +266,7 @@ def test_to_the_hub_and_back(
     url = tokenpool.push_to_hub(trained_model(trained), "me/digits", run=trained, private=True)
     assert url.endswith("me/digits") and hub.created == {"me/digits": True}
     folder = tmp_path / "models--me--digits" / "snapshots" / hub.COMMIT
-    assert 'tokenpool.from_hub("me/digits")' in (folder / "README.md").read_text()
+    assert "tokenpool.from_hub('me/digits')" in (folder / "README.md").read_text()
     tokenpool.push_to_hub(tokenpool.patch(small, "kmeans", KEEP), "me/small")
     for revision in (None, "main", hub.COMMIT):
         model = tokenpool.from_hub("me/small", revision=revision, cache_dir=tmp_path)

@@ -80,20 +80,8 @@ __all__ = [
 _MODULES = {
     "": (
         *("adoption", "analysis", "attention", "blocks", "budget", "calibration", "card", "checkpoint", "clustering"),
-        *(
-            "deit",
-            "downsampling",
-            "files",
-            "flops",
-            "gpu",
-            "hosts",
-            "hub",
-            "patching",
-            "positions",
-            "schedules",
-            "stream",
-        ),
-        *("tracing", "training", "weight_files"),
+        *("deit", "downsampling", "files", "flops", "gpu", "hosts", "hub", "patching", "positions", "schedules"),
+        *("stream", "tracing", "training", "weight_files"),
     ),
     "analysis.": ("comparison", "pareto", "plotting", "redundancy", "results"),
     "training.": (

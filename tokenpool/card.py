@@ -8,16 +8,18 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from tokenpool import flops, hosts
+from tokenpool import budget, flops, hosts
 from tokenpool.adoption import reference
 from tokenpool.downsampling import METHODS, REGISTRY
 from tokenpool.patching import unpatch
@@ -33,9 +35,7 @@ _PAGE = """---
 
 ## Use
 
-```python
 {snippet}
-```
 
 ## Model
 
@@ -117,11 +117,11 @@ def write(
         metadata=_metadata(model, folder.name, history, given),
         title=folder.name,
         summary=_summary(model),
-        snippet=_snippet(model, load, prepared),
+        snippet=_fenced("python", _snippet(model, load, prepared)),
         model=_rows(_model_rows(model)),
         preprocessing=f"| | |\n|---|---|\n{_rows(prepared)}\n\nFrom {source}.",
         made=_made(history, command),
-        results=_results(history),
+        results=_results(history, getattr(model, "num_classes", 0)),
         limits=_limits(history),
     )
 
@@ -148,6 +148,11 @@ def _read(path: Path) -> dict[str, Any]:
         complete = False
     if not complete:
         raise ValueError(f"{path} is not the result of a run: give the JSON file of the run that measured the model")
+    lacking = [f"setting.{key}" for key in ("stage", "data", "model") if not isinstance(run["setting"].get(key), str)]
+    if run["metrics"].get("top1") is not None and "images" not in run["metrics"]:
+        lacking.append("metrics.images")
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: give the JSON file of a run of `train` or `evaluate`")
     return run
 
 
@@ -156,9 +161,9 @@ def _check_same(model: nn.Module, run: Mapping[str, Any], path: Path) -> None:
     setting = hosts.of(model).setting
     own = {"downsampler": "none"} if setting is None else {name: getattr(setting, name) for name in _COMPARED}
     told = _OF_ALL_RUNS | run["setting"]
+    if "keep" in own and told.get("keep") is None and told.get("budget") is not None:
+        told["keep"] = _keep_of(told, model)
     for name, value in own.items():
-        if name == "keep" and told.get("keep") is None:
-            continue  # the run met a budget
         if name == "carry" and not getattr(METHODS[own["downsampler"]], "merges", True):
             continue  # it has no effect where tokens are dropped
         if json.dumps(value) != json.dumps(told.get(name)):
@@ -168,12 +173,39 @@ def _check_same(model: nn.Module, run: Mapping[str, Any], path: Path) -> None:
     before, counted = run["cost"].get("gmacs"), flops.count(model).gmacs
     if before and not math.isclose(before, counted, rel_tol=0.01):
         raise ValueError(f"{path} is a run of another model or image size: {before:.3f} GMACs, now {counted:.3f}")
-    ended = run.get("trained_weights")
-    if ended and ended != (now := fingerprint(model.state_dict())):
-        raise ValueError(
-            f"{path} is a run of other weights ({ended}, now {now}): load the weights that the run ended with, before "
-            "any conversion"
-        )
+    _check_weights(model, run, path)
+
+
+def _keep_of(told: Mapping[str, Any], model: nn.Module) -> list[int]:
+    """Schedule of a run that stores a budget only, as the run itself has found it."""
+    family, options = told.get("family") or "decay", told.get("options") or {}
+    return budget.schedule_for(told["budget"], model, told["downsampler"], family, **options)
+
+
+def _check_weights(model: nn.Module, run: Mapping[str, Any], path: Path) -> None:
+    """Check that the weights of a model are the weights that a run has measured."""
+    now, measured = fingerprint(model.state_dict()), _measured_weights(run)
+    if measured in (now, _pretrained(model)):
+        return
+    if not measured:
+        raise ValueError(f"{path} does not tell which weights it measured: make the run again, or save without a run")
+    raise ValueError(
+        f"{path} is a run of other weights ({measured}, now {now}): load the weights that the run has measured, before "
+        "any conversion"
+    )
+
+
+def _measured_weights(run: Mapping[str, Any]) -> str:
+    """Fingerprint or timm's name of the weights that a run has measured; empty if the run does not tell."""
+    setting, identity = run["setting"], run.get("identity", {})
+    if run.get("trained_weights") or setting.get("epochs"):
+        return run.get("trained_weights") or ""
+    return identity.get("start_weights" if setting.get("start") else "pretrained_weights") or ""
+
+
+def _pretrained(model: nn.Module) -> str:
+    """Name of timm's pretrained weights for a model, as runs tell it. The content of the weights is not compared."""
+    return f"timm {_architecture(model)}.{model.pretrained_cfg.get('tag')}"  # type: ignore[operator, union-attr]
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -196,28 +228,34 @@ def _metadata(model: nn.Module, name: str, history: list[tuple[Path, dict[str, A
     }
     config = getattr(model, "pretrained_cfg", None) or {}
     fetched = [str(run.get("identity", {}).get("pretrained_weights", "")) for _, run in history]
-    if any(name.startswith("timm ") for name in fetched) and config.get("hf_hub_id"):
+    if _pretrained(model) in fetched and config.get("hf_hub_id"):
         known |= {"base_model": config["hf_hub_id"]} | ({"license": config["license"]} if config.get("license") else {})
     if history:
         run = history[0][1]
         data = str(run["setting"]["data"])
         known |= {"datasets": [data.removeprefix("hf:")]} if data.startswith("hf:") else {}
         if (top1 := run["metrics"].get("top1")) is not None:
-            known |= {"model_name": name, "metrics": ["accuracy"], "eval_results": [_evaluation(run, top1)]}
+            known |= {"model_name": name, "metrics": ["accuracy"], "eval_results": [_evaluation(run, top1, classes)]}
     return ModelCardData(**known | given).to_yaml()
 
 
-def _evaluation(run: Mapping[str, Any], top1: float) -> EvalResult:
-    name = _data_name(run)
+def _evaluation(run: Mapping[str, Any], top1: float, classes: int) -> EvalResult:
+    name, among = _data_name(run), _among(run, classes)
     return EvalResult(
         task_type="image-classification",
         dataset_type=name,
         dataset_name=name,
-        dataset_args={"images": run["metrics"].get("images")},
+        dataset_args={"images": run["metrics"]["images"]} | ({"classes": among} if among else {}),
         metric_type="accuracy",
         metric_name="top-1 (%)",
         metric_value=round(top1, 2),
     )
+
+
+def _among(run: Mapping[str, Any], classes: int) -> str:
+    """Which classes took part in a measurement; empty for all classes of the model."""
+    among = run.get("among_classes")
+    return f"among {len(among)} of the model's {classes} classes" if among else ""
 
 
 def _data_name(run: Mapping[str, Any]) -> str:
@@ -278,11 +316,13 @@ def _preprocessing(model: nn.Module, history: list[tuple[Path, dict[str, Any]]])
 def _snippet(model: nn.Module, load: str, prepared: dict[str, Any]) -> str:
     arguments = ", ".join(f"{key}={tuple(v) if isinstance(v, list) else v!r}" for key, v in prepared.items())
     mode, width = "RGB" if prepared["input_size"][0] == 3 else "L", getattr(model, "num_classes", 0) or "D"
+    dtype = reference(model).dtype
+    converted = "" if dtype == torch.float32 else f".to({dtype})"
     return (
         "import tokenpool, torch\nfrom PIL import Image\nfrom timm.data import create_transform\n\n"
         f"model = {load}  # in evaluation mode, with its method\n"
         f"transform = create_transform({arguments})\n"
-        f'image = transform(Image.open("photograph.jpg").convert("{mode}"))\n'
+        f'image = transform(Image.open("photograph.jpg").convert("{mode}")){converted}\n'
         "with torch.inference_mode():\n"
         f"    output = model(image[None])  # (1, {width})"
     )
@@ -294,7 +334,7 @@ def _made(history: list[tuple[Path, dict[str, Any]]], command: str) -> str:
     else:
         steps = [_step(number, *one) for number, one in enumerate(reversed(history), start=1)]
         text = "\n".join(steps)
-    return text + (f"\n\nCommand:\n\n```bash\n{command}\n```" if command else "")
+    return text + (f"\n\nCommand:\n\n{_fenced('bash', command)}" if command else "")
 
 
 def _step(number: int, path: Path, run: Mapping[str, Any]) -> str:
@@ -322,7 +362,7 @@ def _step(number: int, path: Path, run: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _results(history: list[tuple[Path, dict[str, Any]]]) -> str:
+def _results(history: list[tuple[Path, dict[str, Any]]], classes: int) -> str:
     if not history or history[0][1]["metrics"].get("top1") is None:
         return "Not measured."
     path, run = history[0]
@@ -333,9 +373,16 @@ def _results(history: list[tuple[Path, dict[str, Any]]]) -> str:
     if metrics.get("top5") is not None:
         rows["top-5"] = f"{metrics['top5']:.2f} %"
     rows |= {"images": f"{metrics['images']} of {_data_name(run)} ({images})"}
+    rows |= {"classes": among} if (among := _among(run, classes)) else {}
+    rows |= {"warning": run["warning"]} if run.get("warning") else {}
     rows |= {"run": f"`{path.name}`, seed {run['setting'].get('seed')}, finished {run.get('finished', 'not recorded')}"}
-    checked = "weights and setting of this model" if run.get("trained_weights") else "the setting of this model"
-    return f"| | |\n|---|---|\n{_rows(rows)}\n\nThe run has {checked}; tokenpool has compared them."
+    checked = "The run has the setting and the weights of this model; tokenpool has compared them."
+    if _measured_weights(run).startswith("timm "):
+        checked = (
+            "The run has the setting of this model, and pretrained weights of the same name. The content of the "
+            "weights was not compared."
+        )
+    return f"| | |\n|---|---|\n{_rows(rows)}\n\n{checked}"
 
 
 def _limits(history: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -349,4 +396,10 @@ def _limits(history: list[tuple[Path, dict[str, Any]]]) -> str:
 
 
 def _rows(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return "\n".join(f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in values.items())
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block of code. Its fence is longer than any run of backticks in the code."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -61,7 +61,7 @@ def save(
     path = Path(path)
     if path.suffix != ".safetensors":
         folder = path.resolve()
-        save_folder(model, folder, f'tokenpool.load("{folder.name}")', run=run, command=command, metadata=metadata)
+        save_folder(model, folder, f"tokenpool.load({folder.name!r})", run=run, command=command, metadata=metadata)
         return
     if run is not None or command or metadata:
         raise ValueError(f"{path} is one file, without a model card: give the path of a folder, such as {path.stem}")

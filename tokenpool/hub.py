@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from tokenpool import checkpoint
@@ -49,9 +50,13 @@ def push_to_hub(
         TypeError, ValueError, FileNotFoundError: see `tokenpool.save`. Nothing is uploaded then.
         OSError: if the Hub cannot be reached, or refuses. The message names the repository.
     """
+    try:
+        validate_repo_id(repo_id)  # first, because the name becomes that of a folder
+    except HFValidationError as error:
+        raise ValueError(f'cannot push to {repo_id!r}: expected "user/name" ({_first_line(error)})') from error
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / repo_id.rpartition("/")[2]
-        load = f'tokenpool.from_hub("{repo_id}")'
+        load = f"tokenpool.from_hub({repo_id!r})"
         checkpoint.save_folder(model, folder, load, run=run, command=command, metadata=metadata)
         api = HfApi(token=token, library_name="tokenpool", library_version=__version__)
         try:
@@ -59,8 +64,6 @@ def push_to_hub(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"tokenpool {__version__}")
         except LocalTokenNotFoundError as error:
             raise PermissionError(f"cannot push to {repo_id}: no access token; run `hf auth login` first") from error
-        except HFValidationError as error:
-            raise ValueError(f'cannot push to {repo_id!r}: expected "user/name" ({_first_line(error)})') from error
         except (OSError, HTTPError) as error:
             raise OSError(
                 f"cannot push to {repo_id}: {_first_line(error)}; save the model by tokenpool.save(model, folder), and "

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -139,11 +140,16 @@ def _result(model: nn.Module, method: str, pixels: Tensor, plain: Tensor) -> dic
     return {
         "gmacs": total / 1e9,
         "clustering": clustering / 1e9,
-        "cosine": round(F.cosine_similarity(plain, logits, dim=0).item(), 4),
+        "cosine": _number(F.cosine_similarity(plain, logits, dim=0).item()),
         "classes": _with_plain(logits, plain, model),
         "tokens": [block.tokens for block in trace.blocks],
         "blocks": [block.assignment[0].tolist() for block in trace.blocks],
     }
+
+
+def _number(value: float) -> float | None:
+    """A value for the page; None if it is not finite, as JSON has no such numbers."""
+    return round(value, 4) if math.isfinite(value) else None
 
 
 def _macs(model: nn.Module, method: str, keep: Sequence[int] | None = None) -> tuple[int, int]:
@@ -214,6 +220,6 @@ def _with_plain(logits: Tensor, plain: Tensor, model: nn.Module) -> list[dict[st
     """The most likely classes, beside their probability in the plain model."""
     before = plain.float().softmax(-1)
     return [
-        {"name": name, "share": round(share, 4), "plain": round(before[index].item(), 4)}
+        {"name": name, "share": _number(share), "plain": _number(before[index].item())}
         for index, name, share in likely(logits, model)
     ]

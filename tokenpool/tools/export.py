@@ -101,6 +101,7 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
     calibration = _calibration(chosen, config)
     dtype = PRECISIONS[chosen.precision]
     about = _description(chosen, model, config, len(calibration))
+    _check_replaced(path, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, *config["input_size"], dtype=dtype)
     started = time.perf_counter()
@@ -143,10 +144,24 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
 
 
 def path_of(chosen: Export, folder: Path) -> Path:
-    """Return the file of an export: its name has the model, the method, the schedule and the precision."""
-    schedule = re.sub("[^0-9A-Za-z.]+", "_", "-".join(f"{name}{value}" for name, value in chosen.schedule.items()))
-    words = [chosen.model, chosen.method, schedule.strip("_"), chosen.precision]
-    return folder / ("-".join(filter(None, words)) + FORMATS[chosen.to].suffix)
+    """Return the file of an export: its name has the model, the method, the schedule, options and the precision."""
+    given = [f"{name}{value}" for name, value in (chosen.schedule | chosen.options | chosen.model_options).items()]
+    words = [chosen.model, chosen.method, *given, "" if chosen.carry else "no_carry", chosen.precision]
+    safe = (re.sub("[^0-9A-Za-z._-]+", "_", word).strip("_") for word in words)
+    return folder / ("-".join(filter(None, safe)) + FORMATS[chosen.to].suffix)
+
+
+def _check_replaced(path: Path, about: dict[str, Any]) -> None:
+    """Check that an existing file is an export of the same setting: names do not tell of weights and opset."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(report_of(path).read_text())
+        same = all(before.get(name) == about[name] for name in about if name not in ("gmacs", "tokenpool", "torch"))
+    except (OSError, ValueError, AttributeError):
+        same = False
+    if not same:
+        raise ValueError(f"{path} is an export of another setting, or has no report: choose another folder by --output")
 
 
 def report_of(path: Path) -> Path:
