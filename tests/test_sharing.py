@@ -185,7 +185,7 @@ def test_pretrained_weights_have_the_name_of_the_run(tmp_path: Path) -> None:
     run = pretrained_run(tmp_path / "run.json", model, "timm test_vit.r160_in1k")
     tokenpool.save(model, tmp_path / "same", run=run)
     page = ModelCard.load(tmp_path / "same" / "README.md")
-    assert page.data.base_model == "timm/test_vit.r160_in1k" and "weights was not compared" in page.text
+    assert page.data.base_model == "timm/test_vit.r160_in1k" and "content was not compared" in page.text
     other = pretrained_run(tmp_path / "other.json", model, "timm test_vit.another")
     with pytest.raises(ValueError, match="other.json is a run of other weights .timm test_vit.another, now "):
         tokenpool.save(model, tmp_path / "out", run=other)

@@ -189,10 +189,7 @@ def _check_weights(model: nn.Module, run: Mapping[str, Any], path: Path) -> None
         return
     if not measured:
         raise ValueError(f"{path} does not tell which weights it measured: make the run again, or save without a run")
-    raise ValueError(
-        f"{path} is a run of other weights ({measured}, now {now}): load the weights that the run has measured, before "
-        "any conversion"
-    )
+    raise ValueError(f"{path} is a run of other weights ({measured}, now {now}): load its weights, without conversion")
 
 
 def _measured_weights(run: Mapping[str, Any]) -> str:
@@ -332,8 +329,7 @@ def _made(history: list[tuple[Path, dict[str, Any]]], command: str) -> str:
     if not history:
         text = "Not recorded: the model was saved without a run. Its weights may be pretrained, trained or random."
     else:
-        steps = [_step(number, *one) for number, one in enumerate(reversed(history), start=1)]
-        text = "\n".join(steps)
+        text = "\n".join(_step(number, *one) for number, one in enumerate(reversed(history), start=1))
     return text + (f"\n\nCommand:\n\n{_fenced('bash', command)}" if command else "")
 
 
@@ -378,10 +374,7 @@ def _results(history: list[tuple[Path, dict[str, Any]]], classes: int) -> str:
     rows |= {"run": f"`{path.name}`, seed {run['setting'].get('seed')}, finished {run.get('finished', 'not recorded')}"}
     checked = "The run has the setting and the weights of this model; tokenpool has compared them."
     if _measured_weights(run).startswith("timm "):
-        checked = (
-            "The run has the setting of this model, and pretrained weights of the same name. The content of the "
-            "weights was not compared."
-        )
+        checked = "The run has this model's setting and the name of its weights. Their content was not compared."
     return f"| | |\n|---|---|\n{_rows(rows)}\n\n{checked}"
 
 
