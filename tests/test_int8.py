@@ -77,7 +77,11 @@ def test_only_linear_layers_are_quantised(plain: nn.Module, float32: Path, quant
     added = {"MatMulInteger", "DynamicQuantizeLinear"} if "dynamic" in quantised.name else {"QuantizeLinear"}
     assert "Conv" in kinds[1] and added <= kinds[1] - kinds[0]
     loops = [
-        sorted(node.attribute[0].SerializeToString() for node in graph.node if node.op_type == "Loop")
+        [
+            [(each.op_type, *each.input, *each.output) for each in node.attribute[0].g.node]
+            for node in graph.node
+            if node.op_type == "Loop"
+        ]
         for graph in (before, after)
     ]
     assert loops[0] == loops[1] and len(loops[0]) == 2
