@@ -106,7 +106,7 @@ def imported(folder: Path) -> Iterator[tuple[Path, str]]:
 def test_what_is_imported_is_declared() -> None:
     """A room of the library imports what the core and the room's extra bring, and no room below imports one above."""
     extras = {"tokenpool/training": ("train",), "experiments": ("experiments",)}
-    # onnxscript compiles the source of this module, so it is imported at its top. `tools.formats` imports the module late.
+    # This module imports onnxscript at its top, which compiles its source. `tools.formats` imports the module late.
     extras |= {"tokenpool/tools/onnx_functions.py": ("onnx",)}
     extras |= {f"tokenpool/{room}": ("experiments",) for room in ROOMS[1:]}
     known, distributions = declared(), packages_distributions()
