@@ -60,7 +60,8 @@ def picture(found: Sequence[dict[str, Any]]) -> Figure:
         ax.set_xticks([1, 8, 32], ["1", "8", "32"])
         ax.minorticks_off()
     axes[0].set_ylabel("realised share of the speed-up")
-    axes[0].legend(fontsize="small")
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=len(METHODS), fontsize="small")
     return figure
 
 
