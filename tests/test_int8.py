@@ -144,7 +144,7 @@ def test_export_command(in_process, plain: nn.Module, tmp_path: Path) -> None:
     done = in_process(*chosen, "--precision", "int8", "--images", str(tmp_path / "images"), *folder)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("*-int8.onnx")
-    report = json.loads(path.with_suffix(".json").read_text())
+    report = json.loads(path.with_name(f"{path.name}.json").read_text())
     assert report["precision"] == "int8" and report["calibration_images"] == 3 and report["images"] == 6
     assert report["operators"]["QuantizeLinear"] == 25 and report["bytes"] == path.stat().st_size
     assert 0 < report["largest_difference"] < 0.3 * report["largest_logit"] and report["differing_top1"] <= 1

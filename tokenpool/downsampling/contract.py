@@ -167,11 +167,11 @@ class Downsampler(nn.Module):
         """Check the result of `reduce`, which a class of a user's own may get wrong. Shapes cost nothing in a graph.
 
         Raises:
-            TypeError: if the result is not `Downsampled` or `Masked`.
+            TypeError: if the result is not a tuple of two or more.
             ValueError: if its shapes do not fit the tokens (B, N, D).
         """
         name = f"{type(self).__name__}.reduce"
-        if not isinstance(found, (Downsampled, Masked)):
+        if not isinstance(found, tuple) or len(found) < 2:
             raise TypeError(f"{name} must return tokenpool.Downsampled(tokens, assignment), not {type(found).__name__}")
         (_, n, width), kept, assignment = tokens.shape, found[0], found[1]
         if kept.dim() != 3 or kept.shape[1] > n or kept.shape[2] != width or assignment.shape[1:] != (n,):
