@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tokenpool import gpu, micro_batch
 from tokenpool.adoption import adopt, give_back, reference
-from tokenpool.eager import at_least_float32, cast, detached, is_in_graph
-from tokenpool.operators import is_opaque, needs_gradient, opaque
+from tokenpool.eager import at_least_float32, cast, detached, is_in_graph, needs_gradient
+from tokenpool.operators import is_opaque, opaque
 
 
 class Asked(NamedTuple):

@@ -42,6 +42,11 @@ def detached(values: Tensor) -> Tensor:
     return values.detach() if values.requires_grad else values
 
 
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Return whether results that are computed from these tensors have a gradient."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Return a context without autocast. Without autocast outside of it, a graph contains nothing of the context."""
     enabled = torch.is_autocast_enabled(device.type)

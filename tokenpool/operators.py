@@ -25,11 +25,6 @@ def is_opaque(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and torch.compiler.is_compiling() and not is_exporting()
 
 
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Return whether results that are computed from these tensors have a gradient."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 _kept: ContextVar[bool] = ContextVar("kept", default=False)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenpool import clustering
 from tokenpool.clustering.reductions import best_members, largest
+from tokenpool.eager import at_least_float32
 
 POSITIONS = ("mean", "medoid")
 _STEPS = 1000
@@ -41,7 +42,7 @@ class MergedPositions(nn.Module):
             index = places[:, None, :, None].expand(-1, heads, -1, width)
             return table.expand(batch, -1, -1, -1).gather(2, index)
         rows = table.transpose(1, 2).flatten(2).expand(batch, -1, -1)  # (B, N, H W)
-        weights = (assignment >= 0).to(torch.promote_types(table.dtype, torch.float32))
+        weights = (assignment >= 0).to(at_least_float32(table.dtype))
         found = clustering.means(rows, weights, assignment + 1, k + 1)[:, 1:]  # cluster 0 has the dropped patches
         return found.view(batch, k, heads, width).transpose(1, 2)
 

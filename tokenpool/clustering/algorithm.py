@@ -28,8 +28,8 @@ from tokenpool.clustering.distances import (
 from tokenpool.clustering.reductions import best_members, full_precision, take_rows, weighted_means
 from tokenpool.clustering.swaps import alternate_by_swaps, means_by_swaps, symmetric_distances
 from tokenpool.clustering.ward import ward_init
-from tokenpool.eager import is_eager_cpu, without_autocast
-from tokenpool.operators import is_opaque, needs_gradient, opaque
+from tokenpool.eager import is_eager_cpu, needs_gradient, without_autocast
+from tokenpool.operators import is_opaque, opaque
 
 
 class Clusters(NamedTuple):

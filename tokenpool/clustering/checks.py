@@ -6,8 +6,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from tokenpool.clustering.reductions import full_precision, stable_topk
-from tokenpool.eager import cast, detached, is_eager_cpu, is_in_graph
+from tokenpool.clustering.reductions import stable_topk
+from tokenpool.eager import at_least_float32, cast, detached, is_eager_cpu, is_in_graph
 
 
 def checked(
@@ -26,7 +26,7 @@ def checked(
     if check_values and not is_in_graph():
         _check_values(tokens, weights, init)
     batch, n, _ = tokens.shape
-    precision = full_precision(tokens).dtype
+    precision = at_least_float32(tokens.dtype)
     if weights is None:
         evenly_spaced = torch.arange(k, device=tokens.device).mul(n).div(k, rounding_mode="floor").expand(batch, k)
         return tokens.new_ones(batch, n, dtype=precision), evenly_spaced if init is None else init

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenpool import gpu, micro_batch
 from tokenpool.clustering.reductions import cluster_sums, full_precision, take_columns, take_rows
-from tokenpool.eager import is_eager_cpu, is_exporting
+from tokenpool.eager import at_least_float32, is_eager_cpu, is_exporting
 
 
 class Engine(Enum):
@@ -278,12 +278,12 @@ def scaled(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit_vectors(vectors: Tensor) -> Tensor:
     """Scale vectors (B, N, E) to unit length, at least in float32. A zero vector stays zero."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+    return F.normalize(full_precision(vectors), dim=-1)
 
 
 def stretched(vectors: Tensor, lengths: Tensor) -> Tensor:
     """Scale vectors (B, N, E) to the lengths (B, N). A zero vector stays zero."""
-    wide = torch.promote_types(vectors.dtype, torch.float32)
+    wide = at_least_float32(vectors.dtype)
     length = torch.linalg.vector_norm(vectors, dim=-1, dtype=wide)
     return vectors * (lengths / length.clamp(min=torch.finfo(wide).tiny))[:, :, None].to(vectors.dtype)
 

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpool import gpu
-from tokenpool.eager import cast, is_eager_cpu, is_exporting, is_in_graph, without_autocast
+from tokenpool.eager import (
+    at_least_float32,
+    cast,
+    is_eager_cpu,
+    is_exporting,
+    is_in_graph,
+    needs_gradient,
+    without_autocast,
+)
 
 
 def stable_topk(weights: Tensor, k: int) -> Tensor:
@@ -83,7 +91,7 @@ def weighted_means(
     """
     k = previous.shape[1]
     with without_autocast(tokens.device):
-        if members and not (tokens.requires_grad and torch.is_grad_enabled()):
+        if members and not needs_gradient(tokens):
             return gpu.weighted_means(tokens, weights, gpu.Medoids(assignment, previous, *members))
         if members:
             total = gpu.means(weights[:, :, None], torch.ones_like(weights), assignment, *members).squeeze(2)
@@ -144,7 +152,7 @@ def cluster_sums(values: Tensor, weights: Tensor, assignment: Tensor, k: int) ->
     if values.is_cuda or is_exporting():
         return torch.bmm(cast(_membership_matrix(weights, assignment, k), values.dtype), values)
     target = _flat(assignment, k)
-    if is_eager_cpu(values) and not (values.requires_grad and torch.is_grad_enabled()):
+    if is_eager_cpu(values) and not needs_gradient(values):
         # Several times as fast as index_add, because it does not copy rows and uses all cores.
         target, order = target.sort(stable=True)
         start = torch.searchsorted(target, torch.arange(batch * k, device=target.device))
@@ -212,7 +220,7 @@ def take_columns(values: Tensor, index: Tensor) -> Tensor:
 
 def full_precision(tokens: Tensor) -> Tensor:
     """Return 16-bit tokens in float32, and other tokens unchanged."""
-    return tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
+    return cast(tokens, at_least_float32(tokens.dtype))
 
 
 def _flat(index: Tensor, size: int) -> Tensor:

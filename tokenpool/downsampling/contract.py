@@ -170,14 +170,16 @@ class Downsampler(nn.Module):
             TypeError: if the result is not a tuple of two or more.
             ValueError: if its shapes do not fit the tokens (B, N, D).
         """
-        name = f"{type(self).__name__}.reduce"
         if not isinstance(found, tuple) or len(found) < 2:
-            raise TypeError(f"{name} must return tokenpool.Downsampled(tokens, assignment), not {type(found).__name__}")
+            raise TypeError(
+                f"{type(self).__name__}.reduce must return tokenpool.Downsampled(tokens, assignment), not "
+                f"{type(found).__name__}"
+            )
         (_, n, width), kept, assignment = tokens.shape, found[0], found[1]
         if kept.dim() != 3 or kept.shape[1] > n or kept.shape[2] != width or assignment.shape[1:] != (n,):
             raise ValueError(
-                f"{name} must return tokens (B, K, {width}) with K <= {n} and an assignment (B, {n}), not "
-                f"{tuple(kept.shape)} and {tuple(assignment.shape)}"
+                f"{type(self).__name__}.reduce must return tokens (B, K, {width}) with K <= {n} and an assignment "
+                f"(B, {n}), not {tuple(kept.shape)} and {tuple(assignment.shape)}"
             )
         return found
 

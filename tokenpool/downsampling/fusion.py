@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
 from tokenpool.downsampling.matching import BipartiteMatching, rounds
-from tokenpool.eager import without_autocast
+from tokenpool.eager import at_least_float32, without_autocast
 
 
 class MultiCriteriaFusion(Downsampler):
@@ -160,7 +160,7 @@ def _targets(tokens: Tensor, assignment: Tensor, k: int) -> Tensor:
 def _mlerp(tokens: Tensor, sizes: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Return the mean of each group, stretched to the largest norm of its members: (B, k, D)."""
     mean = clustering.means(tokens, sizes, assignment, k)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
+    wide = at_least_float32(tokens.dtype)
     norms = torch.linalg.vector_norm(tokens, dim=-1, dtype=wide)  # (B, N)
     longest = clustering.largest(norms, assignment, k)  # (B, k)
     return clustering.stretched(mean, longest)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenpool import clustering
 from tokenpool.downsampling.contract import Downsampled, Downsampler, Host
-from tokenpool.eager import without_autocast
+from tokenpool.eager import at_least_float32, without_autocast
 
 
 class WardPooling(Downsampler):
@@ -95,6 +95,6 @@ def _shares(attention: Tensor) -> Tensor:
 def _stretched_means(tokens: Tensor, weights: Tensor, assignment: Tensor, k: int) -> Tensor:
     """Return the weighted mean of each cluster, stretched to the weighted mean length of its tokens: (B, k, D)."""
     means = clustering.means(tokens, weights, assignment, k)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
+    wide = at_least_float32(tokens.dtype)
     lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True, dtype=wide)  # (B, N, 1)
     return clustering.stretched(means, clustering.means(lengths, weights, assignment, k).squeeze(2))
