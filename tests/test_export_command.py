@@ -139,6 +139,22 @@ def test_other_settings_have_other_files(tmp_path: Path) -> None:
     assert all(re.fullmatch("[0-9A-Za-z._-]+", path.name) for path in paths)
 
 
+def test_an_interrupted_export_leaves_no_file(weights: Path, tmp_path: Path, monkeypatch) -> None:
+    chosen, path = Export(MODEL, "pt2", weights=weights), tmp_path / "out" / "model.pt2"
+    with monkeypatch.context() as interrupted:
+
+        def read(self: formats.Program, path: Path, threads: int = 0) -> None:
+            assert path.exists()
+            raise KeyboardInterrupt
+
+        interrupted.setattr(formats.Program, "read", read)
+        with pytest.raises(KeyboardInterrupt):
+            list(export(chosen, path, limit=2))
+    assert list((tmp_path / "out").iterdir()) == []
+    list(export(chosen, path, limit=2))
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["model.pt2", "model.pt2.json"]
+
+
 def test_an_export_of_another_setting_is_not_replaced(weights: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     list(export(Export(MODEL, "pt2", weights=weights), path, limit=1))

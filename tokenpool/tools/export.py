@@ -103,33 +103,31 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
     about = _description(chosen, model, config, len(calibration))
     _check_replaced(path, about)
     path.parent.mkdir(parents=True, exist_ok=True)
-    example = torch.zeros(2, *config["input_size"], dtype=dtype)
-    started = time.perf_counter()
-    if chosen.precision in int8.PRECISIONS:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "float32.onnx"
-            form.write(model, example, source, about, chosen.opset)
-            int8.quantise(chosen.precision, source, path, calibration.split(max(BATCHES)))
-    else:
-        form.write(model.to(dtype), example, path, about, chosen.opset)
-    seconds = time.perf_counter() - started
-    run, stored, operators = form.read(path)
-    if stored != about:
-        raise RuntimeError(f"the description in {path} is not the one that was written")
     pixels = _random(config, limit) if paths is None else _pixels(paths, config)
-    expected, found = _in_batches(model.float(), pixels), _in_batches(run, pixels.to(dtype)).float()
-    report = about | {
-        "file": str(path),
-        "bytes": sum(part.stat().st_size for part in form.parts(path)),
-        "seconds": seconds,
-        "operators": operators,
-        "checked_on": "random images" if images is None else str(images),
-        "images": len(pixels),
-        "largest_difference": (found - expected).abs().max().item(),
-        "largest_logit": expected.abs().max().item(),
-        "differing_top1": int((found.argmax(1) != expected.argmax(1)).sum()),
-        "environment": environment(),
-    }
+    # The file gets its name when it is complete and checked, so an interrupted export leaves none.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as temporary:
+        written = Path(temporary) / path.name
+        started = time.perf_counter()
+        _write(chosen, model.to(dtype), written, about, calibration)
+        seconds = time.perf_counter() - started
+        run, stored, operators = form.read(written)
+        if stored != about:
+            raise RuntimeError(f"the description in {path} is not the one that was written")
+        expected, found = _in_batches(model.float(), pixels), _in_batches(run, pixels.to(dtype)).float()
+        report = about | {
+            "file": str(path),
+            "bytes": sum(part.stat().st_size for part in form.parts(written)),
+            "seconds": seconds,
+            "operators": operators,
+            "checked_on": "random images" if images is None else str(images),
+            "images": len(pixels),
+            "largest_difference": (found - expected).abs().max().item(),
+            "largest_logit": expected.abs().max().item(),
+            "differing_top1": int((found.argmax(1) != expected.argmax(1)).sum()),
+            "environment": environment(),
+        }
+        for part in Path(temporary).iterdir():
+            part.replace(path.parent / part.name)
     beside = report_of(path)
     with files.atomic_write(beside) as written:
         written.write_text(json.dumps(report, indent=1) + "\n")
@@ -141,6 +139,19 @@ def export(chosen: Export, path: Path, images: Path | None = None, limit: int = 
         f"another top-1 class for {report['differing_top1']}"
     )
     yield f"report: {beside}"
+
+
+def _write(chosen: Export, model: nn.Module, path: Path, about: dict[str, Any], calibration: Tensor) -> None:
+    """Write the file of an export, quantised if its precision says so."""
+    form, config = FORMATS[chosen.to], about["preprocessing"]
+    example = torch.zeros(2, *config["input_size"], dtype=PRECISIONS[chosen.precision])
+    if chosen.precision not in int8.PRECISIONS:
+        form.write(model, example, path, about, chosen.opset)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "float32.onnx"
+        form.write(model, example, source, about, chosen.opset)
+        int8.quantise(chosen.precision, source, path, calibration.split(max(BATCHES)))
 
 
 def path_of(chosen: Export, folder: Path) -> Path:
